@@ -1,0 +1,36 @@
+"""Registers the PEFT method as soon as PEFT is imported, so that `import trl_vicur` itself need not import it."""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from types import ModuleType
+
+
+class _RegisterAfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds PEFT as Python would, runs its import, and then imports `trl_vicur.cue_recovery`, which registers."""
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        importlib.import_module("trl_vicur.cue_recovery")
+
+
+def register_with_peft() -> None:
+    """Register now if PEFT is already imported, otherwise right after it is."""
+    if "peft" in sys.modules:
+        importlib.import_module("trl_vicur.cue_recovery")
+    else:
+        sys.meta_path.insert(0, _RegisterAfterPeft())

@@ -1,0 +1,149 @@
+from dataclasses import dataclass, field
+
+from peft import LoraConfig, PeftType
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+
+@dataclass
+class CueRecoveryConfig(LoraConfig):
+    r"""
+    Configuration of cue recovery: sink-token cross-attention over the visual tokens (ViCuR, arXiv 2606.05718, Sec.
+    3.2) as a PEFT method, optionally with LoRA on the backbone in the same adapter.
+
+    All options of [`~peft.LoraConfig`] keep their meaning; they apply to the LoRA part and are ignored with `r=0`.
+
+    Parameters:
+        > Parameters that control the recovery module
+
+        layer_interval (`int`, *optional*, defaults to `5`):
+            Decoder layers whose output is updated: 0, `layer_interval`, 2 · `layer_interval`, … The last decoder layer
+            is left out, because an update of its output could not reach any other token.
+        sink_token (`str`, *optional*, defaults to `"first"`):
+            The token that gathers the evidence. `"first"` is the first real (not padding) token of the sample, the
+            paper's choice. A token string such as `"<|im_start|>"` is that token's first occurrence. `"assistant"` is
+            the first token of the header of the turn to be generated; it stands behind the question. All but
+            `"first"` need [`CueRecoveryConfig.resolve_sink_token`], which [`ViCuRTrainer`] calls by itself.
+        num_heads (`int`, *optional*):
+            Number of attention heads; must divide the hidden size. Defaults to the text model's.
+
+        > Parameters that control what else is trained
+
+        r (`int`, *optional*, defaults to `0`):
+            Rank of LoRA on the backbone. `0` trains the recovery module alone.
+        train_base (`bool`, *optional*, defaults to `False`):
+            Whether the backbone's own weights train as well (the paper's setting). They are then saved with the
+            adapter, and the adapter must be the model's only one.
+
+        > Parameters that are filled in, and stored so that an adapter loads without a tokenizer
+
+        sink_token_ids (`list[int]`, *optional*):
+            Token ids that mark the sink. Filled in by [`CueRecoveryConfig.resolve_sink_token`].
+        sink_token_offset (`int`, *optional*, defaults to `0`):
+            Index, within `sink_token_ids`, of the sink token itself.
+        hidden_size (`int`, *optional*):
+            Hidden size of the text model that the adapter was made for.
+        num_hidden_layers (`int`, *optional*):
+            Number of decoder layers of the text model that the adapter was made for.
+
+    Raises:
+        `ValueError`: If `layer_interval` or `num_heads` is not positive, if `r` is negative, or if `sink_token` is
+            empty.
+    """
+
+    r: int = field(default=0, metadata={"help": "LoRA rank on the backbone. 0 trains the recovery module alone."})
+    layer_interval: int = field(
+        default=5,
+        metadata={"help": "Update the sink token at the output of every `layer_interval`-th decoder layer."},
+    )
+    sink_token: str = field(
+        default="first",
+        metadata={
+            "help": "Token that gathers the evidence: 'first' (first real token of the sample), a token string (its "
+            "first occurrence), or 'assistant' (header of the turn to be generated)."
+        },
+    )
+    num_heads: int | None = field(
+        default=None, metadata={"help": "Number of attention heads. Defaults to the text model's."}
+    )
+    train_base: bool = field(
+        default=False, metadata={"help": "Whether the backbone's own weights train and are saved as well."}
+    )
+    sink_token_ids: list[int] | None = field(
+        default=None, metadata={"help": "Token ids that mark the sink; filled in from the tokenizer."}
+    )
+    sink_token_offset: int = field(
+        default=0, metadata={"help": "Index of the sink token itself within `sink_token_ids`."}
+    )
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "Hidden size of the text model; filled in when the adapter is attached."}
+    )
+    num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Decoder layers of the text model; filled in when the adapter is attached."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.CUE_RECOVERY
+        if self.layer_interval <= 0:
+            raise ValueError(f"`layer_interval` must be at least 1, got {self.layer_interval}.")
+        if self.num_heads is not None and self.num_heads <= 0:
+            raise ValueError(f"`num_heads` must be at least 1, got {self.num_heads}.")
+        if self.r < 0:
+            raise ValueError(f"`r` must be 0 (no LoRA) or a positive LoRA rank, got {self.r}.")
+        if not self.sink_token:
+            raise ValueError("`sink_token` must be 'first', 'assistant' or a token string, got an empty string.")
+
+    def resolve_sink_token(
+        self, processing_class: ProcessorMixin | PreTrainedTokenizerBase, **chat_template_kwargs
+    ) -> "CueRecoveryConfig":
+        """
+        Look up the token ids of `sink_token`, once, so that the model can find the sink without a tokenizer.
+
+        Args:
+            processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+                The model's processor or tokenizer.
+            chat_template_kwargs:
+                Keyword arguments for the chat template, the same as in generation.
+
+        Returns:
+            [`CueRecoveryConfig`]: `self`.
+
+        Raises:
+            `ValueError`: If the tokenizer does not know `sink_token`, or if its chat template has no header for the
+                turn to be generated.
+        """
+        is_processor = isinstance(processing_class, ProcessorMixin)
+        tokenizer = processing_class.tokenizer if is_processor else processing_class
+        if self.sink_token == "first":
+            return self
+        if self.sink_token == "assistant":
+            content = [{"type": "text", "text": "question"}] if is_processor else "question"
+            messages = [{"role": "user", "content": content}]
+            closed, opened = (
+                processing_class.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=header, **chat_template_kwargs
+                )
+                for header in (False, True)
+            )
+            if opened == closed or not opened.startswith(closed):
+                raise ValueError(
+                    "`sink_token='assistant'` needs a chat template whose generation prompt adds a header to the "
+                    f"conversation; this one turns {closed!r} into {opened!r}. Use `sink_token='first'`."
+                )
+            # The header alone could be sampled by the student in the middle of a completion; the end of the user's
+            # turn before it cannot, because generation stops there.
+            turn_end = closed.rpartition("question")[2]
+            header = opened.removeprefix(closed)
+            turn_end_ids = tokenizer.encode(turn_end, add_special_tokens=False)
+            self.sink_token_ids = turn_end_ids + tokenizer.encode(header, add_special_tokens=False)
+            self.sink_token_offset = len(turn_end_ids)
+            return self
+        token_id = tokenizer.convert_tokens_to_ids(self.sink_token)
+        if token_id is None or token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"`sink_token` must be 'first', 'assistant' or a token of the tokenizer, got {self.sink_token!r}, "
+                f"which the tokenizer does not know. Its special tokens are {tokenizer.all_special_tokens}."
+            )
+        self.sink_token_ids = [token_id]
+        self.sink_token_offset = 0
+        return self

@@ -1,0 +1,88 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .layer import CueRecoveryContext, CueRecoveryLayer, SinkCrossAttention
+
+
+def _recovery_layers(model: nn.Module) -> dict[str, CueRecoveryLayer]:
+    # Named by the decoder layer they stand in, e.g. "layers.1"
+    return {
+        ".".join(name.split(".")[-3:-1]): module
+        for name, module in model.named_modules()
+        if isinstance(module, CueRecoveryLayer)
+    }
+
+
+@contextmanager
+def record_update_ratios(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """
+    While active, record how large each layer's update is relative to the sink's hidden state, ‖z‖ / ‖h‖.
+
+    Args:
+        model (`nn.Module`):
+            A model with cue recovery attached; without it, nothing is recorded.
+
+    Yields:
+        `dict[str, torch.Tensor]`: Filled by the model's forward calls: for each decoder layer (`"layers.1"`) the ratio
+            per sample that has a sink and visual tokens, of shape `(samples,)`; of the last call.
+    """
+    ratios = {}
+
+    def record(name: str):
+        def hook(layer: CueRecoveryLayer, args: tuple[torch.Tensor, CueRecoveryContext], output: torch.Tensor) -> None:
+            hidden_states, context = args
+            for positions in context.sink_positions.values():
+                samples = torch.nonzero(positions >= 0).squeeze(1)
+                before = hidden_states[samples, positions[samples]].detach().float()
+                after = output[samples, positions[samples]].detach().float()
+                ratios[name] = (after - before).norm(dim=-1) / before.norm(dim=-1)
+
+        return hook
+
+    handles = [layer.register_forward_hook(record(name)) for name, layer in _recovery_layers(model).items()]
+    try:
+        yield ratios
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def sink_attention(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    What the sink token looks at: its attention over the visual tokens, per layer (ViCuR, Fig. 11).
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            A model with an active [`CueRecoveryConfig`] adapter.
+        inputs:
+            The processor's outputs for a batch of prompts (`input_ids`, `attention_mask`, `pixel_values`, …).
+
+    Returns:
+        `dict[str, torch.Tensor]`: For each decoder layer with a module (`"layers.1"`) the attention weights of shape
+            `(batch, heads, seq)`, in float32; zero on all tokens that are not visual.
+    """
+    weights = {}
+
+    def record(name: str):
+        def hook(attention: SinkCrossAttention, args: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+            sink, hidden_states, visual_mask = args
+            attended = attention.attention_weights(sink.to(attention.q_proj.weight.dtype), hidden_states, visual_mask)
+            weights[name] = attended.masked_fill(~visual_mask.unsqueeze(1), 0.0)
+
+        return hook
+
+    handles = [
+        attention.register_forward_pre_hook(record(name))
+        for name, layer in _recovery_layers(model).items()
+        for attention in layer.sink_attention.values()
+    ]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return weights

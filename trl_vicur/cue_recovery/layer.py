@@ -1,0 +1,220 @@
+from typing import NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .config import CueRecoveryConfig
+
+
+class CueRecoveryContext(NamedTuple):
+    """
+    Where the sink and the visual tokens stand in one forward call. It travels with the call as a keyword argument.
+
+    Args:
+        visual_mask (`torch.Tensor` of shape `(batch, seq)`):
+            `True` at image and video tokens.
+        sink_positions (`dict[str, torch.Tensor]`):
+            For each active adapter, the sink's index in the sequence, of shape `(batch,)`; `-1` where the sample has
+            no sink or no visual token and is left untouched.
+    """
+
+    visual_mask: torch.Tensor
+    sink_positions: dict[str, torch.Tensor]
+
+
+class SinkCrossAttention(nn.Module):
+    r"""
+    Multi-head cross-attention from the sink token to the visual tokens (ViCuR, Eq. 3-4):
+
+        q = norm_q(h) W_Q    K = norm_kv(V) W_K    U = norm_kv(V) W_V    z = MultiHeadAttention(q, K, U) W_O
+
+    W_O starts at zero, so a new module changes nothing.
+
+    Args:
+        hidden_size (`int`):
+            Width d of the text model.
+        num_heads (`int`):
+            Number of heads; must divide `hidden_size`.
+        eps (`float`):
+            Epsilon of the two RMSNorms.
+
+    Raises:
+        `ValueError`: If `num_heads` does not divide `hidden_size`.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, eps: float):
+        super().__init__()
+        if hidden_size % num_heads != 0:
+            raise ValueError(
+                f"`num_heads` must divide the hidden size, got {num_heads} heads for hidden size {hidden_size}."
+            )
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.kv_norm = nn.RMSNorm(hidden_size, eps=eps)
+        nn.init.zeros_(self.o_proj.weight)
+
+    def attention_weights(
+        self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Attention of the sink to each position, `(batch, heads, seq)`, in float32 at least; zero where `visual_mask` is
+        `False` (and uniform in a sample without any visual token). Arguments as in [`SinkCrossAttention.forward`].
+
+        A key is `W_K (norm_weight · v / rms(v))`. There is one query, so W_K and the norm's weight fold into it and
+        the division by rms(v) into the score: the keys, `(batch, seq, hidden)`, never exist.
+        """
+        query = self.q_proj(self.q_norm(sink)).unflatten(-1, (self.num_heads, self.head_dim))
+        key_weight = self.k_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
+        folded_query = torch.einsum("bhe,hed->bhd", query, key_weight.to(query.dtype)) * self.kv_norm.weight
+        scores = torch.matmul(folded_query.to(hidden_states.dtype), hidden_states.mT)
+        scores = scores * self._inverse_rms(hidden_states).unsqueeze(1) * self.head_dim**-0.5
+        # The lowest finite value instead of -inf keeps samples without visual tokens free of NaN
+        scores = scores.masked_fill(~visual_mask.unsqueeze(1), torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1)
+
+    def forward(self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
+        """
+        The update z of the sink, in the folded form: O(seq · hidden · heads) instead of O(seq · hidden²).
+
+        Args:
+            sink (`torch.Tensor` of shape `(batch, hidden)`):
+                Hidden states of the sink tokens.
+            hidden_states (`torch.Tensor` of shape `(batch, seq, hidden)`):
+                Hidden states of the whole sequences.
+            visual_mask (`torch.Tensor` of shape `(batch, seq)`):
+                `True` at the visual tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden)`: The update, to be added to the sink.
+        """
+        sink = sink.to(self.q_proj.weight.dtype)
+        weights = self.attention_weights(sink, hidden_states, visual_mask)
+        # As above for the values: average the hidden states first, then apply the norm's weight and W_V once
+        weights = (weights * self._inverse_rms(hidden_states).unsqueeze(1)).to(hidden_states.dtype)
+        averaged = torch.matmul(weights, hidden_states).to(sink.dtype) * self.kv_norm.weight
+        value_weight = self.v_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
+        attended = torch.einsum("bhd,hed->bhe", averaged, value_weight.to(averaged.dtype))
+        return self.o_proj(attended.flatten(1))
+
+    def forward_plain(
+        self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The same update as Eq. 3-4 are written. The reference for [`SinkCrossAttention.forward`]; arguments as there.
+        """
+        heads = (self.num_heads, self.head_dim)
+        query = self.q_proj(self.q_norm(sink)).unflatten(-1, heads)
+        normed = self.kv_norm(hidden_states)
+        keys = self.k_proj(normed).unflatten(-1, heads)
+        values = self.v_proj(normed).unflatten(-1, heads)
+        scores = torch.einsum("bhe,bmhe->bhm", query, keys) * self.head_dim**-0.5
+        scores = scores.masked_fill(~visual_mask.unsqueeze(1), torch.finfo(scores.dtype).min)
+        weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(values.dtype)
+        return self.o_proj(torch.einsum("bhm,bmhe->bhe", weights, values).flatten(1))
+
+    def _inverse_rms(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # A norm with `dtype` accumulates in float32 without a float32 copy of the hidden states
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=dtype)
+        return torch.rsqrt(norm.square() / hidden_states.shape[-1] + self.kv_norm.eps)
+
+
+class CueRecoveryLayer(nn.Module, BaseTunerLayer):
+    """
+    The tuner layer of one decoder layer: a [`SinkCrossAttention`] per adapter, applied to the decoder layer's input.
+
+    It is attached to the decoder layer as a child named `cue_recovery` and runs in a pre-forward hook. The input of
+    layer l+1 is the output of layer l after DeepStack. Unlike a wrapper, a child leaves the names of all other
+    parameters as they are and shares the decoder layer's FSDP shard and device.
+
+    Args:
+        decoder_layer (`nn.Module`):
+            The decoder layer whose input is updated.
+    """
+
+    adapter_layer_names = ("sink_attention",)
+
+    def __init__(self, decoder_layer: nn.Module):
+        super().__init__()
+        self.sink_attention = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+        # In a tuple, so that the parent is not registered as a child of its child
+        self._decoder_layer = (decoder_layer,)
+        self._hook = decoder_layer.register_forward_pre_hook(update_sink_before_layer, with_kwargs=True)
+
+    def update_layer(
+        self, adapter_name: str, config: CueRecoveryConfig, hidden_size: int, num_heads: int, eps: float
+    ) -> None:
+        """Add the attention of one more adapter."""
+        self.sink_attention[adapter_name] = SinkCrossAttention(hidden_size, num_heads, eps)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, hidden_states: torch.Tensor, context: CueRecoveryContext) -> torch.Tensor:
+        """
+        Add the update of every active adapter to the sink tokens (ViCuR, Eq. 5).
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, seq, hidden)`):
+                Input of the decoder layer.
+            context ([`CueRecoveryContext`]):
+                Where the sink and the visual tokens stand.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, seq, hidden)`: The hidden states, changed at the sinks only.
+        """
+        samples = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        updated = hidden_states
+        for adapter_name, positions in context.sink_positions.items():
+            if adapter_name not in self.sink_attention:
+                continue
+            positions = positions.to(hidden_states.device)
+            found = positions >= 0
+            positions = positions.clamp(min=0)
+            sink = hidden_states[samples, positions]
+            update = self.sink_attention[adapter_name](
+                sink, hidden_states, context.visual_mask.to(hidden_states.device)
+            )
+            before = updated[samples, positions]
+            after = torch.where(found.unsqueeze(-1), before + update.to(before.dtype), before)
+            updated = updated.index_put((samples, positions), after)
+        return updated
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Does nothing: attention over the image cannot be merged into weights, so it stays active beside them."""
+
+    def unmerge(self) -> None:
+        """Does nothing, see [`CueRecoveryLayer.merge`]."""
+
+    def detach(self) -> None:
+        """Remove this layer from its decoder layer."""
+        self._hook.remove()
+        del self._decoder_layer[0].cue_recovery
+
+    def get_base_layer(self) -> nn.Module:
+        return self._decoder_layer[0]
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        # PEFT asks a weight named `weight`; a decoder layer has many, and quantized ones are not floating point
+        own = {id(parameter) for parameter in self.parameters()}
+        weight = next(p for p in base_layer.parameters() if p.is_floating_point() and id(p) not in own)
+        return weight.device, weight.dtype
+
+
+def update_sink_before_layer(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Pre-forward hook of a decoder layer that has a [`CueRecoveryLayer`]."""
+    kwargs = dict(kwargs)
+    context = kwargs.pop("cue_recovery_context", None)
+    if context is not None:
+        if args:
+            args = (decoder_layer.cue_recovery(args[0], context), *args[1:])
+        else:
+            kwargs["hidden_states"] = decoder_layer.cue_recovery(kwargs["hidden_states"], context)
+    return args, kwargs

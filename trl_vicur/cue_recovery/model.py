@@ -1,0 +1,277 @@
+import re
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import CueRecoveryConfig
+from .layer import CueRecoveryContext, CueRecoveryLayer
+
+
+class CueRecoveryModel(LoraModel):
+    """
+    Attaches cue recovery (ViCuR, arXiv 2606.05718, Sec. 3.2), and LoRA where `r > 0`, to a vision-language model.
+
+    Each call of the model's backbone finds the sink and the visual tokens once, from `input_ids`, and hands them to the
+    decoder layers as a keyword argument of that call; nothing is left on a module.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The vision-language model to be adapted.
+        config ([`CueRecoveryConfig`]):
+            The configuration of the adapter.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            The name of the adapter.
+
+    Raises:
+        `ValueError`: If the model has no visual tokens, if `layer_interval` is larger than the model, if the sink token
+            has not been resolved, if the adapter was made for a model of another size, or if an adapter with
+            `train_base=True` would share the model with another one.
+
+    Example:
+
+    ```python
+    >>> from peft import get_peft_model
+    >>> from transformers import AutoModelForImageTextToText
+    >>> from trl_vicur import CueRecoveryConfig
+
+    >>> model = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen3-VL-2B-Instruct")
+    >>> model = get_peft_model(model, CueRecoveryConfig())
+    >>> model.print_trainable_parameters()
+    ```
+    """
+
+    prefix: str = "cue_recovery_"
+    # Both kinds of layers of this method, the recovery layer and LoRA's
+    tuner_layer_cls = BaseTunerLayer
+
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        # The backbone, not the head model: trainers with fused losses call it directly
+        self._context_hook = model.base_model.register_forward_pre_hook(self._add_context, with_kwargs=True)
+
+    # --- Where the layers go ---
+
+    def _prepare_adapter_config(self, peft_config: CueRecoveryConfig, model_config: dict) -> CueRecoveryConfig:
+        text_config = self.model.config.get_text_config()
+        if not self._visual_token_ids():
+            raise ValueError(
+                f"Cue recovery needs a model with visual tokens, but the config of {type(self.model).__name__} has "
+                "neither `image_token_id` nor `video_token_id`. Use a vision-language model."
+            )
+        for size in ("hidden_size", "num_hidden_layers"):
+            expected, actual = getattr(peft_config, size), getattr(text_config, size)
+            if expected not in (None, actual):
+                raise ValueError(
+                    f"This cue recovery adapter was made for a model with `{size}` {expected}, but "
+                    f"{type(self.model).__name__} has `{size}` {actual}. Load the base model that it was trained on, or "
+                    "make a new `CueRecoveryConfig`."
+                )
+            setattr(peft_config, size, actual)
+        if peft_config.layer_interval > text_config.num_hidden_layers or text_config.num_hidden_layers == 1:
+            raise ValueError(
+                f"`layer_interval` is {peft_config.layer_interval}, but the model has only "
+                f"{text_config.num_hidden_layers} decoder layer(s), the last of which cannot carry a module. Choose an "
+                "interval between 1 and the number of layers."
+            )
+        if peft_config.sink_token != "first" and peft_config.sink_token_ids is None:
+            raise ValueError(
+                f"`sink_token={peft_config.sink_token!r}` has not been looked up in the tokenizer. Call "
+                "`config.resolve_sink_token(processor)` before attaching the adapter."
+            )
+        if peft_config.r > 0 and peft_config.target_modules is None:
+            # All linear layers of the text decoder
+            path = next(name for name, module in self.model.named_modules() if module is self._decoder_layers())
+            linear_names = {
+                name.rpartition(".")[2]
+                for name, module in self._decoder_layers().named_modules()
+                if isinstance(module, nn.Linear) and "cue_recovery" not in name
+            }
+            peft_config.target_modules = rf"{re.escape(path)}\.\d+\..*\.({'|'.join(sorted(linear_names))})"
+        return peft_config
+
+    def _check_new_adapter_config(self, config: CueRecoveryConfig) -> None:
+        super()._check_new_adapter_config(config)
+        train_base = [name for name, other in self.peft_config.items() if other.train_base]
+        if train_base and len(self.peft_config) > 1:
+            raise ValueError(
+                f"Adapter '{train_base[0]}' has `train_base=True`: it replaces the backbone's own weights, so it must "
+                f"be the model's only adapter, but the model would have {list(self.peft_config)}."
+            )
+
+    def _check_target_module_exists(self, peft_config: CueRecoveryConfig, key: str) -> bool:
+        if self._carries_recovery(peft_config, self.model.get_submodule(key)):
+            return True
+        return peft_config.r > 0 and super()._check_target_module_exists(peft_config, key)
+
+    def _carries_recovery(self, peft_config: CueRecoveryConfig, module: nn.Module) -> bool:
+        # The output of layer l after DeepStack is the input of layer l + 1; nothing follows the last layer
+        return any(module is layer for layer in self._decoder_layers()[1 :: peft_config.layer_interval])
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if not self._carries_recovery(peft_config, target):
+            super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+            return
+        text_config = self.model.config.get_text_config()
+        is_new = "cue_recovery" not in dict(target.named_children())
+        if is_new:
+            target.cue_recovery = CueRecoveryLayer(target)
+            target.cue_recovery.set_adapter(self.active_adapters)
+        target.cue_recovery.update_layer(
+            adapter_name,
+            peft_config,
+            hidden_size=text_config.hidden_size,
+            num_heads=peft_config.num_heads or text_config.num_attention_heads,
+            eps=text_config.rms_norm_eps,
+        )
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        config = self.peft_config[self.active_adapters[0]]
+        if config.train_base and not config.inference_mode:
+            for parameter in model.parameters():
+                parameter.requires_grad_(True)
+
+    def _decoder_layers(self) -> nn.ModuleList:
+        return self.model.get_decoder().layers
+
+    def _recovery_layers(self) -> list[CueRecoveryLayer]:
+        return [module for module in self._decoder_layers().modules() if isinstance(module, CueRecoveryLayer)]
+
+    def _visual_token_ids(self) -> list[int]:
+        config = self.model.config.to_dict()
+        ids = (config.get(name) for name in ("image_token_id", "video_token_id"))
+        return [token_id for token_id in ids if token_id is not None]
+
+    # --- What a forward call sees ---
+
+    def _add_context(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Pre-forward hook of the backbone: find the sink and the visual tokens of this call."""
+        layers = self._recovery_layers()
+        adapters = [name for name in self.active_adapters if any(name in layer.sink_attention for layer in layers)]
+        if not adapters or layers[0].disable_adapters:
+            return None
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
+        if length == 1:
+            return None  # a decode step
+        if input_ids is None:
+            raise ValueError(
+                "Cue recovery finds the sink and the visual tokens in `input_ids`; pass them to the model."
+            )
+
+        visual_mask = torch.isin(input_ids, torch.tensor(self._visual_token_ids(), device=input_ids.device))
+        has_visual = visual_mask.any(dim=1)
+        past_key_values = kwargs.get("past_key_values")
+        is_continuation = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
+        sink_positions = {}
+        for name in adapters:
+            config = self.peft_config[name]
+            if config.sink_token == "first":
+                positions = first_real_token(input_ids, kwargs.get("attention_mask"))
+                in_this_call = has_visual
+            else:
+                positions = find_token_ids(input_ids, config.sink_token_ids, last=config.sink_token == "assistant")
+                in_this_call = has_visual | (positions >= 0)
+                positions = torch.where(positions >= 0, positions + config.sink_token_offset, positions)
+            if is_continuation and in_this_call.any():
+                raise ValueError(
+                    "The KV cache already holds a part of this prompt. Cue recovery needs the sink token and the "
+                    "images in one forward call: prefill the whole prompt at once (no `prefill_chunk_size`, no cache "
+                    "that is continued with a new turn)."
+                )
+            sink_positions[name] = torch.where(has_visual, positions, -1)
+        if is_continuation:
+            return None  # several decoded tokens at once, as in assisted generation
+        return args, {**kwargs, "cue_recovery_context": CueRecoveryContext(visual_mask, sink_positions)}
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                "Cue recovery does not support a different adapter per sample (`adapter_names`)."
+            )
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
+
+    # --- Merging, unloading, saving ---
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        if merge:
+            warnings.warn(
+                "The LoRA weights were merged. The recovery module is attention over the image and cannot be merged "
+                "into weights, so it stays in the returned model, which gives the same outputs as the adapter. A "
+                "checkpoint saved from it loses the module when it is loaded without trl_vicur. `unload()` removes it.",
+                stacklevel=3,
+            )
+        else:
+            for layer in self._recovery_layers():
+                layer.detach()
+            self._context_hook.remove()
+        return model
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("Recovery modules cannot be averaged: attention is not linear in its weights.")
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return dict(state_dict) if config.train_base else adapter
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if ".sink_attention." in key:
+            return key.replace(f".sink_attention.{adapter_name}.", ".sink_attention.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def first_real_token(input_ids: torch.Tensor, attention_mask: torch.Tensor | dict | None) -> torch.Tensor:
+    """
+    Index of the first token of each sample that is not padding.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch, seq)`):
+            Token ids.
+        attention_mask (`torch.Tensor` of shape `(batch, seq)` or `(batch, 1, seq, keys)`, or `dict` of the latter):
+            Attention mask as the model gets it; `None` where there is no padding.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`: The indices.
+    """
+    if isinstance(attention_mask, dict):  # one mask per attention type, as `generate` makes for a static cache
+        attention_mask = attention_mask["full_attention"]
+    if attention_mask is None:
+        return input_ids.new_zeros(input_ids.shape[0])
+    if attention_mask.ndim == 4:  # what the last token sees: `True`, or 0 in an additive mask
+        last_row = attention_mask[:, 0, -1]
+        attention_mask = last_row if last_row.dtype == torch.bool else last_row == 0
+    return attention_mask.int().argmax(dim=1).expand(input_ids.shape[0])
+
+
+def find_token_ids(input_ids: torch.Tensor, token_ids: list[int], last: bool = False) -> torch.Tensor:
+    """
+    Index at which `token_ids` begins in each sample, its first occurrence or, with `last`, its last.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch, seq)`):
+            Token ids.
+        token_ids (`list[int]`):
+            The ids to look for, in a row.
+        last (`bool`, *optional*, defaults to `False`):
+            Whether to look for the last occurrence.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`: The indices; `-1` where the ids do not occur.
+    """
+    if input_ids.shape[1] < len(token_ids):
+        return input_ids.new_full((input_ids.shape[0],), -1)
+    windows = input_ids.unfold(1, len(token_ids), 1)
+    matches = (windows == torch.tensor(token_ids, device=input_ids.device)).all(dim=-1)
+    if last:
+        positions = matches.shape[1] - 1 - matches.flip(1).int().argmax(dim=1)
+    else:
+        positions = matches.int().argmax(dim=1)
+    return torch.where(matches.any(dim=1), positions, -1)

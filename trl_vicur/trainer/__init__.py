@@ -1,0 +1,5 @@
+from .vicur_config import ViCuRConfig
+from .vicur_trainer import ViCuRTrainer
+
+
+__all__ = ["ViCuRConfig", "ViCuRTrainer"]

@@ -1,0 +1,290 @@
+"""
+The distillation objectives, per completion token.
+
+All of them take the last hidden states of the scored tokens and the two language-model heads, so that the logits of
+shape (tokens, vocabulary) never exist as a whole.
+"""
+
+from typing import NamedTuple
+
+import torch
+from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+
+# Tokens whose logits over the whole vocabulary exist at a time in `topk_divergence`
+TOKEN_CHUNK_SIZE = 256
+# Columns of the vocabulary projected at a time in `token_logprobs`, as in TRL
+VOCAB_CHUNK_SIZE = 32768
+
+
+class LMHead(NamedTuple):
+    """
+    A language-model head: the weights, and what the model does to the logits behind them.
+
+    Args:
+        weight (`torch.Tensor` of shape `(vocab, hidden)`):
+            Weight of the output projection.
+        bias (`torch.Tensor` of shape `(vocab,)`, *optional*):
+            Its bias.
+        logit_scale (`float`, *optional*, defaults to `1.0`):
+            Factor on the logits (Cohere, Granite, …).
+        softcapping (`float`, *optional*):
+            If set, logits become `softcapping · tanh(logits / softcapping)` (Gemma).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    softcapping: float | None = None
+
+    @classmethod
+    def from_model(cls, model: torch.nn.Module) -> "LMHead":
+        """Read the head of a transformers model, or of a PEFT model around one."""
+        head = model.get_output_embeddings()
+        config: PreTrainedConfig = model.config.get_text_config()
+        settings = config.to_dict()
+        scale = next(
+            (
+                settings[name]
+                for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+                if settings.get(name) is not None
+            ),
+            1.0,
+        )
+        if settings.get("logits_scaling") is not None:
+            # Granite divides by it, HyperCLOVA X multiplies
+            scale = settings["logits_scaling"] ** (1 if config.model_type == "hyperclovax" else -1)
+        return cls(head.weight, head.bias, scale, settings.get("final_logit_softcapping"))
+
+    def logits(self, hidden_states: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Logits `(tokens, vocab)` in float32 at least; for a chunk of tokens."""
+        logits = F.linear(hidden_states, self.weight.to(hidden_states.dtype), self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
+        if self.softcapping is not None:
+            logits = self.softcapping * torch.tanh(logits / self.softcapping)
+        return logits / temperature
+
+
+def token_logprobs(
+    hidden_states: torch.Tensor, head: LMHead, token_ids: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probability of each token and entropy of its distribution.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(tokens, hidden)`):
+            Hidden states that predict the tokens.
+        head ([`LMHead`]):
+            Head of the model that they come from.
+        token_ids (`torch.Tensor` of shape `(tokens,)`):
+            The tokens.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Softmax temperature.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Log-probabilities (in nats, differentiable) and entropies (without
+            gradient), both `(tokens,)`.
+    """
+    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
+        hidden_states,
+        head.weight,
+        head.bias,
+        token_ids,
+        temperature,
+        VOCAB_CHUNK_SIZE,
+        head.softcapping,
+        head.logit_scale,
+        ("entropy",),
+    )
+    return logprobs, entropy.detach()
+
+
+def sampled_token_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    teacher_logprobs: torch.Tensor,
+    epsilon: float,
+    epsilon_high: float,
+    advantage_clip: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The paper's objective: the k1 estimate of the reverse KL as a per-token advantage, with PPO clipping (Eq. 6-8).
+
+        A = clamp(log p_T − log p_old, ±advantage_clip)
+        L = −min(ρ A, clamp(ρ, 1 − ε, 1 + ε_high) A),    ρ = p_θ / p_old
+
+    Args:
+        logprobs (`torch.Tensor` of shape `(tokens,)`):
+            Student's log-probabilities of the sampled tokens.
+        old_logprobs (`torch.Tensor` of shape `(tokens,)`):
+            The same when the tokens were sampled; without gradient.
+        teacher_logprobs (`torch.Tensor` of shape `(tokens,)`):
+            Teacher's log-probabilities; without gradient.
+        epsilon (`float`):
+            Lower clip range of the ratio.
+        epsilon_high (`float`):
+            Upper clip range of the ratio.
+        advantage_clip (`float`):
+            Largest absolute advantage, in nats.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Loss, advantage, and whether the ratio was clipped, each
+            `(tokens,)`.
+    """
+    advantages = (teacher_logprobs - old_logprobs).clamp(-advantage_clip, advantage_clip)
+    ratio = torch.exp(logprobs - old_logprobs)
+    clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
+    is_clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon_high) & (advantages > 0))
+    return loss, advantages, is_clipped
+
+
+def full_divergence(
+    student_states: torch.Tensor,
+    student_head: LMHead,
+    teacher_states: torch.Tensor,
+    teacher_head: LMHead,
+    beta: float,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Generalized Jensen-Shannon divergence over the whole vocabulary, by TRL's chunked kernel.
+
+    Args:
+        student_states (`torch.Tensor` of shape `(tokens, hidden)`):
+            Student's hidden states.
+        student_head ([`LMHead`]):
+            Student's head.
+        teacher_states (`torch.Tensor` of shape `(tokens, teacher_hidden)`):
+            Teacher's hidden states for the same tokens.
+        teacher_head ([`LMHead`]):
+            Teacher's head, of the same vocabulary.
+        beta (`float`):
+            `0.0` is the forward KL(teacher ‖ student), `1.0` the reverse KL, between them the generalized JSD.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Softmax temperature of both.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Divergence (in nats, differentiable in the student) and student's entropy
+            (without gradient), both `(tokens,)`.
+    """
+    return ChunkedDivergenceFunction.apply(
+        student_states,
+        student_head.weight,
+        student_head.bias,
+        teacher_states,
+        teacher_head.weight,
+        teacher_head.bias,
+        beta,
+        temperature,
+        student_head.logit_scale,
+        student_head.softcapping,
+        teacher_head.logit_scale,
+        teacher_head.softcapping,
+    )
+
+
+def liger_divergence_sum(
+    student_states: torch.Tensor,
+    student_head: LMHead,
+    teacher_states: torch.Tensor,
+    teacher_head: LMHead,
+    beta: float,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """
+    The divergence of [`full_divergence`] by Liger's fused linear JSD, which only knows the sum over all tokens.
+
+    Raises:
+        `ValueError`: If a model scales or caps its logits, which Liger's loss does not do.
+    """
+    for head in (student_head, teacher_head):
+        if head.logit_scale != 1.0 or head.softcapping is not None:
+            raise ValueError(
+                f"Liger's fused JSD knows neither logit scale nor soft-capping, but the model has {head.logit_scale=} "
+                f"and {head.softcapping=}. Set `use_liger_kernel=False`."
+            )
+    num_tokens = student_states.shape[0]
+    if num_tokens == 0:
+        return student_states.sum()
+    jsd = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=temperature, compiled=False
+    )
+    # Labels matter only where they are `ignore_index`
+    labels = torch.zeros(num_tokens, dtype=torch.long, device=student_states.device)
+    mean = jsd(
+        student_states,
+        student_head.weight.to(student_states.dtype),
+        teacher_states,
+        teacher_head.weight.to(teacher_states.dtype),
+        labels,
+        student_head.bias,
+        teacher_head.bias,
+    )
+    return mean * num_tokens
+
+
+def topk_divergence(
+    student_states: torch.Tensor,
+    student_head: LMHead,
+    teacher_states: torch.Tensor,
+    teacher_head: LMHead,
+    k: int,
+    beta: float,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Generalized Jensen-Shannon divergence over the teacher's `k` most likely tokens and one bucket for all others.
+
+    The bucket keeps both sides distributions, so this is a true divergence: never negative, and never more than
+    [`full_divergence`]. Arguments and return values as there.
+    """
+
+    def chunk_divergence(
+        student_chunk: torch.Tensor, teacher_chunk: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            teacher_logprobs = teacher_head.logits(teacher_chunk, temperature).log_softmax(dim=-1)
+            top_logprobs, top_ids = teacher_logprobs.topk(min(k, teacher_logprobs.shape[-1]), dim=-1)
+            teacher = _with_rest(top_logprobs)
+        logprobs = student_head.logits(student_chunk, temperature).log_softmax(dim=-1)
+        entropy = -(logprobs.exp() * logprobs).sum(dim=-1).detach()
+        return _generalized_jsd(_with_rest(logprobs.gather(-1, top_ids)), teacher, beta), entropy
+
+    # Checkpointed: backward computes each chunk's logits again instead of keeping them all
+    with maybe_gather_lm_head_ctx(student_head.weight, student_head.bias):
+        with maybe_gather_lm_head_ctx(teacher_head.weight, teacher_head.bias):
+            chunks = [
+                checkpoint(chunk_divergence, student_chunk, teacher_chunk, use_reentrant=False)
+                for student_chunk, teacher_chunk in zip(
+                    student_states.split(TOKEN_CHUNK_SIZE), teacher_states.split(TOKEN_CHUNK_SIZE), strict=True
+                )
+            ]
+    divergence, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return divergence, entropy
+
+
+def _with_rest(logprobs: torch.Tensor) -> torch.Tensor:
+    """Append the log of the probability that `logprobs` `(tokens, k)` leave over."""
+    # Clamped below zero: rounding can make the sum exceed one, and the log of nothing is not finite
+    covered = logprobs.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logprobs, torch.log(-torch.expm1(covered))], dim=-1)
+
+
+def _generalized_jsd(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tensor:
+    """Divergence `(tokens,)` of two sets of log-probabilities `(tokens, categories)`."""
+    if beta == 0.0:
+        return (teacher.exp() * (teacher - student)).sum(dim=-1)
+    if beta == 1.0:
+        return (student.exp() * (student - teacher)).sum(dim=-1)
+    log_beta, log_rest = torch.log(torch.tensor([beta, 1 - beta], dtype=student.dtype, device=student.device))
+    mixture = torch.logaddexp(student + log_rest, teacher + log_beta)
+    from_teacher = (teacher.exp() * (teacher - mixture)).sum(dim=-1)
+    from_student = (student.exp() * (student - mixture)).sum(dim=-1)
+    return beta * from_teacher + (1 - beta) * from_student

@@ -1,0 +1,159 @@
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from trl import DistillationConfig
+
+
+Privilege = Literal["cue", "answer", "none"]
+TeacherModelKind = Literal["base", "live", "ema"]
+DistillationMode = Literal["sampled_token", "full_logits", "topk_logits"]
+
+
+@dataclass
+class ViCuRConfig(DistillationConfig):
+    r"""
+    Configuration class for the [`ViCuRTrainer`].
+
+    Extends [`~trl.DistillationConfig`]; all of its fields keep their meaning.
+
+    Parameters:
+        > Parameters that control the teacher's context
+
+        privilege (`str`, *optional*, defaults to `"cue"`):
+            What only the teacher sees (ViCuR, Sec. 3.1): `"cue"`, a text that describes the visible evidence;
+            `"answer"`, the reference answer (OPSD, the baseline); `"none"`, nothing.
+        cue_column (`str`, *optional*, defaults to `"cue"`):
+            Dataset column with the cues.
+        answer_column (`str`, *optional*, defaults to `"answer"`):
+            Dataset column with the reference answers.
+        teacher_prompt_template (`str`, *optional*, defaults to `"{prompt}\n\n[Hint]: {privilege}"`):
+            How the privilege is added to the text of the last user turn.
+        missing_privilege (`str`, *optional*, defaults to `"error"`):
+            What happens to rows without privilege: `"error"` refuses the dataset, `"none"` lets the teacher see the
+            student's prompt.
+
+        > Parameters that control the teacher model in self-distillation (without `teacher_model`)
+
+        teacher_model_kind (`str`, *optional*, defaults to `"base"`):
+            `"base"` is the frozen initial student (with PEFT the model without its adapter, no second copy), `"live"`
+            the current student, `"ema"` an exponential moving average of the student.
+        teacher_update_rate (`float`, *optional*, defaults to `0.05`):
+            Weight of the student in each update of the `"ema"` teacher.
+        teacher_sync_steps (`int`, *optional*, defaults to `1`):
+            Optimizer steps between updates of the `"ema"` teacher.
+
+        > Parameters that control the objective
+
+        distillation_mode (`str`, *optional*, defaults to `"sampled_token"`):
+            `"sampled_token"` is the paper's objective: the teacher's and student's log-probabilities of the sampled
+            token give its advantage in a PPO loss (Eq. 6-8). `"full_logits"` is the generalized JSD over the whole
+            vocabulary, chosen by `beta`. `"topk_logits"` is the same over the teacher's most likely tokens and one
+            bucket for the rest.
+        distillation_topk (`int`, *optional*, defaults to `100`):
+            Number of tokens of `"topk_logits"`.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Optimizer steps on each generation batch (μ in the GRPO algorithm).
+        epsilon (`float`, *optional*, defaults to `0.2`):
+            Clip range of the importance ratio in `"sampled_token"`.
+        epsilon_high (`float`, *optional*):
+            Upper clip range, if it is to differ from `epsilon`.
+        advantage_clip (`float`, *optional*, defaults to `10.0`):
+            Largest absolute advantage in `"sampled_token"`, in nats.
+        loss_aggregation (`str`, *optional*, defaults to `"token"`):
+            `"token"` is the mean over all completion tokens of the batch, `"sequence"` the mean over completions of
+            each completion's mean (as Eq. 7 is written).
+
+    Raises:
+        `ValueError`: If an option has none of its allowed values, or if options contradict each other.
+    """
+
+    privilege: Privilege = field(
+        default="cue",
+        metadata={"help": "What only the teacher sees: 'cue' (visible evidence), 'answer' (OPSD) or 'none'."},
+    )
+    cue_column: str = field(default="cue", metadata={"help": "Dataset column with the cues."})
+    answer_column: str = field(default="answer", metadata={"help": "Dataset column with the reference answers."})
+    teacher_prompt_template: str = field(
+        default="{prompt}\n\n[Hint]: {privilege}",
+        metadata={"help": "How the privilege is added to the text of the last user turn."},
+    )
+    missing_privilege: Literal["error", "none"] = field(
+        default="error",
+        metadata={
+            "help": "What happens to rows without privilege: 'error' refuses the dataset, 'none' lets the teacher see "
+            "the student's prompt."
+        },
+    )
+    teacher_model_kind: TeacherModelKind = field(
+        default="base",
+        metadata={
+            "help": "Teacher in self-distillation: 'base' (frozen initial student), 'live' (current student) or 'ema' "
+            "(exponential moving average of the student)."
+        },
+    )
+    teacher_update_rate: float = field(
+        default=0.05, metadata={"help": "Weight of the student in each update of the 'ema' teacher."}
+    )
+    teacher_sync_steps: int = field(
+        default=1, metadata={"help": "Optimizer steps between updates of the 'ema' teacher."}
+    )
+    distillation_mode: DistillationMode = field(
+        default="sampled_token",
+        metadata={
+            "help": "'sampled_token' (the paper's PPO objective), 'full_logits' (generalized JSD over the vocabulary) "
+            "or 'topk_logits' (the same over the teacher's most likely tokens)."
+        },
+    )
+    distillation_topk: int = field(default=100, metadata={"help": "Number of tokens of 'topk_logits'."})
+    num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on each generation batch."})
+    epsilon: float = field(default=0.2, metadata={"help": "Clip range of the importance ratio in 'sampled_token'."})
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Upper clip range, if it is to differ from `epsilon`."}
+    )
+    advantage_clip: float = field(
+        default=10.0, metadata={"help": "Largest absolute advantage in 'sampled_token', in nats."}
+    )
+    loss_aggregation: Literal["token", "sequence"] = field(
+        default="token",
+        metadata={
+            "help": "'token' (mean over all tokens of the batch) or 'sequence' (mean of each completion's mean)."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        choices = {
+            "privilege": get_args(Privilege),
+            "missing_privilege": ("error", "none"),
+            "teacher_model_kind": get_args(TeacherModelKind),
+            "distillation_mode": get_args(DistillationMode),
+            "loss_aggregation": ("token", "sequence"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
+        for name in ("teacher_sync_steps", "distillation_topk", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0.0 < self.teacher_update_rate <= 1.0:
+            raise ValueError(f"`teacher_update_rate` must be in (0, 1], got {self.teacher_update_rate}.")
+        if not 0.0 < self.epsilon < 1.0:
+            raise ValueError(f"`epsilon` must be in (0, 1), got {self.epsilon}.")
+        if self.epsilon_high is not None and self.epsilon_high <= 0.0:
+            raise ValueError(f"`epsilon_high` must be positive, got {self.epsilon_high}.")
+        if self.advantage_clip <= 0.0:
+            raise ValueError(f"`advantage_clip` must be positive, got {self.advantage_clip}.")
+        if self.loss_aggregation == "sequence" and self.use_liger_kernel and self.distillation_mode == "full_logits":
+            raise ValueError(
+                "`loss_aggregation='sequence'` needs the divergence of each token, but Liger's fused JSD only gives the "
+                "sum. Set `use_liger_kernel=False`."
+            )
+        try:
+            rendered = self.teacher_prompt_template.format(prompt="\0prompt\0", privilege="\0privilege\0")
+        except (KeyError, IndexError, ValueError) as error:
+            rendered = f"{error!r}"
+        if "\0prompt\0" not in rendered or "\0privilege\0" not in rendered:
+            raise ValueError(
+                "`teacher_prompt_template` must contain `{prompt}` and `{privilege}` and no other braces (write `{{` "
+                f"for a literal one), got {self.teacher_prompt_template!r}."
+            )

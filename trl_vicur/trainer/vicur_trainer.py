@@ -1,0 +1,498 @@
+import copy
+import inspect
+import os
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch.utils.data import Sampler
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from trl import DistillationTrainer
+from trl.data_utils import prepare_multimodal_messages
+from trl.trainer.utils import get_config_model_id, pad
+
+from ..cue_recovery import CueRecoveryConfig, record_update_ratios
+from .dataset_validation import RowChecker, check_dataset, row_images, with_row_number
+from .ema_teacher import EMATeacherCallback
+from .losses import (
+    LMHead,
+    full_divergence,
+    liger_divergence_sum,
+    sampled_token_loss,
+    token_logprobs,
+    topk_divergence,
+)
+from .teacher_context import add_privilege, get_privilege, hint_marker
+from .vicur_config import ViCuRConfig
+
+
+NUM_SEGMENTS = 4
+
+
+class ViCuRTrainer(DistillationTrainer):
+    """
+    Trainer for visual-cue-recovery distillation, as introduced in [ViCuR: Visual Cues as Recoverable Privilege for
+    Multimodal On-Policy Distillation](https://huggingface.co/papers/2606.05718).
+
+    The student generates completions on its own prompt; the teacher scores the very same tokens on a prompt that also
+    holds a privileged text, by default a cue that describes the visible evidence; the student moves toward the
+    teacher. With `peft_config=CueRecoveryConfig()` the student gets the module that recovers the evidence from the
+    image. It is TRL's [`~trl.DistillationTrainer`] in everything else.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
+
+    >>> trainer = ViCuRTrainer(
+    ...     model="Qwen/Qwen3-VL-2B-Instruct",
+    ...     args=ViCuRConfig(output_dir="Qwen3-VL-2B-ViCuR"),
+    ...     train_dataset=load_dataset("me/geometry-with-cues", split="train"),  # prompt, images, cue
+    ...     peft_config=CueRecoveryConfig(),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Vision-language model to be trained, or its id or path.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            A larger teacher with the same vocabulary (stronger-teacher OPD). `None` is self-distillation; then
+            `args.teacher_model_kind` says which weights of the student teach.
+        args ([`ViCuRConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Conversational, prompt-only dataset with the columns `prompt`, `images` (a list per row, or `None`) or
+            `image`, and the privilege (`cue` or `answer`). All rows are checked before training.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them):
+            Dataset to use for evaluation, with the same columns.
+        processing_class ([`~transformers.ProcessorMixin`], *optional*):
+            Processor of the model. If `None`, it is loaded from the model's name.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler, as in [`~transformers.Trainer`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization configuration used when loading the model from an id.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train: [`CueRecoveryConfig`], or any other weight-based PEFT method.
+        tools (list of `Callable`, *optional*):
+            Tools that the model can call, as in [`~trl.DistillationTrainer`].
+
+    Raises:
+        `ValueError`: If the model is not a vision-language model, if options contradict each other, or if a dataset
+            misses a column or holds a row that cannot be trained on (the row is named by its number).
+    """
+
+    _tag_names = ["trl", "vicur"]
+    _name = "ViCuR"
+    _paper = {
+        "title": "ViCuR: Visual Cues as Recoverable Privilege for Multimodal On-Policy Distillation",
+        "id": "2606.05718",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{tian2026vicur,
+                title   = {{ViCuR: Visual Cues as Recoverable Privilege for Multimodal On-Policy Distillation}},
+                author  = {Tian and Liu and Yan and Xia and Dong and Wang},
+                year    = 2026,
+                journal = {arXiv preprint arXiv:2606.05718},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        teacher_model: str | PreTrainedModel | None = None,
+        args: ViCuRConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+    ):
+        model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+        if args is None:
+            args = ViCuRConfig(f"{model_name.split('/')[-1]}-ViCuR")
+        revision = (args.model_init_kwargs or {}).get("revision")
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(
+                model_name,
+                revision=revision,
+                truncation_side="left",
+                padding_side="left",
+                trust_remote_code=args.trust_remote_code,
+            )
+        if isinstance(model, str):
+            config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+        else:
+            config = model.config
+        self._check_arguments(config, teacher_model, args, train_dataset, processing_class)
+        if isinstance(peft_config, CueRecoveryConfig):
+            peft_config.resolve_sink_token(processing_class, **(args.chat_template_kwargs or {}))
+
+        # All rows are checked before the model is even loaded
+        self._row_checker = RowChecker(args, processing_class, config.get_text_config().max_position_embeddings)
+        self._num_streamed_rows = 0
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None:
+                check_dataset(dataset, name, self._row_checker, args)
+
+        # Liger's fused JSD runs anywhere, but the Triton kernels that `Trainer` puts into the model need a GPU
+        use_liger_kernel = args.use_liger_kernel
+        if use_liger_kernel and args.device.type == "cpu":
+            warnings.warn(
+                "`use_liger_kernel=True` on a CPU: Liger's Triton kernels need a GPU and are left out of the model; "
+                "only its fused loss is used."
+            )
+            args.use_liger_kernel = False
+        super().__init__(
+            model=model,
+            teacher_model=teacher_model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        args.use_liger_kernel = use_liger_kernel
+
+        peft_configs = self.model.peft_config.values() if is_peft_model(self.model) else []
+        recovery_configs = [other for other in peft_configs if isinstance(other, CueRecoveryConfig)]
+        if args.use_vllm and recovery_configs:
+            raise ValueError(
+                "`use_vllm=True` with a recovery module is not supported: vLLM would roll out without it. Set "
+                "`use_vllm=False`, or train without `CueRecoveryConfig`."
+            )
+        self.ema_teacher = None
+        if self.teacher_model is None and args.teacher_model_kind == "ema":
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("`teacher_model_kind='ema'` is not supported with FSDP or DeepSpeed.")
+            self.ema_teacher = EMATeacherCallback(self.model, args.teacher_update_rate, args.teacher_sync_steps)
+            self.add_callback(self.ema_teacher)
+        elif self.teacher_model is None and args.teacher_model_kind == "base":
+            base_is_frozen = is_peft_model(self.model) and not any(c.train_base for c in recovery_configs)
+            if not base_is_frozen:
+                self.teacher_model = self._frozen_copy()
+
+        self._hint_marker = hint_marker(args.teacher_prompt_template)
+        # What `_get_last_hidden_state` takes beside the tokens, e.g. `pixel_values`
+        self._multimodal_keys = list(inspect.signature(self._get_last_hidden_state).parameters)[4:]
+        # Sums and counts of the current `compute_loss` call
+        self._diagnostics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _check_arguments(
+        self,
+        config: PreTrainedConfig,
+        teacher_model: str | PreTrainedModel | None,
+        args: ViCuRConfig,
+        train_dataset: Dataset | IterableDataset | None,
+        processing_class: ProcessorMixin,
+    ) -> None:
+        if not isinstance(processing_class, ProcessorMixin) or "image_token_id" not in config.to_dict():
+            raise ValueError(
+                f"ViCuRTrainer trains vision-language models, but got a model of type '{config.model_type}' "
+                f"{'without' if 'image_token_id' not in config.to_dict() else 'with'} visual tokens and a "
+                f"{type(processing_class).__name__}. Use a vision-language model with its processor, or "
+                "`trl.DistillationTrainer` for text."
+            )
+        if processing_class.chat_template is None:
+            raise ValueError(
+                f"The processor ({type(processing_class).__name__}) has no chat template, which prompts are rendered "
+                "with. Use the processor of an instruction-tuned model, or set `processor.chat_template`."
+            )
+        if teacher_model is not None and args.teacher_model_kind != "base":
+            raise ValueError(
+                f"`teacher_model_kind={args.teacher_model_kind!r}` makes the student its own teacher, but a "
+                "`teacher_model` was passed as well. Leave out one of the two."
+            )
+        if args.num_iterations > 1 and isinstance(train_dataset, IterableDataset):
+            raise ValueError(
+                f"`num_iterations={args.num_iterations}` needs a `Dataset`; with an `IterableDataset` it must be 1."
+            )
+
+    def _frozen_copy(self) -> torch.nn.Module:
+        """The student's initial weights without adapter, as a teacher of its own (full fine-tuning)."""
+        teacher = copy.deepcopy(self.model)
+        if is_peft_model(teacher):
+            teacher = teacher.unload()
+        teacher.requires_grad_(False)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = [self.args.cue_column, self.args.answer_column]
+        self._signature_columns += [column for column in columns if column not in self._signature_columns]
+
+    # --- Rollouts: the student's prompt, its completion, and the teacher's prompt ---
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        sampler = super()._get_train_sampler(dataset)
+        sampler.repeat_count *= self.args.num_iterations
+        return sampler
+
+    def _prepare_inputs(self, generation_batch: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
+        if not self.model.training or self.args.num_iterations == 1:
+            return super()._prepare_inputs(generation_batch)
+        accumulation_steps = self.args.gradient_accumulation_steps
+        if self._buffered_inputs is not None and self._step % (accumulation_steps * self.args.num_iterations) != 0:
+            return self._buffered_inputs[self._step % accumulation_steps]
+        # Without a buffer TRL generates; with one, it does so at every multiple of `accumulation_steps`
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.args.distillation_mode == "sampled_token":
+            unwrapped_student = self.accelerator.unwrap_model(self.model_wrapped)
+            for batch in self._buffered_inputs:
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    batch["old_logprobs"] = self._forward_redirection(
+                        self.model_wrapped, unwrapped_student, self._student_logprobs, unwrapped_student, batch
+                    )
+        return inputs
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, torch.Tensor | Any]]) -> dict[str, Any]:
+        dataset = self.train_dataset if self.model.training else self.eval_dataset
+        if isinstance(dataset, IterableDataset):
+            for row in inputs:
+                with_row_number(
+                    self._row_checker.check, lambda row=row: row, f"Streamed row {self._num_streamed_rows}"
+                )
+                self._num_streamed_rows += 1
+
+        output = super()._generate_and_score_completions(inputs)
+        if self.args.privilege != "none":
+            output.update(self._teacher_prompts(inputs, output))
+        self._log_hint_leakage(output["completion_ids"])
+        return output
+
+    def _teacher_prompts(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The teacher's prompts, left-padded; their images are the student's."""
+        prompts = []
+        for row in rows:
+            prompt = add_privilege(row["prompt"], get_privilege(row, self.args), self.args.teacher_prompt_template)
+            prompts.append(prepare_multimodal_messages(prompt, images=row_images(row)))
+        prompt_ids, _, multimodal_fields = self._tokenize_prompts(prompts)
+
+        def pad_left(sequences: list[list[int]], padding_value: int) -> torch.Tensor:
+            return pad(
+                [torch.tensor(sequence) for sequence in sequences],
+                padding_value=padding_value,
+                padding_side="left",
+                pad_to_multiple_of=self.pad_to_multiple_of,
+            ).to(self.accelerator.device)
+
+        teacher = {
+            "teacher_prompt_ids": pad_left(prompt_ids, self._tokenizer.pad_token_id),
+            "teacher_prompt_mask": pad_left([[1] * len(ids) for ids in prompt_ids], 0),
+        }
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in output:
+                teacher[f"teacher_{name}"] = pad_left([list(types) for types in multimodal_fields[name]], 0)
+        return teacher
+
+    def _log_hint_leakage(self, completion_ids: torch.Tensor) -> None:
+        """Share of the completions that speak of the hint, which the student never saw (ViCuR, Table 8)."""
+        if not self._hint_marker:
+            return
+        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        leaks = torch.tensor([float(self._hint_marker in text) for text in texts], device=completion_ids.device)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["hint_leakage"].append(self.accelerator.gather(leaks).mean().item())
+
+    # --- Hidden states of student and teacher at the same completion tokens ---
+
+    def _multimodal_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        multimodal_inputs = {key: inputs[key] for key in self._multimodal_keys if key in inputs}
+        if "pixel_values" in multimodal_inputs and multimodal_inputs["pixel_values"].numel() == 0:
+            # All rows of this micro-batch are text-only, though the generation batch had images
+            for key in ("pixel_values", "image_grid_thw"):
+                multimodal_inputs.pop(key, None)
+        return multimodal_inputs
+
+    def _student_hidden_states(self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Hidden states that predict the completion tokens, `(batch, completion, hidden)`."""
+        return self._get_last_hidden_state(
+            unwrapped_student,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+            **self._multimodal_inputs(inputs),
+        )
+
+    def _teacher_hidden_states(
+        self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, LMHead]:
+        """The teacher's hidden states for the same tokens behind its own prompt, and its head."""
+        multimodal_inputs = self._multimodal_inputs(inputs)
+        prompt_ids, prompt_mask = inputs["prompt_ids"], inputs["prompt_mask"]
+        if "teacher_prompt_ids" in inputs:
+            for name in ("token_type_ids", "mm_token_type_ids"):
+                if name in multimodal_inputs:
+                    of_completion = multimodal_inputs[name][:, prompt_ids.size(1) :]
+                    multimodal_inputs[name] = torch.cat([inputs[f"teacher_{name}"], of_completion], dim=1)
+            prompt_ids, prompt_mask = inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]
+        tokens = (
+            torch.cat([prompt_ids, inputs["completion_ids"]], dim=1),
+            torch.cat([prompt_mask, inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+        )
+        with torch.no_grad():
+            if self.teacher_model is not None:
+                self.teacher_model.eval()
+                teacher = self.accelerator.unwrap_model(self.teacher_model)
+                states = self._forward_redirection(
+                    self.teacher_model, teacher, self._get_last_hidden_state, teacher, *tokens, **multimodal_inputs
+                )
+                return states, LMHead.from_model(teacher)
+            with self._student_as_teacher(unwrapped_student):
+                states = self._get_last_hidden_state(unwrapped_student, *tokens, **multimodal_inputs)
+                head = LMHead.from_model(unwrapped_student)
+                # Detached, it stays the teacher's when the student's weights return
+                return states, head._replace(weight=head.weight.detach())
+
+    @contextmanager
+    def _student_as_teacher(self, unwrapped_student: torch.nn.Module) -> Iterator[None]:
+        """While active, the student is its own teacher: without adapter, as it is, or as its moving average."""
+        was_training = unwrapped_student.training
+        with ExitStack() as stack:
+            if self.args.teacher_model_kind == "base":
+                stack.enter_context(unwrapped_student.disable_adapter())
+            elif self.args.teacher_model_kind == "ema":
+                stack.enter_context(self.ema_teacher.teacher_weights())
+            unwrapped_student.eval()
+            try:
+                yield
+            finally:
+                unwrapped_student.train(was_training)
+
+    def _student_logprobs(self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Log-probabilities of the completion tokens, `(batch, completion)`; zero on padding."""
+        mask = inputs["completion_mask"].bool()
+        states = self._student_hidden_states(unwrapped_student, inputs)[mask]
+        logprobs, _ = token_logprobs(
+            states, LMHead.from_model(unwrapped_student), inputs["completion_ids"][mask], self.temperature
+        )
+        return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
+
+    # --- Loss ---
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._diagnostics = {}
+        output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # After the forward, so that the collective does not run inside of it; every process has the same keys
+        if self._diagnostics:
+            mode = "train" if self.model.training else "eval"
+            totals = torch.stack([torch.stack([s.float(), n.float()]) for s, n in self._diagnostics.values()])
+            totals = self.accelerator.reduce(totals, reduction="sum").tolist()
+            for name, (total, count) in zip(self._diagnostics, totals, strict=True):
+                self._metrics[mode][name].append(total / count if count else float("nan"))
+        return output
+
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        args = self.args
+        loss_mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            loss_mask = loss_mask * inputs["tool_mask"]
+        mask = loss_mask.bool()
+        # Diagnostics that cost another projection are taken in the steps that are logged
+        diagnose = not self.model.training or (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0
+
+        with record_update_ratios(unwrapped_student) if diagnose else nullcontext({}) as update_ratios:
+            student_states = self._student_hidden_states(unwrapped_student, inputs)
+        teacher_states, teacher_head = self._teacher_hidden_states(unwrapped_student, inputs)
+        student_head = LMHead.from_model(unwrapped_student)
+        # With the model split across devices, the backbone can end on another device than the head
+        device = student_head.weight.device
+        mask, token_ids = mask.to(device), inputs["completion_ids"].to(device)[mask.to(device)]
+        student_states, teacher_states = student_states.to(device)[mask], teacher_states.to(device)[mask]
+        both = (student_states, student_head, teacher_states, teacher_head)
+
+        per_token_loss = None
+        if args.distillation_mode == "sampled_token":
+            logprobs, entropy = token_logprobs(student_states, student_head, token_ids, self.temperature)
+            with torch.no_grad():
+                teacher_logprobs, _ = token_logprobs(teacher_states, teacher_head, token_ids, self.temperature)
+            old_logprobs = inputs["old_logprobs"].to(device)[mask] if "old_logprobs" in inputs else logprobs.detach()
+            epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+            per_token_loss, advantages, is_clipped = sampled_token_loss(
+                logprobs, old_logprobs, teacher_logprobs, args.epsilon, epsilon_high, args.advantage_clip
+            )
+            self._diagnose("advantage/mean", advantages)
+            self._diagnose("advantage/abs_mean", advantages.abs())
+            self._diagnose("clip_fraction", is_clipped)
+            self._diagnose_gap(teacher_logprobs - logprobs.detach(), mask)
+        elif args.distillation_mode == "topk_logits":
+            per_token_loss, entropy = topk_divergence(*both, args.distillation_topk, self.beta, self.temperature)
+        elif args.use_liger_kernel:
+            loss_sum = liger_divergence_sum(*both, self.beta, self.temperature)
+            entropy = torch.full_like(token_ids, float("nan"), dtype=torch.float32)
+        else:
+            per_token_loss, entropy = full_divergence(*both, self.beta, self.temperature)
+
+        if diagnose:
+            if args.distillation_mode != "sampled_token":
+                with torch.no_grad():
+                    logprobs, entropy = token_logprobs(student_states, student_head, token_ids, self.temperature)
+                    teacher_logprobs, _ = token_logprobs(teacher_states, teacher_head, token_ids, self.temperature)
+                self._diagnose_gap(teacher_logprobs - logprobs, mask)
+            for layer, ratios in update_ratios.items():
+                self._diagnose(f"cue_recovery/{layer}/update_ratio", ratios)
+
+        num_tokens = mask.sum()
+        if args.loss_aggregation == "sequence":
+            sequence_loss = per_token_loss.new_zeros(mask.shape).masked_scatter(mask, per_token_loss).sum(dim=1)
+            sequence_loss = sequence_loss / mask.sum(dim=1).clamp(min=1)
+            num_sequences = len(sequence_loss)
+            if self.model.training:
+                num_sequences *= args.gradient_accumulation_steps
+            loss = sequence_loss.sum() / num_sequences
+        else:
+            total = loss_sum if per_token_loss is None else per_token_loss.sum()
+            num_items = num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = total / torch.as_tensor(num_items, device=device)
+        return loss, entropy.sum(), num_tokens
+
+    def _diagnose(self, name: str, values: torch.Tensor) -> None:
+        """Note values whose mean over all processes `compute_loss` logs."""
+        self._diagnostics[name] = (values.detach().sum(), torch.tensor(values.numel(), device=values.device))
+
+    def _diagnose_gap(self, gap: torch.Tensor, mask: torch.Tensor) -> None:
+        """Teacher's minus student's log-probability, over whole completions and over their four equal segments."""
+        self._diagnose("logprob_gap/mean", gap)
+        position = (mask.cumsum(dim=1) - 1)[mask]
+        length = mask.sum(dim=1, keepdim=True).expand_as(mask)[mask]
+        segment = position * NUM_SEGMENTS // length
+        for index in range(NUM_SEGMENTS):
+            self._diagnose(f"logprob_gap/segment_{index + 1}", gap[segment == index])
+
+    # --- Checkpoints ---
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.ema_teacher is not None and self.args.should_save:
+            directory = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            self.ema_teacher.save(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema_teacher is not None:
+            self.ema_teacher.load(resume_from_checkpoint)
