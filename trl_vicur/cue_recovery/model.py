@@ -16,8 +16,8 @@ class CueRecoveryModel(LoraModel):
     """
     Attaches cue recovery (ViCuR, arXiv 2606.05718, Sec. 3.2), and LoRA where `r > 0`, to a vision-language model.
 
-    Each call of the model's backbone finds the sink and the visual tokens once, from `input_ids`, and hands them to the
-    decoder layers as a keyword argument of that call; nothing is left on a module.
+    Each call of the model's backbone finds the sink and the visual tokens once, from `input_ids`, and hands them to
+    the decoder layers as a keyword argument of that call; nothing is left on a module.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -28,8 +28,8 @@ class CueRecoveryModel(LoraModel):
             The name of the adapter.
 
     Raises:
-        `ValueError`: If the model has no visual tokens, if `layer_interval` is larger than the model, if the sink token
-            has not been resolved, if the adapter was made for a model of another size, or if an adapter with
+        `ValueError`: If the model has no visual tokens, if `layer_interval` is larger than the model, if the sink
+            token has not been resolved, if the adapter was made for a model of another size, or if an adapter with
             `train_base=True` would share the model with another one.
 
     Example:
@@ -68,15 +68,15 @@ class CueRecoveryModel(LoraModel):
             if expected not in (None, actual):
                 raise ValueError(
                     f"This cue recovery adapter was made for a model with `{size}` {expected}, but "
-                    f"{type(self.model).__name__} has `{size}` {actual}. Load the base model that it was trained on, or "
-                    "make a new `CueRecoveryConfig`."
+                    f"{type(self.model).__name__} has `{size}` {actual}. Load the base model that it was trained on, "
+                    "or make a new `CueRecoveryConfig`."
                 )
             setattr(peft_config, size, actual)
         if peft_config.layer_interval > text_config.num_hidden_layers or text_config.num_hidden_layers == 1:
             raise ValueError(
                 f"`layer_interval` is {peft_config.layer_interval}, but the model has only "
-                f"{text_config.num_hidden_layers} decoder layer(s), the last of which cannot carry a module. Choose an "
-                "interval between 1 and the number of layers."
+                f"{text_config.num_hidden_layers} decoder layer(s), the last of which cannot carry a module. Choose "
+                "an interval between 1 and the number of layers."
             )
         if peft_config.sink_token != "first" and peft_config.sink_token_ids is None:
             raise ValueError(
@@ -204,7 +204,7 @@ class CueRecoveryModel(LoraModel):
             warnings.warn(
                 "The LoRA weights were merged. The recovery module is attention over the image and cannot be merged "
                 "into weights, so it stays in the returned model, which gives the same outputs as the adapter. A "
-                "checkpoint saved from it loses the module when it is loaded without trl_vicur. `unload()` removes it.",
+                "checkpoint saved from it loses the module when it is loaded again. `unload()` removes it.",
                 stacklevel=3,
             )
         else:
@@ -218,8 +218,12 @@ class CueRecoveryModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        adapter = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return dict(state_dict) if config.train_base else adapter
+        if not config.train_base:
+            return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # The whole backbone, but tied weights under one of their names
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        duplicates = set(names) - {name for name, _ in model.named_parameters()}
+        return {name: tensor for name, tensor in state_dict.items() if name not in duplicates}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

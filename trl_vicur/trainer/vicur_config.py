@@ -145,8 +145,8 @@ class ViCuRConfig(DistillationConfig):
             raise ValueError(f"`advantage_clip` must be positive, got {self.advantage_clip}.")
         if self.loss_aggregation == "sequence" and self.use_liger_kernel and self.distillation_mode == "full_logits":
             raise ValueError(
-                "`loss_aggregation='sequence'` needs the divergence of each token, but Liger's fused JSD only gives the "
-                "sum. Set `use_liger_kernel=False`."
+                "`loss_aggregation='sequence'` needs the divergence of each token, but Liger's fused JSD only gives "
+                "the sum. Set `use_liger_kernel=False`."
             )
         try:
             rendered = self.teacher_prompt_template.format(prompt="\0prompt\0", privilege="\0privilege\0")

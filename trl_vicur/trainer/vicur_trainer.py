@@ -156,8 +156,8 @@ class ViCuRTrainer(DistillationTrainer):
                 check_dataset(dataset, name, self._row_checker, args)
 
         # Liger's fused JSD runs anywhere, but the Triton kernels that `Trainer` puts into the model need a GPU
-        use_liger_kernel = args.use_liger_kernel
-        if use_liger_kernel and args.device.type == "cpu":
+        self.use_liger_loss = args.use_liger_kernel
+        if args.use_liger_kernel and args.device.type == "cpu":
             warnings.warn(
                 "`use_liger_kernel=True` on a CPU: Liger's Triton kernels need a GPU and are left out of the model; "
                 "only its fused loss is used."
@@ -176,7 +176,6 @@ class ViCuRTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
-        args.use_liger_kernel = use_liger_kernel
 
         peft_configs = self.model.peft_config.values() if is_peft_model(self.model) else []
         recovery_configs = [other for other in peft_configs if isinstance(other, CueRecoveryConfig)]
@@ -268,6 +267,13 @@ class ViCuRTrainer(DistillationTrainer):
                         self.model_wrapped, unwrapped_student, self._student_logprobs, unwrapped_student, batch
                     )
         return inputs
+
+    def _generate(self, prompts: list):
+        prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
+        if images is not None:
+            # TRL marks text-only rows with None, which processors refuse
+            images = [image_list or [] for image_list in images]
+        return prompt_ids, completion_ids, tool_mask, images, tool_images
 
     def _generate_and_score_completions(self, inputs: list[dict[str, torch.Tensor | Any]]) -> dict[str, Any]:
         dataset = self.train_dataset if self.model.training else self.eval_dataset
@@ -442,7 +448,7 @@ class ViCuRTrainer(DistillationTrainer):
             self._diagnose_gap(teacher_logprobs - logprobs.detach(), mask)
         elif args.distillation_mode == "topk_logits":
             per_token_loss, entropy = topk_divergence(*both, args.distillation_topk, self.beta, self.temperature)
-        elif args.use_liger_kernel:
+        elif self.use_liger_loss:
             loss_sum = liger_divergence_sum(*both, self.beta, self.temperature)
             entropy = torch.full_like(token_ids, float("nan"), dtype=torch.float32)
         else:

@@ -1,0 +1,473 @@
+"""The recovery module inside real models: the design's invariants 1 to 8."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_models import encode, make_image, make_qwen3_vl, randomize, user
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForImageTextToText, StaticCache
+
+from trl_vicur import CueRecoveryConfig
+from trl_vicur.cue_recovery import CueRecoveryLayer, record_update_ratios, sink_attention
+
+
+SINKS = ["first", "<|im_start|>", "assistant"]
+
+
+def attach(model, processor, sink_token="first", layer_interval=1, **config):
+    config = CueRecoveryConfig(sink_token=sink_token, layer_interval=layer_interval, **config)
+    return get_peft_model(model, config.resolve_sink_token(processor)).eval()
+
+
+def batch(processor):
+    """Prompts of different lengths: one image, two images, none."""
+    return encode(
+        processor,
+        [
+            user("What is this?", make_image(0)),
+            user("Which of the two is larger, and why?", make_image(1), make_image(2, (32, 64))),
+            user("Hello."),
+        ],
+    )
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits
+
+
+def recovery_layers(model):
+    return [module for module in model.modules() if isinstance(module, CueRecoveryLayer)]
+
+
+def with_completion(inputs, completion_ids):
+    """The inputs of a forward pass over prompt and completion."""
+    extended = {**inputs}
+    extended["input_ids"] = torch.cat([inputs["input_ids"], completion_ids], dim=1)
+    extended["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(completion_ids)], dim=1)
+    if "mm_token_type_ids" in inputs:
+        zeros = torch.zeros_like(completion_ids).to(inputs["mm_token_type_ids"].dtype)
+        extended["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], zeros], dim=1)
+    return extended
+
+
+# --- 1. Identity at birth ---
+
+
+@pytest.mark.parametrize("sink_token", SINKS)
+@pytest.mark.parametrize("r", [0, 4])
+def test_invariant_1_identity_at_birth(family, sink_token, r):
+    model, processor = family
+    inputs = batch(processor)
+    expected = logits(model, inputs)
+    torch.testing.assert_close(logits(attach(model, processor, sink_token, r=r), inputs), expected, rtol=0, atol=0)
+
+
+# --- 2. Off means off ---
+
+
+@pytest.mark.parametrize("r", [0, 4])
+def test_invariant_2_off_means_off(family, r):
+    model, processor = family
+    inputs = batch(processor)
+    expected = logits(model, inputs)
+    model = randomize(attach(model, processor, r=r))
+    assert not torch.equal(logits(model, inputs), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=0)
+    assert not torch.equal(logits(model, inputs), expected)
+
+
+# --- 3. Prefill only ---
+
+
+@pytest.mark.parametrize("sink_token", SINKS)
+def test_invariant_3_cache_no_cache_and_full_forward_agree(family, sink_token):
+    model, processor = family
+    inputs = batch(processor)
+    model = randomize(attach(model, processor, sink_token))
+    arguments = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    cached = model.generate(**inputs, **arguments, use_cache=True)
+    uncached = model.generate(**inputs, **arguments, use_cache=False)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    cached_logits = torch.stack(cached.logits, dim=1)
+    torch.testing.assert_close(cached_logits, torch.stack(uncached.logits, dim=1), rtol=1e-4, atol=1e-5)
+
+    completion_ids = cached.sequences[:, inputs["input_ids"].shape[1] :]
+    full = logits(model, with_completion(inputs, completion_ids))[:, inputs["input_ids"].shape[1] - 1 : -1]
+    steps = cached_logits.shape[1]
+    torch.testing.assert_close(full[:, :steps], cached_logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sink_token", SINKS)
+def test_invariant_3_a_sampled_header_does_not_move_the_sink(processor, sink_token):
+    """A completion may contain the sink's tokens; the sink is still the prompt's."""
+    model = randomize(attach(make_qwen3_vl(), processor, sink_token))
+    inputs = encode(processor, [user("What is this?", make_image(0))])
+    sampled = processor.tokenizer.encode("<|im_start|>assistant\nyes", add_special_tokens=False)
+    extended = logits(model, with_completion(inputs, torch.tensor([sampled])))
+    prompt_length = inputs["input_ids"].shape[1]
+    torch.testing.assert_close(extended[:, :prompt_length], logits(model, inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_invariant_3_decode_steps_do_nothing(processor):
+    model = randomize(attach(make_qwen3_vl(), processor))
+    calls = []
+    handles = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in recovery_layers(model)]
+    model.generate(**batch(processor), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    for handle in handles:
+        handle.remove()
+    assert len(calls) == len(recovery_layers(model))  # the prefill alone
+
+
+def test_invariant_3_static_cache_agrees(processor):
+    model = randomize(attach(make_qwen3_vl(), processor))
+    inputs = batch(processor)
+    arguments = dict(max_new_tokens=6, do_sample=False, disable_compile=True)
+    dynamic = model.generate(**inputs, **arguments)
+    static = model.generate(**inputs, **arguments, cache_implementation="static")
+    assert torch.equal(static, dynamic)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
+    with torch.no_grad():
+        prefill = model(**inputs, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(prefill, logits(model, inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sink_token", SINKS)
+def test_invariant_3_split_prefill_is_refused(processor, sink_token):
+    model = randomize(attach(make_qwen3_vl(), processor, sink_token))
+    inputs = encode(processor, [user("What is this?", make_image(0))])
+    with pytest.raises(ValueError, match="prefill the whole prompt at once"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=3)
+
+
+# --- 4. Each sample alone ---
+
+
+@pytest.mark.parametrize("sink_token", SINKS)
+def test_invariant_4_each_sample_alone(family, sink_token):
+    model, processor = family
+    model = randomize(attach(model, processor, sink_token))
+    conversations = [
+        user("What is this?", make_image(0)),
+        user("Which of the two is larger, and why?", make_image(1), make_image(2, (32, 64))),
+        user("Hello."),
+        [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *user("And this?", make_image(3))],
+    ]
+    together = logits(model, encode(processor, conversations))
+    for conversation, padded in zip(conversations, together, strict=True):
+        alone = logits(model, encode(processor, [conversation]))[0]
+        torch.testing.assert_close(padded[-len(alone) :], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_invariant_4_samples_without_image_are_untouched(processor):
+    model = make_qwen3_vl()
+    inputs = encode(processor, [user("Hello."), user("How are you today?")])
+    expected = logits(model, inputs)
+    torch.testing.assert_close(logits(randomize(attach(model, processor)), inputs), expected, rtol=0, atol=0)
+
+
+def test_invariant_4_video(processor):
+    """A video beside an image and a text; the module sees the video's tokens."""
+    model = make_qwen3_vl()
+    frames = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    video = {"type": "video", "video": frames}
+    with_video = [{"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}]
+    arguments = dict(
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        processor_kwargs={"videos_kwargs": {"do_sample_frames": False}},
+    )
+    alone = dict(processor.apply_chat_template([with_video], **arguments))
+    together = dict(
+        processor.apply_chat_template([with_video, user("And this?", make_image(0)), user("Hi")], **arguments)
+    )
+    base = logits(model, alone)
+    model = randomize(attach(model, processor))
+    changed = logits(model, alone)
+    assert not torch.allclose(changed, base)
+    torch.testing.assert_close(logits(model, together)[0, -changed.shape[1] :], changed[0], rtol=1e-4, atol=1e-5)
+
+
+# --- 5. Only the sink moves ---
+
+
+@pytest.mark.parametrize("sink_token", SINKS)
+def test_invariant_5_only_the_sink_moves(family, sink_token):
+    model, processor = family
+    model = randomize(attach(model, processor, sink_token))
+    inputs = batch(processor)
+    moved = []
+
+    def compare(layer, args, output):
+        moved.append((args[0] != output).any(dim=-1))
+
+    handles = [layer.register_forward_hook(compare) for layer in recovery_layers(model)]
+    logits(model, inputs)
+    for handle in handles:
+        handle.remove()
+    start = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    starts = [row.nonzero().flatten().tolist() for row in inputs["input_ids"] == start]
+    sinks = [row[-1 if sink_token == "assistant" else 0] for row in starts]
+    expected = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    for row in (0, 1):  # the third sample has no image
+        expected[row, sinks[row]] = True
+    assert len(moved) == 3
+    assert all(torch.equal(mask, expected) for mask in moved)
+
+
+def test_update_is_applied_behind_deepstack(processor):
+    """The update belongs to the output of layer 0 after DeepStack, that is, the input of layer 1."""
+    model = attach(make_qwen3_vl(), processor)
+    seen = {}
+    text_model = model.base_model.model.model.language_model
+    handles = [
+        text_model.layers[0].register_forward_hook(lambda _, args, output: seen.update(before_deepstack=output)),
+        text_model.layers[1].cue_recovery.register_forward_hook(
+            lambda _, args, output: seen.update(at_module=args[0])
+        ),
+    ]
+    inputs = encode(processor, [user("What is this?", make_image(0))])
+    logits(model, inputs)
+    for handle in handles:
+        handle.remove()
+    visual = inputs["input_ids"] == model.config.image_token_id
+    differs = (seen["before_deepstack"] != seen["at_module"]).any(dim=-1)
+    assert torch.equal(differs, visual)
+
+
+# --- 6. No dead weight ---
+
+
+@pytest.mark.parametrize("sink_token", SINKS)
+def test_invariant_6_every_trainable_parameter_gets_a_gradient(family, sink_token):
+    model, processor = family
+    model = randomize(attach(model, processor, sink_token, r=2))
+    model(**batch(processor)).logits.square().mean().backward()
+    without = [
+        name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert without == []
+
+
+@pytest.mark.parametrize(
+    "num_layers, interval, expected", [(4, 1, [1, 2, 3]), (4, 3, [1]), (5, 2, [1, 3]), (6, 5, [1])]
+)
+def test_invariant_6_the_last_layer_carries_no_module(processor, num_layers, interval, expected):
+    model = attach(make_qwen3_vl(num_layers), processor, layer_interval=interval)
+    layers = model.base_model.model.model.language_model.layers
+    assert [i for i, layer in enumerate(layers) if "cue_recovery" in dict(layer.named_children())] == expected
+
+
+@pytest.mark.parametrize(
+    "size, text_config, millions",
+    [
+        ("2B", {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16}, 100.7),
+        # The paper's 536.9M hold 67.1M in the last layer, which could never get a useful gradient
+        ("8B", {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}, 536.9 - 67.1),
+    ],
+)
+def test_parameter_counts_of_the_real_models(size, text_config, millions):
+    sizes = {"2B": (6144, 8, 1024), "8B": (12288, 8, 1152)}[size]
+    config = AutoConfig.for_model(
+        "qwen3_vl",
+        text_config={
+            **text_config,
+            "vocab_size": 151936,
+            "head_dim": 128,
+            "intermediate_size": sizes[0],
+            "num_key_value_heads": sizes[1],
+        },
+        vision_config={"hidden_size": sizes[2], "out_hidden_size": text_config["hidden_size"]},
+    )
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForImageTextToText.from_config(config), CueRecoveryConfig())
+    trainable, _ = model.get_nb_trainable_parameters()
+    assert round(trainable / 1e6, 1) == round(millions, 1)
+
+
+# --- 7. The call owns its context ---
+
+
+def gradients(model, inputs, between=lambda model: None):
+    model.zero_grad()
+    loss = model(**inputs).logits.square().mean()
+    between(model)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def other_passes(model, other_inputs):
+    """A teacher pass and a pass on other prompts, as they come between a student's forward and its backward."""
+    with model.disable_adapter(), torch.no_grad():
+        model(**other_inputs)
+    with torch.no_grad():
+        model(**other_inputs)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
+def test_invariant_7_passes_between_forward_and_backward(processor, gradient_checkpointing):
+    model = randomize(attach(make_qwen3_vl(), processor, r=2))
+    inputs = batch(processor)
+    other_inputs = encode(processor, [user("Quite another prompt, with another image.", make_image(7, (32, 32)))])
+    expected = gradients(model, inputs)
+    if gradient_checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": gradient_checkpointing})
+        model.train()
+    actual = gradients(model, inputs, between=lambda model: other_passes(model, other_inputs))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_invariant_7_checkpoint_around_the_whole_model(processor):
+    model = randomize(attach(make_qwen3_vl(), processor))
+    inputs = batch(processor)
+    expected = gradients(model, inputs)
+    model.zero_grad()
+    loss = checkpoint(lambda: model(**inputs).logits.square().mean(), use_reentrant=False)
+    other_passes(model, encode(processor, [user("Another.", make_image(7))]))
+    loss.backward()
+    actual = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_invariant_7_two_threads(processor):
+    model = randomize(attach(make_qwen3_vl(), processor))
+    prompts = [user(f"What is this, number {i}?" + "?" * i, make_image(i)) for i in range(8)]
+    batches = [encode(processor, [prompt]) for prompt in prompts]
+    expected = [logits(model, inputs) for inputs in batches]
+    results = {}
+
+    def work(indices):
+        for _ in range(5):
+            for i in indices:
+                results[i] = logits(model, batches[i])
+
+    threads = [threading.Thread(target=work, args=(range(start, 8, 2),)) for start in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(8):
+        torch.testing.assert_close(results[i], expected[i], rtol=1e-5, atol=1e-6)
+
+
+def test_invariant_7_nested_calls(processor):
+    model = randomize(attach(make_qwen3_vl(), processor))
+    outer, inner = (
+        encode(processor, [user(text, make_image(i))]) for i, text in enumerate(["Outer?", "Inner, longer?"])
+    )
+    expected = logits(model, outer), logits(model, inner)
+    results = []
+
+    def call_inside(*_):
+        handle.remove()
+        results.append(logits(model, inner))
+
+    handle = recovery_layers(model)[0].register_forward_pre_hook(call_inside)
+    results.append(logits(model, outer))
+    torch.testing.assert_close(results[1], expected[0])
+    torch.testing.assert_close(results[0], expected[1])
+
+
+def test_invariant_7_nothing_is_left_on_modules(processor):
+    model = randomize(attach(make_qwen3_vl(), processor))
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    logits(model, batch(processor))
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    for module in recovery_layers(model):
+        assert not any(isinstance(value, torch.Tensor) for value in vars(module).values())
+
+
+# --- Details ---
+
+
+def test_the_backbone_called_alone_recovers_as_well(processor):
+    """Trainers with fused losses call the backbone, not the head model."""
+    model = randomize(attach(make_qwen3_vl(), processor))
+    inputs = batch(processor)
+    head_model = model.base_model.model
+    with torch.no_grad():
+        states = head_model.base_model(**inputs).last_hidden_state
+    torch.testing.assert_close(head_model.lm_head(states), logits(model, inputs))
+
+
+def test_sinks_in_a_conversation_of_several_turns(processor):
+    """`"assistant"` is the header of the last turn; the header of an earlier reply is not."""
+    model = randomize(attach(make_qwen3_vl(), processor, "assistant"))
+    history = [
+        *user("What is this?", make_image(0)),
+        {"role": "assistant", "content": [{"type": "text", "text": "Noise."}]},
+        *user("Are you sure?"),
+    ]
+    inputs = encode(processor, [history])
+    with record_positions(model) as positions:
+        logits(model, inputs)
+    start = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert positions == [(inputs["input_ids"][0] == start).nonzero().flatten()[-1].item()] * 3
+
+
+class record_positions:
+    def __init__(self, model):
+        self.layers, self.positions = recovery_layers(model), []
+
+    def __enter__(self):
+        def hook(layer, args):
+            self.positions.append(args[1].sink_positions["default"][0].item())
+
+        self.handles = [layer.register_forward_pre_hook(hook) for layer in self.layers]
+        return self.positions
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+def test_inputs_embeds_alone_are_refused(processor):
+    model = attach(make_qwen3_vl(), processor)
+    with pytest.raises(ValueError, match="in `input_ids`"):
+        model(inputs_embeds=torch.zeros(1, 5, 32))
+
+
+def test_sink_attention_and_update_ratios(processor):
+    model = randomize(attach(make_qwen3_vl(), processor))
+    inputs = batch(processor)
+    weights = sink_attention(model, **inputs)
+    visual = inputs["input_ids"] == model.config.image_token_id
+    assert list(weights) == ["layers.1", "layers.2", "layers.3"]
+    for attention in weights.values():
+        assert attention.shape == (3, 4, inputs["input_ids"].shape[1])
+        torch.testing.assert_close(attention[:2].sum(dim=-1), torch.ones(2, 4))
+        assert (attention.masked_select(~visual.unsqueeze(1)) == 0).all()
+    with record_update_ratios(model) as ratios:
+        logits(model, inputs)
+    assert list(ratios) == list(weights)
+    assert all(ratio.shape == (2,) and (ratio > 0).all() for ratio in ratios.values())
+
+
+def test_deepcopy_is_independent(processor):
+    model = randomize(attach(make_qwen3_vl(), processor))
+    inputs = batch(processor)
+    expected = logits(model, inputs)
+    duplicate = copy.deepcopy(model)
+    torch.testing.assert_close(logits(duplicate, inputs), expected)
+    duplicate.unload()
+    torch.testing.assert_close(logits(model, inputs), expected)
+
+
+def test_compiles_without_graph_break(processor):
+    model = randomize(attach(make_qwen3_vl(), processor))
+    layer = recovery_layers(model)[0]
+    inputs = encode(processor, [user("What is this?", make_image(0))])
+    captured = []
+    handle = layer.register_forward_pre_hook(lambda _, args: captured.append(args))
+    logits(model, inputs)
+    handle.remove()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*captured[0]), layer(*captured[0]))
