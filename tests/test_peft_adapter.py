@@ -1,4 +1,4 @@
-"""The method as an adapter of stock PEFT: invariant 8, saving, loading, several adapters, merging, training the base."""
+"""The method as an adapter of stock PEFT: saving, loading, several adapters, merging, training the base; invariant 8."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from tiny_models import encode, make_image, make_qwen2_5_vl, make_qwen3_vl, randomize, user
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -135,7 +136,7 @@ def test_unload_returns_the_base_model(inputs, r):
     assert not any(module._forward_pre_hooks for module in unloaded.modules())
     torch.testing.assert_close(logits(unloaded, inputs), expected, rtol=0, atol=0)
     # And it can be adapted again
-    torch.testing.assert_close(logits(get_peft_model(unloaded, CueRecoveryConfig()), inputs), expected)
+    torch.testing.assert_close(logits(get_peft_model(unloaded, CueRecoveryConfig(layer_interval=2)), inputs), expected)
 
 
 # --- What trains ---
@@ -174,7 +175,7 @@ def test_lora_options_apply(tmp_path):
     model = attach(make_qwen3_vl(), r=4, target_modules=["q_proj"], lora_alpha=32, use_rslora=True)
     adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
     assert adapted == {"q_proj"}
-    scaling = {m.scaling["default"] for m in model.modules() if hasattr(m, "scaling")}
+    scaling = {m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)}
     assert scaling == {16.0}
 
 
@@ -208,8 +209,14 @@ def test_bad_configs():
     "config, message",
     [
         ({"layer_interval": 5}, r"`layer_interval` is 5, but the model has only 4 decoder layer\(s\)"),
-        ({"num_heads": 5}, "`num_heads` must divide the hidden size, got 5 heads for hidden size 32"),
-        ({"sink_token": "assistant"}, r"has not been looked up in the tokenizer. Call `config.resolve_sink_token"),
+        (
+            {"layer_interval": 1, "num_heads": 5},
+            "`num_heads` must divide the hidden size, got 5 heads for hidden size 32",
+        ),
+        (
+            {"layer_interval": 1, "sink_token": "assistant"},
+            r"has not been looked up in the tokenizer. Call `config.resolve_sink_token",
+        ),
     ],
 )
 def test_configs_that_do_not_fit_the_model(config, message):
