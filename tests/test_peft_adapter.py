@@ -1,4 +1,4 @@
-"""The method as an adapter of stock PEFT: saving, loading, several adapters, merging, training the base; invariant 8."""
+"""The method as an adapter of stock PEFT (invariant 8): saving, loading, several adapters, merging, train_base."""
 
 import json
 import re

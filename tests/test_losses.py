@@ -1,0 +1,231 @@
+"""Each objective agrees with its definition, written down plainly in float64: values and gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_vicur.trainer import losses
+from trl_vicur.trainer.losses import (
+    LMHead,
+    full_divergence,
+    liger_divergence_sum,
+    sampled_token_loss,
+    token_logprobs,
+    topk_divergence,
+)
+
+
+BETAS = [0.0, 0.3, 0.5, 1.0]
+
+
+def reference_divergence(student_logits, teacher_logits, beta):
+    """Generalized JSD as in On-Policy Distillation (arXiv 2306.13649, Eq. 1)."""
+    s, t = student_logits.softmax(-1), teacher_logits.softmax(-1)
+    if beta == 0.0:
+        return (t * (t.log() - s.log())).sum(-1)
+    if beta == 1.0:
+        return (s * (s.log() - t.log())).sum(-1)
+    m = beta * t + (1 - beta) * s
+    return (beta * t * (t.log() - m.log()) + (1 - beta) * s * (s.log() - m.log())).sum(-1)
+
+
+def make_pair(tokens=40, vocab=70, student_width=16, teacher_width=24, seed=0):
+    """Hidden states and heads of a student and of a wider teacher."""
+    torch.manual_seed(seed)
+    student = torch.randn(tokens, student_width, requires_grad=True)
+    teacher = torch.randn(tokens, teacher_width)
+    student_head = LMHead(torch.randn(vocab, student_width).mul_(0.5).requires_grad_(), torch.randn(vocab))
+    teacher_head = LMHead(torch.randn(vocab, teacher_width).mul_(0.5))
+    return student, student_head, teacher, teacher_head
+
+
+def reference_logits(states, head, temperature):
+    logits = states.double() @ head.weight.double().T
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    logits = logits * head.logit_scale
+    if head.softcapping is not None:
+        logits = head.softcapping * torch.tanh(logits / head.softcapping)
+    return logits / temperature
+
+
+def gradients(loss, student, student_head):
+    return [g.float() for g in torch.autograd.grad(loss, [student, student_head.weight])]
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_full_divergence(beta, temperature):
+    student, student_head, teacher, teacher_head = make_pair()
+    divergence, entropy = full_divergence(student, student_head, teacher, teacher_head, beta, temperature)
+    student_logits = reference_logits(student, student_head, temperature)
+    teacher_logits = reference_logits(teacher, teacher_head, temperature)
+    expected = reference_divergence(student_logits, teacher_logits, beta)
+    torch.testing.assert_close(divergence.double(), expected, rtol=1e-4, atol=1e-5)
+    probs = student_logits.softmax(-1)
+    torch.testing.assert_close(entropy.double(), -(probs * probs.log()).sum(-1), rtol=1e-4, atol=1e-5)
+    weights = torch.rand(len(student))
+    torch.testing.assert_close(
+        gradients((divergence * weights).sum(), student, student_head),
+        gradients((expected * weights).sum(), student, student_head),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_liger_divergence_is_the_same_sum(beta):
+    student, student_head, teacher, teacher_head = make_pair()
+    arguments = (student, student_head, teacher, teacher_head, beta, 0.7)
+    total, expected = liger_divergence_sum(*arguments), full_divergence(*arguments)[0].sum()
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        gradients(total * 0.5, student, student_head),
+        gradients(expected * 0.5, student, student_head),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+
+
+def test_liger_divergence_of_no_token_is_zero():
+    student, student_head, teacher, teacher_head = make_pair(tokens=0)
+    assert liger_divergence_sum(student, student_head, teacher, teacher_head, 0.0) == 0
+
+
+def test_liger_refuses_logits_that_it_does_not_know():
+    student, student_head, teacher, teacher_head = make_pair()
+    with pytest.raises(ValueError, match="neither logit scale nor soft-capping"):
+        liger_divergence_sum(student, student_head._replace(softcapping=30.0), teacher, teacher_head, 0.0)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("scale, softcapping", [(1.0, None), (0.5, 4.0)])
+def test_topk_divergence(beta, scale, softcapping, monkeypatch):
+    monkeypatch.setattr(losses, "TOKEN_CHUNK_SIZE", 16)
+    student, student_head, teacher, teacher_head = make_pair()
+    student_head = student_head._replace(logit_scale=scale, softcapping=softcapping)
+    divergence, entropy = topk_divergence(student, student_head, teacher, teacher_head, 5, beta, 0.7)
+
+    student_probs = reference_logits(student, student_head, 0.7).softmax(-1)
+    teacher_probs = reference_logits(teacher, teacher_head, 0.7).softmax(-1)
+    top = teacher_probs.topk(5).indices
+
+    def with_rest(probs):
+        kept = probs.gather(-1, top)
+        return torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], dim=-1).log()
+
+    expected = reference_divergence(with_rest(student_probs), with_rest(teacher_probs), beta)
+    torch.testing.assert_close(divergence.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradients(divergence.sum(), student, student_head),
+        gradients(expected.sum(), student, student_head),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+    torch.testing.assert_close(entropy.double(), -(student_probs * student_probs.log()).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(beta=st.floats(0, 1), k=st.integers(1, 80), temperature=st.floats(0.3, 3.0), seed=st.integers(0, 1000))
+def test_topk_divergence_is_between_zero_and_the_full_one(beta, k, temperature, seed):
+    pair = make_pair(tokens=8, seed=seed)
+    topk, _ = topk_divergence(*pair, k, beta, temperature)
+    full, _ = full_divergence(*pair, beta, temperature)
+    assert (topk >= -1e-5).all() and (topk <= full + 1e-4).all()
+    if k >= 70:
+        torch.testing.assert_close(topk, full, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale, softcapping", [(1.0, None), (0.5, 4.0)])
+def test_token_logprobs(scale, softcapping):
+    student, student_head, _, _ = make_pair()
+    student_head = student_head._replace(logit_scale=scale, softcapping=softcapping)
+    token_ids = torch.randint(0, 70, (len(student),))
+    logprobs, entropy = token_logprobs(student, student_head, token_ids, temperature=0.7)
+    expected = reference_logits(student, student_head, 0.7).log_softmax(-1)
+    torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(-1), rtol=1e-4, atol=1e-5)
+    expected = expected.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(len(student))  # a different weight per token, as advantages are
+    torch.testing.assert_close(
+        gradients((logprobs * weights).sum(), student, student_head),
+        gradients((expected * weights).sum(), student, student_head),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+    assert not entropy.requires_grad
+
+
+def test_sampled_token_loss_on_policy_is_eq_7():
+    """With a ratio of one, the gradient is −A ∇ log p: Eq. 6-7."""
+    logprobs = torch.tensor([-1.0, -2.0, -30.0], requires_grad=True)
+    teacher = torch.tensor([-0.5, -4.0, -1.0])
+    loss, advantages, is_clipped = sampled_token_loss(logprobs, logprobs.detach(), teacher, 0.2, 0.2, 10.0)
+    assert advantages.tolist() == [0.5, -2.0, 10.0]  # the last one is clamped
+    torch.testing.assert_close(loss, -advantages)
+    loss.sum().backward()
+    torch.testing.assert_close(logprobs.grad, -advantages)
+    assert not is_clipped.any()
+
+
+@pytest.mark.parametrize(
+    "log_ratio, advantage, expected_ratio, clipped",
+    [
+        (math.log(1.1), 1.0, 1.1, False),
+        (math.log(1.5), 1.0, 1.3, True),  # clipped above, at 1 + epsilon_high
+        (math.log(1.5), -1.0, 1.5, False),  # the pessimistic side is not clipped
+        (math.log(0.5), -1.0, 0.8, True),
+        (math.log(0.5), 1.0, 0.5, False),
+    ],
+)
+def test_sampled_token_loss_clips_as_ppo(log_ratio, advantage, expected_ratio, clipped):
+    old = torch.tensor([-2.0])
+    logprobs = (old + log_ratio).requires_grad_()
+    loss, _, is_clipped = sampled_token_loss(logprobs, old, old + advantage, 0.2, 0.3, 10.0)
+    torch.testing.assert_close(loss, torch.tensor([-expected_ratio * advantage]))
+    assert is_clipped.item() is clipped
+    loss.sum().backward()
+    assert (logprobs.grad == 0).item() is clipped
+
+
+@pytest.mark.parametrize("mode", ["full", "topk", "sampled"])
+def test_logits_never_exist_as_a_whole(mode):
+    """No tensor of tokens × vocabulary is kept for backward."""
+    tokens, vocab = 1024, 4000
+    student, student_head, teacher, teacher_head = make_pair(tokens, vocab)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        if mode == "full":
+            full_divergence(student, student_head, teacher, teacher_head, 0.5)
+        elif mode == "topk":
+            topk_divergence(student, student_head, teacher, teacher_head, 10, 0.5)
+        else:
+            token_logprobs(student, student_head, torch.zeros(tokens, dtype=torch.long))
+    assert max(saved) < tokens * vocab / 4
+
+
+def test_head_reads_what_models_do_to_logits():
+    from transformers import (
+        CohereConfig,
+        CohereForCausalLM,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GraniteConfig,
+        GraniteForCausalLM,
+    )
+
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
+    models = [
+        CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.25)),
+        GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=8.0)),
+        Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, num_key_value_heads=2, final_logit_softcapping=0.1)),
+    ]
+    for model in models:
+        input_ids = torch.randint(0, 50, (1, 7))
+        with torch.no_grad():
+            output = model.eval()(input_ids, output_hidden_states=True)
+            logits = LMHead.from_model(model).logits(output.hidden_states[-1], temperature=1.0)
+        torch.testing.assert_close(logits, output.logits)

@@ -1,0 +1,623 @@
+"""ViCuRTrainer end to end, on tiny real models: invariants 9 and 11, and every option."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from tiny_models import make_image, make_qwen2_5_processor, make_qwen2_5_vl, make_qwen3_vl
+from transformers import TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+
+from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
+from trl_vicur.trainer.losses import LMHead, token_logprobs
+
+
+ADAPTER = dict(layer_interval=1)
+
+
+def make_rows(count: int = 8, mixed: bool = True) -> list[dict]:
+    """Rows with one image, two images and, if `mixed`, none."""
+    rows = []
+    for i in range(count):
+        images = [make_image(i)]
+        if i % 4 == 1:
+            images.append(make_image(100 + i, (32, 64)))
+        elif i % 4 == 2 and mixed:
+            images = []
+        prompt = [{"role": "user", "content": f"What is in picture {i}?" + "?" * i}]
+        if i % 2:
+            prompt.insert(0, {"role": "system", "content": "Be brief."})
+        rows.append({"prompt": prompt, "images": images, "cue": f"noise number {i}", "answer": "yes" * (1 + i % 2)})
+    return rows
+
+
+def make_config(tmp_path, **arguments) -> ViCuRConfig:
+    defaults = dict(
+        output_dir=str(tmp_path),
+        bf16=False,
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=False,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_steps=2,
+        max_completion_length=8,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    return ViCuRConfig(**{**defaults, **arguments})
+
+
+def make_trainer(tmp_path, processor, model=None, rows=None, peft_config=None, teacher_model=None, **arguments):
+    return ViCuRTrainer(
+        model=make_qwen3_vl() if model is None else model,
+        teacher_model=teacher_model,
+        args=make_config(tmp_path, **arguments),
+        train_dataset=Dataset.from_list(make_rows() if rows is None else rows),
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(before, after) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def train_logs(trainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+# --- 11. TRL parity ---
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_invariant_11_trl_parity(tmp_path, processor, beta):
+    """Everything of ours switched off is TRL's trainer: same losses, gradients and weights."""
+    rows = make_rows(mixed=False)  # TRL itself cannot mix rows with and without images
+    arguments = dict(beta=beta, max_steps=3, gradient_checkpointing=True)
+    ours = make_trainer(
+        tmp_path,
+        processor,
+        rows=rows,
+        teacher_model=make_qwen3_vl(seed=5),
+        privilege="none",
+        distillation_mode="full_logits",
+        **arguments,
+    )
+    names = {field for field in DistillationConfig.__dataclass_fields__ if field in vars(ours.args)}
+    config = {name: value for name, value in vars(make_config(tmp_path, **arguments)).items() if name in names}
+    config = {name: value for name, value in config.items() if DistillationConfig.__dataclass_fields__[name].init}
+    theirs = DistillationTrainer(
+        model=make_qwen3_vl(),
+        teacher_model=make_qwen3_vl(seed=5),
+        args=DistillationConfig(**config),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+    )
+    theirs.train()
+    ours.train()
+    assert len(train_logs(ours)) == len(train_logs(theirs)) == 3
+    for our_log, their_log in zip(train_logs(ours), train_logs(theirs), strict=True):
+        for name in ("loss", "grad_norm", "entropy", "completions/mean_length", "num_tokens"):
+            assert our_log[name] == pytest.approx(their_log[name], rel=1e-5), name
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=1e-5, atol=1e-7)
+
+
+# --- 9. Same tokens scored ---
+
+
+@pytest.mark.parametrize("privilege", ["cue", "answer", "none"])
+def test_invariant_9_teacher_and_student_score_the_same_tokens(tmp_path, processor, privilege):
+    """The trainer's hidden states give, for each row, what the row alone gives without padding or batch."""
+    teacher = make_qwen3_vl(seed=5)
+    trainer = make_trainer(tmp_path, processor, teacher_model=teacher, privilege=privilege)
+    rows = [trainer.train_dataset[i] for i in range(8)]
+    trainer.model.train()
+    trainer._prepare_inputs(rows[:4])
+    scored = 0
+    for inputs in trainer._buffered_inputs:  # shuffled and split as in training
+        mask = inputs["completion_mask"].bool()
+        with torch.no_grad():
+            student_states = trainer._student_hidden_states(trainer.model, inputs)
+            teacher_states, teacher_head = trainer._teacher_hidden_states(trainer.model, inputs)
+        for index in range(len(mask)):
+            completion = inputs["completion_ids"][index][mask[index]]
+            row = row_of(inputs["prompt_ids"][index], rows, processor)
+            for model, states, head, hint in (
+                (trainer.model, student_states, LMHead.from_model(trainer.model), None),
+                (teacher, teacher_states, teacher_head, None if privilege == "none" else row[privilege]),
+            ):
+                logprobs, _ = token_logprobs(states[index][mask[index]], head, completion)
+                torch.testing.assert_close(
+                    logprobs, logprobs_alone(model, processor, row, hint, completion), rtol=1e-4, atol=1e-5
+                )
+                scored += len(completion)
+    assert scored > 0
+
+
+def row_of(prompt_ids, rows, processor):
+    text = processor.tokenizer.decode(prompt_ids)
+    return next(row for row in rows if f"{row['prompt'][-1]['content']}<|im_end|>" in text)
+
+
+def logprobs_alone(model, processor, row, hint, completion):
+    content = [{"type": "image", "image": image} for image in row["images"]]
+    text = row["prompt"][-1]["content"] + (f"\n\n[Hint]: {hint}" if hint else "")
+    messages = [
+        {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in row["prompt"][:-1]
+    ] + [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+    inputs = dict(
+        processor.apply_chat_template(
+            [messages], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    )
+    length = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], completion[None]], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    types = inputs["mm_token_type_ids"]
+    inputs["mm_token_type_ids"] = torch.cat([types, types.new_zeros(1, len(completion))], dim=1)
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits[0, length - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, completion[:, None]).squeeze(-1)
+
+
+# --- Teachers ---
+
+
+def test_peft_student_is_its_own_frozen_teacher(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor, peft_config=CueRecoveryConfig(**ADAPTER, r=2))
+    assert trainer.teacher_model is None  # no second copy
+    base = weights(make_qwen3_vl())
+    before = weights(trainer.model)
+    trainer.train()
+    moved = changed(before, weights(trainer.model))
+    assert moved and all("sink_attention" in name or "lora" in name for name in moved)
+    with trainer.model.disable_adapter():
+        assert trainer.model.base_model.model.lm_head.weight.equal(base["lm_head.weight"])
+    assert all(p.requires_grad == ("sink_attention" in n or "lora_" in n) for n, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "peft_config", [None, CueRecoveryConfig(**ADAPTER, train_base=True)], ids=["full", "train_base"]
+)
+def test_full_fine_tuning_keeps_a_frozen_copy(tmp_path, processor, peft_config):
+    trainer = make_trainer(tmp_path, processor, peft_config=peft_config)
+    teacher_before = weights(trainer.teacher_model)
+    torch.testing.assert_close(teacher_before, weights(make_qwen3_vl()), rtol=0, atol=0)
+    before = weights(trainer.model)
+    trainer.train()
+    assert any("embed_tokens" in name for name in changed(before, weights(trainer.model)))
+    assert not changed(teacher_before, weights(trainer.teacher_model))
+    assert not any(p.requires_grad for p in trainer.teacher_model.parameters())
+
+
+@pytest.mark.parametrize("peft_config", [None, CueRecoveryConfig(**ADAPTER)], ids=["full", "peft"])
+def test_live_teacher_with_the_same_prompt_has_no_gap(tmp_path, processor, peft_config):
+    """The student itself, on its own prompt: nothing to learn, at any weights."""
+    trainer = make_trainer(
+        tmp_path,
+        processor,
+        peft_config=peft_config,
+        teacher_model_kind="live",
+        privilege="none",
+        distillation_mode="full_logits",
+    )
+    assert trainer.teacher_model is None
+    trainer.train()
+    assert all(abs(log["loss"]) < 1e-6 and abs(log["logprob_gap/mean"]) < 1e-6 for log in train_logs(trainer))
+
+
+@pytest.mark.parametrize("peft_config", [None, CueRecoveryConfig(**ADAPTER, r=2)], ids=["full", "peft"])
+def test_ema_teacher_follows_the_student(tmp_path, processor, peft_config):
+    trainer = make_trainer(
+        tmp_path,
+        processor,
+        peft_config=peft_config,
+        teacher_model_kind="ema",
+        teacher_update_rate=0.25,
+        teacher_sync_steps=2,
+        max_steps=4,
+    )
+    students = []
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            students.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+
+    trainer.add_callback(Record())
+    expected = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    for student in (students[1], students[3]):
+        expected = {name: 0.75 * tensor + 0.25 * student[name] for name, tensor in expected.items()}
+    torch.testing.assert_close(trainer.ema_teacher.average, expected)
+    # Lent and returned
+    before = weights(trainer.model)
+    with trainer.ema_teacher.teacher_weights():
+        lent = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(lent, expected)
+    assert not changed(before, weights(trainer.model))
+
+
+def test_ema_teacher_between_forward_and_backward(tmp_path, processor):
+    """Swapping weights in and out does not disturb the student's gradients."""
+    logs = []
+    for kind in ("ema", "base"):  # before the first update both teach with the initial weights
+        trainer = make_trainer(tmp_path, processor, teacher_model_kind=kind, max_steps=1)
+        trainer.train()
+        logs.append(train_logs(trainer)[0])
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-4)
+    assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-4)
+
+
+def test_stronger_teacher(tmp_path, processor):
+    """A wider external teacher of the same vocabulary, as an object or a path."""
+    path = tmp_path / "teacher"
+    make_qwen3_vl(num_layers=6, hidden_size=64, seed=3).save_pretrained(path)
+    logs = []
+    for teacher in (make_qwen3_vl(num_layers=6, hidden_size=64, seed=3), str(path)):
+        trainer = make_trainer(tmp_path, processor, teacher_model=teacher, peft_config=CueRecoveryConfig(**ADAPTER))
+        trainer.train()
+        logs.append([log["loss"] for log in train_logs(trainer)])
+    assert logs[0] == pytest.approx(logs[1]) and logs[0][0] != 0
+
+
+# --- Objectives ---
+
+
+@pytest.mark.parametrize("mode", ["sampled_token", "full_logits", "topk_logits", "liger"], ids=lambda mode: mode)
+@pytest.mark.parametrize("loss_aggregation", ["token", "sequence"])
+def test_the_loss_is_what_it_says(tmp_path, processor, mode, loss_aggregation):
+    """The loss of one micro-batch against the definition, from whole logits."""
+    if mode == "liger" and loss_aggregation == "sequence":
+        pytest.skip("refused, see test_bad_input")
+    arguments = dict(distillation_mode="full_logits" if mode == "liger" else mode, distillation_topk=7, beta=0.3)
+    trainer = make_trainer(
+        tmp_path,
+        processor,
+        teacher_model=make_qwen3_vl(seed=5),
+        temperature=0.8,
+        use_liger_kernel=mode == "liger",
+        loss_aggregation=loss_aggregation,
+        **arguments,
+    )
+    trainer.model.train()
+    trainer._prepare_inputs([trainer.train_dataset[i] for i in range(4)])
+    inputs = trainer._buffered_inputs[0]
+    # Make one completion shorter, so that the aggregations differ
+    inputs["completion_mask"][0, 3:] = 0
+    loss = trainer.compute_loss(trainer.model, inputs)
+
+    mask = inputs["completion_mask"].bool()
+    with torch.no_grad():
+        student = trainer._student_hidden_states(trainer.model, inputs)
+        teacher, head = trainer._teacher_hidden_states(trainer.model, inputs)
+        s = LMHead.from_model(trainer.model).logits(student, 0.8).double().log_softmax(-1)
+        t = head.logits(teacher, 0.8).double().log_softmax(-1)
+    ids = inputs["completion_ids"].unsqueeze(-1)
+    if mode == "sampled_token":
+        per_token = -(t - s).gather(-1, ids).squeeze(-1)
+    else:
+        if mode == "topk_logits":
+            top = t.topk(7).indices
+            s, t = (
+                torch.cat([x.gather(-1, top), torch.log1p(-x.gather(-1, top).exp().sum(-1, True))], -1) for x in (s, t)
+            )
+        m = torch.log(0.3 * t.exp() + 0.7 * s.exp())
+        per_token = (0.3 * t.exp() * (t - m) + 0.7 * s.exp() * (s - m)).sum(-1)
+    if loss_aggregation == "token":
+        expected = (per_token * mask).sum() / inputs["num_items_in_batch"]
+    else:
+        expected = ((per_token * mask).sum(1) / mask.sum(1)).sum() / 4  # two micro-batches of two
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 3])
+def test_num_iterations_reuses_rollouts(tmp_path, processor, num_iterations):
+    trainer = make_trainer(tmp_path, processor, num_iterations=num_iterations, max_steps=6, epsilon=0.01)
+    generated = []
+    generate = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: (generated.append(len(inputs)), generate(inputs))[1]
+    trainer.train()
+    assert generated == [4] * (6 // num_iterations)
+    clip_fractions = [log["clip_fraction"] for log in train_logs(trainer)]
+    # On policy nothing is clipped; the ratio matters from the second step on the same rollouts
+    assert all(clip_fractions[i] == 0 for i in range(0, 6, num_iterations))
+    assert any(clip_fractions) == (num_iterations > 1)
+
+
+def test_old_logprobs_are_those_of_the_rollout(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor, num_iterations=2)
+    trainer.model.train()
+    inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        expected = trainer._student_logprobs(trainer.model, inputs)
+    torch.testing.assert_close(inputs["old_logprobs"], expected)
+    assert (inputs["old_logprobs"][inputs["completion_mask"] == 0] == 0).all()
+
+
+def test_liger_on_a_cpu_says_what_it_leaves_out(tmp_path, processor):
+    with pytest.warns(UserWarning, match="Triton kernels need a GPU and are left out"):
+        trainer = make_trainer(tmp_path, processor, use_liger_kernel=True, distillation_mode="full_logits", beta=0.0)
+    trainer.train()
+    plain = make_trainer(tmp_path, processor, distillation_mode="full_logits", beta=0.0)
+    plain.train()
+    for log, expected in zip(train_logs(trainer), train_logs(plain), strict=True):
+        assert log["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert log["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["sampled_token", "full_logits", "topk_logits"])
+def test_distillation_moves_the_student_toward_the_teacher(tmp_path, processor, mode):
+    """A few steps on the same rows bring the student nearer to a teacher of other weights."""
+    trainer = make_trainer(
+        tmp_path,
+        processor,
+        teacher_model=make_qwen3_vl(seed=5),
+        distillation_mode=mode,
+        beta=0.0,
+        max_steps=25,
+        learning_rate=5e-3,
+        rows=make_rows(4),
+    )
+    trainer.train()
+    gaps = [abs(log["logprob_gap/mean"]) if mode == "sampled_token" else log["loss"] for log in train_logs(trainer)]
+    assert sum(gaps[-5:]) < 0.7 * sum(gaps[:5])
+
+
+# --- Data ---
+
+
+def test_image_column(tmp_path, processor):
+    rows = [{**row, "image": row["images"][0] if row["images"] else None} for row in make_rows()]
+    for row in rows:
+        del row["images"]
+    trainer = make_trainer(tmp_path, processor, rows=rows)
+    trainer.train()
+    assert len(train_logs(trainer)) == 2
+
+
+def test_rows_with_blocks_and_text_only_batches(tmp_path, processor):
+    """Prompts of content blocks; and micro-batches, even whole generation batches, without any image."""
+    rows = make_rows()
+    for row in rows:
+        blocks = [{"type": "image"} for _ in row["images"]]
+        row["prompt"] = [
+            {"role": "user", "content": [*blocks, {"type": "text", "text": row["prompt"][-1]["content"]}]}
+        ]
+    rows += [
+        {**row, "images": []} | {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}
+        for row in rows
+    ]
+    trainer = make_trainer(tmp_path, processor, rows=rows, max_steps=4, peft_config=CueRecoveryConfig(**ADAPTER))
+    trainer.train()
+    assert all(math.isfinite(log["loss"]) for log in train_logs(trainer))
+
+
+def test_text_only_rows_are_not_changed_by_their_neighbours(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor)
+    trainer.model.train()
+    text_only = [trainer.train_dataset[2], trainer.train_dataset[6]]
+    trainer._prepare_inputs([*text_only, trainer.train_dataset[0], trainer.train_dataset[1]])
+    assert any("pixel_values" in batch for batch in trainer._buffered_inputs)
+    for inputs in trainer._buffered_inputs:
+        states = trainer._student_hidden_states(trainer.model, inputs)
+        assert states.isfinite().all()
+
+
+def test_missing_privilege_none_shows_the_plain_prompt(tmp_path, processor):
+    rows = make_rows(4)
+    rows[1]["cue"] = None
+    trainer = make_trainer(tmp_path, processor, rows=rows, missing_privilege="none")
+    prompts = trainer._teacher_prompts([trainer.train_dataset[0], trainer.train_dataset[1]], {})
+    texts = processor.batch_decode(prompts["teacher_prompt_ids"])
+    assert "[Hint]: noise number 0" in texts[0] and "Hint" not in texts[1]
+
+
+def test_streamed_dataset(tmp_path, processor):
+    rows = make_rows()
+    trainer = ViCuRTrainer(
+        model=make_qwen3_vl(),
+        args=make_config(tmp_path),
+        train_dataset=IterableDataset.from_generator(lambda: iter(rows)),
+        processing_class=processor,
+    )
+    trainer.train()
+    assert len(train_logs(trainer)) == 2
+
+
+def test_streamed_dataset_names_the_bad_row(tmp_path, processor):
+    rows = make_rows()
+    for row in rows:
+        row["cue"] = "<|im_end|>"
+    trainer = ViCuRTrainer(
+        model=make_qwen3_vl(),
+        args=make_config(tmp_path),
+        train_dataset=IterableDataset.from_generator(lambda: iter(rows)),
+        processing_class=processor,
+    )
+    with pytest.raises(ValueError, match=r"Streamed row 0: .*control token '<\|im_end\|>'"):
+        trainer.train()
+
+
+def test_remove_unused_columns_keeps_what_is_used(tmp_path, processor):
+    rows = [{**row, "unused": 1} for row in make_rows()]
+    trainer = make_trainer(tmp_path, processor, rows=rows, remove_unused_columns=True)
+    trainer.train()
+    assert len(train_logs(trainer)) == 2
+
+
+# --- As in TRL ---
+
+
+def test_qwen2_5_vl(tmp_path):
+    trainer = make_trainer(
+        tmp_path, make_qwen2_5_processor(), model=make_qwen2_5_vl(), peft_config=CueRecoveryConfig(**ADAPTER, r=2)
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    assert any("sink_attention" in name for name in changed(before, weights(trainer.model)))
+
+
+def test_model_from_a_path_with_all_defaults(tmp_path, processor):
+    make_qwen3_vl().save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    trainer = ViCuRTrainer(
+        model=str(tmp_path / "base"),
+        args=make_config(tmp_path / "out"),
+        train_dataset=Dataset.from_list(make_rows()),
+        peft_config=CueRecoveryConfig(**ADAPTER, sink_token="assistant"),
+    )
+    assert trainer.model.peft_config["default"].sink_token_ids
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(make_qwen3_vl(), tmp_path / "adapter")
+    torch.testing.assert_close(weights(reloaded), weights(trainer.model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("r", [0, 2])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_run(tmp_path, processor, r, use_reentrant):
+    runs = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            tmp_path,
+            processor,
+            peft_config=CueRecoveryConfig(**ADAPTER, r=r),
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+        )
+        trainer.train()
+        runs.append(train_logs(trainer))
+    for plain, checkpointed in zip(*runs, strict=True):
+        assert checkpointed["loss"] == pytest.approx(plain["loss"], rel=1e-4, abs=1e-8)
+        assert checkpointed["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["sampled_token", "full_logits", "topk_logits"])
+def test_bf16(tmp_path, processor, mode):
+    trainer = make_trainer(
+        tmp_path, processor, bf16=True, distillation_mode=mode, peft_config=CueRecoveryConfig(**ADAPTER, r=2)
+    )
+    trainer.train()
+    assert all(math.isfinite(log["loss"]) and log["grad_norm"] > 0 for log in train_logs(trainer))
+
+
+def test_logged_metrics(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor, peft_config=CueRecoveryConfig(**ADAPTER), logging_steps=2, max_steps=4)
+    trainer.train()
+    logs = train_logs(trainer)
+    expected = {"advantage/mean", "advantage/abs_mean", "clip_fraction", "hint_leakage", "completions/mean_length"}
+    expected |= {"logprob_gap/mean", *(f"logprob_gap/segment_{i}" for i in range(1, 5))}
+    expected |= {f"cue_recovery/layers.{i}/update_ratio" for i in (1, 2, 3)}
+    assert len(logs) == 2 and all(expected <= log.keys() for log in logs)
+    assert logs[0]["advantage/abs_mean"] > abs(logs[0]["advantage/mean"])
+    # Completions of eight tokens: four segments of two, whose mean is the whole's
+    segments = [logs[1][f"logprob_gap/segment_{i}"] for i in range(1, 5)]
+    assert sum(segments) / 4 == pytest.approx(logs[1]["logprob_gap/mean"], rel=1e-3, abs=1e-6)
+
+
+def test_gap_of_other_modes_is_logged_in_logged_steps(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor, distillation_mode="full_logits", logging_steps=2, max_steps=4)
+    taken = []
+    diagnose = trainer._diagnose_gap
+    trainer._diagnose_gap = lambda *args: (taken.append(trainer.state.global_step), diagnose(*args))[1]
+    trainer.train()
+    assert taken == [1, 1, 3, 3]
+    assert all("logprob_gap/segment_4" in log for log in train_logs(trainer))
+
+
+def test_hint_leakage_counts_completions_that_speak_of_the_hint(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor)
+    texts = ["The Hint says so", "no", "nohint", "a [Hint]: b"]
+    ids = processor.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    trainer._log_hint_leakage(ids)
+    assert trainer._metrics["train"]["hint_leakage"] == [0.5]
+
+
+def test_evaluation_completions_and_tensorboard(tmp_path, processor):
+    trainer = ViCuRTrainer(
+        model=make_qwen3_vl(),
+        args=make_config(
+            tmp_path,
+            eval_strategy="steps",
+            eval_steps=1,
+            log_completions=True,
+            report_to="tensorboard",
+            num_completions_to_print=1,
+        ),
+        train_dataset=Dataset.from_list(make_rows()),
+        eval_dataset={"a": Dataset.from_list(make_rows(4)), "b": Dataset.from_list(make_rows(2))},
+        processing_class=processor,
+        peft_config=CueRecoveryConfig(**ADAPTER),
+    )
+    trainer.train()
+    evaluations = [log for log in trainer.state.log_history if "eval_a_loss" in log]
+    assert len(evaluations) == 2
+    assert {"eval_logprob_gap/mean", "eval_hint_leakage", "eval_advantage/mean"} <= evaluations[0].keys()
+    assert list((tmp_path / "completions").glob("*.parquet"))
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    "arguments, config",
+    [
+        ({}, dict(**ADAPTER)),
+        ({}, dict(**ADAPTER, train_base=True)),
+        ({"teacher_model_kind": "ema"}, dict(**ADAPTER, r=2)),
+        ({"teacher_model_kind": "ema"}, None),
+        ({"num_iterations": 2}, None),
+    ],
+    ids=["module", "train_base", "ema-adapter", "ema-full", "iterations"],
+)
+def test_resume_continues_the_run(tmp_path, processor, arguments, config):
+    """A run stopped at step 2 and resumed ends with the weights of the run that was not stopped."""
+
+    def run(directory, resume, max_steps):
+        trainer = make_trainer(
+            directory,
+            processor,
+            peft_config=CueRecoveryConfig(**config) if config else None,
+            max_steps=max_steps,
+            save_strategy="steps",
+            save_steps=2,
+            **arguments,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole", None, 4)
+    run(tmp_path / "parts", None, 2)
+    resumed = run(tmp_path / "parts", str(tmp_path / "parts" / "checkpoint-2"), 4)
+    torch.testing.assert_close(weights(resumed.model), weights(whole.model), rtol=1e-5, atol=1e-6)
+    if resumed.ema_teacher is not None:
+        torch.testing.assert_close(resumed.ema_teacher.average, whole.ema_teacher.average, rtol=1e-5, atol=1e-6)
+    assert train_logs(resumed)[-1]["loss"] == pytest.approx(train_logs(whole)[-1]["loss"], rel=1e-3, abs=1e-6)
+
+
+def test_checkpoint_is_an_adapter_with_a_card(tmp_path, processor):
+    trainer = make_trainer(
+        tmp_path, processor, peft_config=CueRecoveryConfig(**ADAPTER), save_strategy="steps", save_steps=2
+    )
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    names = load_file(checkpoint / "adapter_model.safetensors").keys()
+    assert names and all("sink_attention" in name for name in names)
+    card = (tmp_path / "README.md").read_text()
+    assert "2606.05718" in card and "vicur" in card and "ViCuRTrainer" not in card
+
+
+def test_other_peft_methods_work(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor, peft_config=LoraConfig(target_modules=["q_proj"]))
+    trainer.train()
+    assert trainer.teacher_model is None
