@@ -171,6 +171,18 @@ def test_sampled_token_loss_on_policy_is_eq_7():
     assert not is_clipped.any()
 
 
+def test_sampled_token_gradient_is_that_of_the_reverse_kl():
+    """Averaged over all tokens the student could sample, the k1 advantage gives ∇ KL(student ‖ teacher) exactly."""
+    torch.manual_seed(0)
+    logits = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(50, dtype=torch.float64).log_softmax(-1)
+    logprobs = logits.log_softmax(-1)
+    loss, _, _ = sampled_token_loss(logprobs, logprobs.detach(), teacher, 0.2, 0.2, 100.0)
+    (expected_gradient,) = torch.autograd.grad((logprobs.exp().detach() * loss).sum(), logits, retain_graph=True)
+    (kl_gradient,) = torch.autograd.grad((logprobs.exp() * (logprobs - teacher)).sum(), logits)
+    torch.testing.assert_close(expected_gradient, kl_gradient)
+
+
 @pytest.mark.parametrize(
     "log_ratio, advantage, expected_ratio, clipped",
     [
