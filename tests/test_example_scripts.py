@@ -1,0 +1,80 @@
+"""The example script runs as a user would run it: on a local model and dataset, with the paper's recipes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from tiny_models import make_image, make_qwen3_vl
+
+
+SCRIPTS = Path(__file__).parents[1] / "examples" / "scripts"
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, processor):
+    """A folder with a tiny model, a teacher, and a dataset in Parquet."""
+    folder = tmp_path_factory.mktemp("local")
+    make_qwen3_vl().save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    make_qwen3_vl(num_layers=6, seed=1).save_pretrained(folder / "teacher")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What is in picture {i}?"}],
+            "images": [make_image(i)],
+            "cue": f"noise number {i}",
+            "answer": "yes",
+        }
+        for i in range(4)
+    ]
+    (folder / "dataset").mkdir()
+    Dataset.from_list(rows).to_parquet(folder / "dataset" / "train.parquet")
+    return folder
+
+
+def run_script(local, output_dir, *arguments):
+    small = ["--max_steps", "1", "--max_completion_length", "4", "--per_device_train_batch_size", "2"]
+    cpu = ["--use_cpu", "--bf16", "False", "--report_to", "none", "--gradient_accumulation_steps", "1"]
+    command = [
+        *(sys.executable, str(SCRIPTS / "vicur.py"), *arguments),
+        *("--model_name_or_path", str(local / "model"), "--dataset_name", str(local / "dataset")),
+        *("--output_dir", str(output_dir), *small, *cpu),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"Model saved to {output_dir}." in result.stdout
+    return json.loads((output_dir / "adapter_config.json").read_text()) if "False" not in arguments else None
+
+
+@pytest.mark.parametrize("recipe", ["vicur_geometry3k.yaml", "vicur_vision_r1.yaml"])
+def test_recipes_run(local, tmp_path, recipe):
+    # The tiny model has four layers
+    config = run_script(local, tmp_path, "--config", str(SCRIPTS / recipe), "--layer_interval", "2")
+    assert config["peft_type"] == "CUE_RECOVERY" and config["train_base"] and config["r"] == 0
+
+
+def test_lora_with_the_module_and_a_stronger_teacher(local, tmp_path):
+    config = run_script(
+        local,
+        tmp_path,
+        "--use_peft",
+        "--lora_r",
+        "4",
+        "--layer_interval",
+        "1",
+        "--sink_token",
+        "assistant",
+        "--teacher_model_name_or_path",
+        str(local / "teacher"),
+        "--privilege",
+        "answer",
+    )
+    assert config["r"] == 4 and config["lora_alpha"] == 32 and config["sink_token"] == "assistant"
+    assert "language_model" in config["target_modules"]
+
+
+def test_without_the_module(local, tmp_path):
+    run_script(local, tmp_path, "--cue_recovery", "False", "--privilege", "none", "--distillation_mode", "full_logits")
+    assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / "adapter_config.json").exists()
