@@ -28,7 +28,7 @@ SPECIAL_TOKENS = [
 ]
 
 CHAT_TEMPLATE = (
-    "{%- for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
     "{%- if message.content is string %}{{ message.content }}{% else %}"
     "{%- for block in message.content %}"
     "{%- if block.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"

@@ -144,7 +144,9 @@ class ViCuRTrainer(DistillationTrainer):
             config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
         else:
             config = model.config
-        self._check_arguments(config, teacher_model, args, train_dataset, processing_class)
+        peft_configs = [*model.peft_config.values()] if isinstance(model, PeftModel) else [peft_config]
+        recovery_configs = [other for other in peft_configs if isinstance(other, CueRecoveryConfig)]
+        self._check_arguments(config, teacher_model, args, train_dataset, processing_class, recovery_configs)
         if isinstance(peft_config, CueRecoveryConfig):
             peft_config.resolve_sink_token(processing_class, **(args.chat_template_kwargs or {}))
 
@@ -177,13 +179,6 @@ class ViCuRTrainer(DistillationTrainer):
             tools=tools,
         )
 
-        peft_configs = self.model.peft_config.values() if is_peft_model(self.model) else []
-        recovery_configs = [other for other in peft_configs if isinstance(other, CueRecoveryConfig)]
-        if args.use_vllm and recovery_configs:
-            raise ValueError(
-                "`use_vllm=True` with a recovery module is not supported: vLLM would roll out without it. Set "
-                "`use_vllm=False`, or train without `CueRecoveryConfig`."
-            )
         self.ema_teacher = None
         if self.teacher_model is None and args.teacher_model_kind == "ema":
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -208,6 +203,7 @@ class ViCuRTrainer(DistillationTrainer):
         args: ViCuRConfig,
         train_dataset: Dataset | IterableDataset | None,
         processing_class: ProcessorMixin,
+        recovery_configs: list[CueRecoveryConfig],
     ) -> None:
         if not isinstance(processing_class, ProcessorMixin) or "image_token_id" not in config.to_dict():
             raise ValueError(
@@ -225,6 +221,11 @@ class ViCuRTrainer(DistillationTrainer):
             raise ValueError(
                 f"`teacher_model_kind={args.teacher_model_kind!r}` makes the student its own teacher, but a "
                 "`teacher_model` was passed as well. Leave out one of the two."
+            )
+        if args.use_vllm and recovery_configs:
+            raise ValueError(
+                "`use_vllm=True` with a recovery module is not supported: vLLM would roll out without it. Set "
+                "`use_vllm=False`, or train without `CueRecoveryConfig`."
             )
         if args.num_iterations > 1 and isinstance(train_dataset, IterableDataset):
             raise ValueError(
