@@ -117,8 +117,7 @@ class CueRecoveryModel(LoraModel):
             super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, **kwargs)
             return
         text_config = self.model.config.get_text_config()
-        is_new = "cue_recovery" not in dict(target.named_children())
-        if is_new:
+        if not _has_recovery_layer(target):
             target.cue_recovery = CueRecoveryLayer(target)
             target.cue_recovery.set_adapter(self.active_adapters)
         target.cue_recovery.update_layer(
@@ -140,7 +139,7 @@ class CueRecoveryModel(LoraModel):
         return self.model.get_decoder().layers
 
     def _recovery_layers(self) -> list[CueRecoveryLayer]:
-        return [module for module in self._decoder_layers().modules() if isinstance(module, CueRecoveryLayer)]
+        return [layer.cue_recovery for layer in self._decoder_layers() if _has_recovery_layer(layer)]
 
     def _visual_token_ids(self) -> list[int]:
         config = self.model.config.to_dict()
@@ -151,14 +150,14 @@ class CueRecoveryModel(LoraModel):
 
     def _add_context(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-forward hook of the backbone: find the sink and the visual tokens of this call."""
-        layers = self._recovery_layers()
-        adapters = [name for name in self.active_adapters if any(name in layer.sink_attention for layer in layers)]
-        if not adapters or layers[0].disable_adapters:
-            return None
         input_ids = args[0] if args else kwargs.get("input_ids")
         length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
         if length == 1:
             return None  # a decode step
+        layers = self._recovery_layers()
+        adapters = [name for name in self.active_adapters if any(name in layer.sink_attention for layer in layers)]
+        if not adapters or layers[0].disable_adapters:
+            return None
         if input_ids is None:
             raise ValueError(
                 "Cue recovery finds the sink and the visual tokens in `input_ids`; pass them to the model."
@@ -230,6 +229,10 @@ class CueRecoveryModel(LoraModel):
         if ".sink_attention." in key:
             return key.replace(f".sink_attention.{adapter_name}.", ".sink_attention.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def _has_recovery_layer(decoder_layer: nn.Module) -> bool:
+    return any(name == "cue_recovery" for name, _ in decoder_layer.named_children())
 
 
 def first_real_token(input_ids: torch.Tensor, attention_mask: torch.Tensor | dict | None) -> torch.Tensor:
