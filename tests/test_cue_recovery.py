@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from tiny_models import encode, make_image, make_qwen3_vl, randomize, user
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText, StaticCache
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, StaticCache
 
 from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import CueRecoveryLayer, record_update_ratios, sink_attention
@@ -140,8 +140,11 @@ def test_invariant_3_static_cache_agrees(processor):
 def test_invariant_3_split_prefill_is_refused(processor, sink_token):
     model = randomize(attach(make_qwen3_vl(), processor, sink_token))
     inputs = encode(processor, [user("What is this?", make_image(0))])
+    first, rest = inputs["input_ids"][:, :2], inputs["input_ids"][:, 2:]
+    cache = DynamicCache(config=model.config.get_text_config())
+    model(first, past_key_values=cache)
     with pytest.raises(ValueError, match="prefill the whole prompt at once"):
-        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=3)
+        model(rest, attention_mask=inputs["attention_mask"], past_key_values=cache)
 
 
 # --- 4. Each sample alone ---

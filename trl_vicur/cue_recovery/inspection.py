@@ -32,12 +32,14 @@ def record_update_ratios(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     ratios = {}
 
     def record(name: str):
+        # Without gradient, or a gradient checkpoint around the layer would miss in its second run what it saved here
+        @torch.no_grad()
         def hook(layer: CueRecoveryLayer, args: tuple[torch.Tensor, CueRecoveryContext], output: torch.Tensor) -> None:
             hidden_states, context = args
             for positions in context.sink_positions.values():
                 samples = torch.nonzero(positions >= 0).squeeze(1)
-                before = hidden_states[samples, positions[samples]].detach().float()
-                after = output[samples, positions[samples]].detach().float()
+                before = hidden_states[samples, positions[samples]].float()
+                after = output[samples, positions[samples]].float()
                 ratios[name] = (after - before).norm(dim=-1) / before.norm(dim=-1)
 
         return hook
