@@ -147,6 +147,40 @@ def test_invariant_3_split_prefill_is_refused(processor, sink_token):
         model(rest, attention_mask=inputs["attention_mask"], past_key_values=cache)
 
 
+def test_invariant_3_a_cache_may_be_continued_where_the_sink_is_behind_it(processor):
+    """A new turn of text on the cache equals the full forward, unless it brings a new sink; then it is refused."""
+    prompt = user("What is this?", make_image(0))
+    turns = [
+        *prompt,
+        {"role": "assistant", "content": [{"type": "text", "text": "Noise."}]},
+        *user("Are you sure?"),
+    ]
+    inputs, whole = encode(processor, [prompt]), encode(processor, [turns])
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(whole["input_ids"][:, :length], inputs["input_ids"])
+    new_turn = whole["input_ids"][:, length:]
+    for sink_token in SINKS:
+        model = randomize(attach(make_qwen3_vl(), processor, sink_token))
+        cache = DynamicCache(config=model.config.get_text_config())
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            positions, _ = model.base_model.model.model.get_rope_index(
+                whole["input_ids"],
+                mm_token_type_ids=whole["mm_token_type_ids"],
+                image_grid_thw=whole["image_grid_thw"],
+                attention_mask=whole["attention_mask"],
+            )
+            arguments = dict(
+                attention_mask=whole["attention_mask"], past_key_values=cache, position_ids=positions[..., length:]
+            )
+            if sink_token == "assistant":
+                with pytest.raises(ValueError, match="prefill the whole prompt at once"):
+                    model(new_turn, **arguments)
+            else:
+                continued = model(new_turn, **arguments).logits
+                torch.testing.assert_close(continued, logits(model, whole)[:, length:], rtol=1e-4, atol=1e-5)
+
+
 # --- 4. Each sample alone ---
 
 

@@ -170,14 +170,16 @@ class CueRecoveryModel(LoraModel):
         sink_positions = {}
         for name in adapters:
             config = self.peft_config[name]
+            belongs_to_prefill = has_visual
             if config.sink_token == "first":
                 positions = first_real_token(input_ids, kwargs.get("attention_mask"))
-                in_this_call = has_visual
             else:
-                positions = find_token_ids(input_ids, config.sink_token_ids, last=config.sink_token == "assistant")
-                in_this_call = has_visual | (positions >= 0)
+                is_last = config.sink_token == "assistant"
+                positions = find_token_ids(input_ids, config.sink_token_ids, last=is_last)
+                if is_last:  # a first occurrence is in the cache, a last one is the new turn's
+                    belongs_to_prefill = has_visual | (positions >= 0)
                 positions = torch.where(positions >= 0, positions + config.sink_token_offset, positions)
-            if is_continuation and in_this_call.any():
+            if is_continuation and belongs_to_prefill.any():
                 raise ValueError(
                     "The KV cache already holds a part of this prompt. Cue recovery needs the sink token and the "
                     "images in one forward call: prefill the whole prompt at once (no `prefill_chunk_size`, no cache "
