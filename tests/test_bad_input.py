@@ -153,17 +153,19 @@ def test_prompt_that_is_not_a_conversation(tmp_path):
         build(tmp_path, rows=rows)
 
 
-def broken_png():
+def truncated(format):
     buffer = io.BytesIO()
-    make_image(0).save(buffer, format="PNG")
-    return buffer.getvalue()[:-60]
+    make_image(0).save(buffer, format=format)
+    return buffer.getvalue()[:-200]
 
 
-@pytest.mark.parametrize("kind", ["truncated", "not-an-image", "missing-file"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "not-an-image", "missing-file"])
 def test_unreadable_image(tmp_path, kind):
     path = tmp_path / "picture.png"
-    if kind != "missing-file":
-        path.write_bytes(broken_png() if kind == "truncated" else b"no image at all")
+    if kind in ("PNG", "JPEG"):
+        path.write_bytes(truncated(kind))
+    elif kind == "not-an-image":
+        path.write_bytes(b"no image at all")
     good = tmp_path / "good.png"
     make_image(1).save(good)
     rows = make_rows()
