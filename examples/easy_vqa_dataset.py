@@ -1,0 +1,211 @@
+"""
+easy-VQA as data for visual-cue distillation, and the greedy evaluation that goes with it.
+
+The PyPI package `easy-vqa` carries 4,000 training and 1,000 test images, each showing one shape in one colour, and
+about ten questions per image. This module turns it into `datasets.Dataset`s in TRL's prompt-only conversational
+format:
+
+- `prompt`: one user message, the question as plain text;
+- `images`: the one image;
+- `cue`: what can be seen, e.g. "a teal circle", deduced from everything that is asked about the image, never chosen by
+  the answer of the row;
+- `answer`: one word, e.g. "no".
+"""
+
+import random
+import re
+import time
+from collections.abc import Iterable
+from functools import cache
+from typing import NamedTuple
+
+import easy_vqa
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from rich.progress import track
+from transformers import PreTrainedModel, ProcessorMixin
+
+
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+
+# What the teacher sees beside the student's prompt. The same as `ViCuRConfig.teacher_prompt_template`.
+HINT_TEMPLATE = "{prompt}\n\n[Hint]: {privilege}"
+
+# How many images of easy-VQA's training set go where. The remaining images are for distillation.
+NUM_VISION_IMAGES = 1000
+NUM_BASE_IMAGES = 20
+SPLIT_SEED = 0
+
+EVIDENCE_PATTERN = re.compile(r"the image shows (a \w+ \w+) \.")
+ANSWER_PATTERN = re.compile(r"the answer is (\w+) \.")
+
+
+class Scene(NamedTuple):
+    """What one image shows."""
+
+    color: str
+    shape: str
+
+    @property
+    def cue(self) -> str:
+        return f"a {self.color} {self.shape}"
+
+
+def find_word(text: str, words: Iterable[str]) -> str | None:
+    """Returns the one of `words` that occurs in `text`, or `None`."""
+    return next((word for word in re.findall(r"\w+", text) if word in words), None)
+
+
+@cache
+def answer_question(question: str, scene: Scene) -> str | None:
+    """
+    Answers an easy-VQA question about a scene. Returns `None` where the question does not apply: one cannot say which
+    colour the circle has if there is none.
+    """
+    color, shape = find_word(question, COLORS), find_word(question, SHAPES)
+    fits = color in (None, scene.color) and shape in (None, scene.shape)
+    if question.startswith("what"):
+        if not fits:
+            return None
+        return scene.color if "color" in question else scene.shape
+    negated = find_word(question, ("not", "no")) is not None
+    return "yes" if fits != negated else "no"
+
+
+def deduce_scenes(rows: list[tuple[str, str, int]]) -> dict[int, Scene]:
+    """
+    Deduces what each image shows from all `(question, answer, image_id)` about it: every answer rules scenes out. Only
+    images for which exactly one scene remains are returned, about nine in ten.
+    """
+    candidates = {}
+    for question, answer, image_id in rows:
+        possible = candidates.get(image_id, [Scene(color, shape) for color in COLORS for shape in SHAPES])
+        candidates[image_id] = [scene for scene in possible if answer_question(question, scene) == answer]
+    return {image_id: scenes[0] for image_id, scenes in candidates.items() if len(scenes) == 1}
+
+
+def load_easy_vqa(split: str) -> Dataset:
+    """
+    Loads one split as a dataset with the columns `prompt`, `images`, `cue` and `answer`.
+
+    Args:
+        split (`str`):
+            One of
+
+            - `"vision"`: images on which the base model's vision tower learns shapes and colours;
+            - `"base"`: the few of these on which the base model learns to put into words what it sees;
+            - `"distillation"`: images that the base model never saw;
+            - `"test"`: easy-VQA's own test questions.
+
+            No image is in two of them, but for those of `"base"`, which are also in `"vision"`.
+    """
+    if split == "test":
+        rows = list(zip(*easy_vqa.get_test_questions(), strict=True))
+        image_paths = easy_vqa.get_test_image_paths()
+    else:
+        rows = list(zip(*easy_vqa.get_train_questions(), strict=True))
+        image_paths = easy_vqa.get_train_image_paths()
+    scenes = deduce_scenes(rows)
+    image_ids = sorted(scenes)
+    random.Random(SPLIT_SEED).shuffle(image_ids)
+    image_ids = {
+        "vision": image_ids[:NUM_VISION_IMAGES],
+        "base": image_ids[:NUM_BASE_IMAGES],
+        "distillation": image_ids[NUM_VISION_IMAGES:],
+        "test": image_ids,
+    }[split]
+    selected = set(image_ids)
+    rows = [row for row in rows if row[2] in selected]
+    # Rows come grouped by image. Shuffled, every prefix of the dataset is a fair sample of it.
+    random.Random(SPLIT_SEED).shuffle(rows)
+    return Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": question}] for question, _, _ in rows],
+            # Paths, decoded when a row is read. The processor resizes 64x64 to the model's 96x96 pixels.
+            "images": [[image_paths[image_id]] for _, _, image_id in rows],
+            "cue": [scenes[image_id].cue for _, _, image_id in rows],
+            "answer": [answer for _, answer, _ in rows],
+        },
+        features=Features(
+            {
+                "prompt": List({"role": Value("string"), "content": Value("string")}),
+                "images": List(Image(mode="RGB")),
+                "cue": Value("string"),
+                "answer": Value("string"),
+            }
+        ),
+    )
+
+
+def encode(rows: list[dict], processor: ProcessorMixin, hint_column: str | None = None) -> dict[str, torch.Tensor]:
+    """Turns dataset rows into model inputs, left-padded, with the hint in the prompt if `hint_column` is given."""
+    conversations = []
+    for row in rows:
+        text = row["prompt"][0]["content"]
+        if hint_column is not None:
+            text = HINT_TEMPLATE.format(prompt=text, privilege=row[hint_column])
+        content = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": text}]
+        conversations.append([{"role": "user", "content": content}])
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    hint_column: str | None = None,
+    batch_size: int = 256,
+    description: str = "Evaluating",
+) -> list[str]:
+    """Lets the model complete every prompt of the dataset greedily and returns the texts."""
+    model.eval()
+    completions = []
+    for start in track(range(0, len(dataset), batch_size), description=description):
+        rows = [dataset[row] for row in range(start, min(start + batch_size, len(dataset)))]
+        inputs = encode(rows, processor, hint_column).to(model.device)
+        output_ids = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+        completion_ids = output_ids[:, inputs["input_ids"].size(1) :]
+        completions += processor.batch_decode(completion_ids, skip_special_tokens=True)
+    return completions
+
+
+def score(completions: list[str], dataset: Dataset) -> dict[str, float]:
+    """
+    Scores completions of the form "the image shows a teal circle . the answer is no .".
+
+    Returns:
+        `dict[str, float]` with the shares of completions with the right answer (`accuracy`), the right evidence
+        (`evidence_accuracy`), both (`grounded_accuracy`), and with the word "Hint" in them (`hint_leakage`).
+    """
+    answer_right, evidence_right, both_right, leaked = 0, 0, 0, 0
+    for completion, cue, answer in zip(completions, dataset["cue"], dataset["answer"], strict=True):
+        right_answer = ANSWER_PATTERN.findall(completion) == [answer]
+        right_evidence = EVIDENCE_PATTERN.findall(completion) == [cue]
+        answer_right += right_answer
+        evidence_right += right_evidence
+        both_right += right_answer and right_evidence
+        leaked += "Hint" in completion
+    return {
+        "accuracy": answer_right / len(dataset),
+        "grounded_accuracy": both_right / len(dataset),
+        "evidence_accuracy": evidence_right / len(dataset),
+        "hint_leakage": leaked / len(dataset),
+    }
+
+
+def evaluate(
+    model: PreTrainedModel, processor: ProcessorMixin, dataset: Dataset, hint_column: str | None = None, **kwargs
+) -> dict[str, float]:
+    """Completes and scores the dataset. Returns the scores and the `seconds` it took."""
+    start = time.perf_counter()
+    scores = score(complete(model, processor, dataset, hint_column, **kwargs), dataset)
+    return scores | {"seconds": time.perf_counter() - start}
