@@ -25,12 +25,14 @@ from datasets import Dataset, Features, Image, List, Value
 from rich.progress import track
 from transformers import PreTrainedModel, ProcessorMixin
 
+from trl_vicur import ViCuRConfig
+
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 
-# What the teacher sees beside the student's prompt. The same as `ViCuRConfig.teacher_prompt_template`.
-HINT_TEMPLATE = "{prompt}\n\n[Hint]: {privilege}"
+# What the teacher sees beside the student's prompt: the trainer's own default
+HINT_TEMPLATE = ViCuRConfig.teacher_prompt_template
 
 # How many images of easy-VQA's training set go where. The remaining images are for distillation.
 NUM_VISION_IMAGES = 1000

@@ -121,7 +121,7 @@ def build_processor(texts: list[str]) -> Qwen3VLProcessor:
 
 
 def build_model(processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
-    """Builds a randomly initialized Qwen3-VL with 1.2M parameters that fits the processor."""
+    """Builds a randomly initialized Qwen3-VL with 0.9M parameters that fits the processor."""
     tokenizer = processor.tokenizer
     config = Qwen3VLConfig(
         text_config={

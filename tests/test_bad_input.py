@@ -4,22 +4,10 @@ import io
 
 import pytest
 from datasets import Dataset, Features, Image, List, Value
-from tiny_models import make_image, make_processor, make_qwen3_vl, make_tokenizer
+from tiny_models import make_image, make_processor, make_qwen3_vl, make_rows, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
-
-
-def make_rows(count=3):
-    return [
-        {
-            "prompt": [{"role": "user", "content": f"What is in picture {i}?"}],
-            "images": [make_image(i)],
-            "cue": f"noise number {i}",
-            "answer": "yes",
-        }
-        for i in range(count)
-    ]
 
 
 def build(tmp_path, rows=None, dataset=None, model=None, processor=None, teacher=None, peft_config=None, **arguments):
@@ -36,7 +24,7 @@ def build(tmp_path, rows=None, dataset=None, model=None, processor=None, teacher
             max_completion_length=8,
             **arguments,
         ),
-        train_dataset=Dataset.from_list(make_rows() if rows is None else rows) if dataset is None else dataset,
+        train_dataset=Dataset.from_list(make_rows(3) if rows is None else rows) if dataset is None else dataset,
         processing_class=make_processor() if processor is None else processor,
         peft_config=peft_config,
     )
@@ -60,22 +48,22 @@ def test_good_rows_pass(tmp_path):
 )
 def test_missing_column(tmp_path, missing, arguments, message):
     with pytest.raises(ValueError, match=message):
-        build(tmp_path, dataset=Dataset.from_list(make_rows()).remove_columns(missing), **arguments)
+        build(tmp_path, dataset=Dataset.from_list(make_rows(3)).remove_columns(missing), **arguments)
 
 
 def test_columns_that_are_not_needed_may_be_missing(tmp_path):
-    dataset = Dataset.from_list(make_rows()).remove_columns(["cue", "answer"])
+    dataset = Dataset.from_list(make_rows(3)).remove_columns(["cue", "answer"])
     build(tmp_path, dataset=dataset, privilege="none")
 
 
 def test_bad_eval_dataset_is_named(tmp_path):
-    rows = make_rows()
+    rows = make_rows(3)
     rows[1]["cue"] = ""
     with pytest.raises(ValueError, match=r"Row 1 of eval_dataset\['hard'\]: `cue` is ''"):
         ViCuRTrainer(
             model=make_qwen3_vl(),
             args=ViCuRConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none", disable_tqdm=True),
-            train_dataset=Dataset.from_list(make_rows()),
+            train_dataset=Dataset.from_list(make_rows(3)),
             eval_dataset={"hard": Dataset.from_list(rows)},
             processing_class=make_processor(),
         )
@@ -136,19 +124,19 @@ def test_bad_row_is_named_by_its_number(tmp_path, change, message):
 
 
 def test_cue_that_is_not_text(tmp_path):
-    rows = [{**row, "cue": 12} for row in make_rows()]
+    rows = [{**row, "cue": 12} for row in make_rows(3)]
     with pytest.raises(ValueError, match="Row 0 of train_dataset: `cue` must be a string, got int: 12"):
         build(tmp_path, rows=rows, missing_privilege="none")
 
 
 def test_missing_privilege_none_accepts_empty_cues(tmp_path):
-    rows = make_rows()
+    rows = make_rows(3)
     rows[1]["cue"], rows[2]["cue"] = None, ""
     build(tmp_path, rows=rows, missing_privilege="none")
 
 
 def test_prompt_that_is_not_a_conversation(tmp_path):
-    rows = [{**row, "prompt": "What is this?"} for row in make_rows()]
+    rows = [{**row, "prompt": "What is this?"} for row in make_rows(3)]
     with pytest.raises(ValueError, match="Row 0 of train_dataset: `prompt` must be a list of messages.*'What is this"):
         build(tmp_path, rows=rows)
 
@@ -168,7 +156,7 @@ def test_unreadable_image(tmp_path, kind):
         path.write_bytes(b"no image at all")
     good = tmp_path / "good.png"
     make_image(1).save(good)
-    rows = make_rows()
+    rows = make_rows(3)
     features = Features(
         {
             "prompt": List({"role": Value("string"), "content": Value("string")}),
@@ -237,7 +225,7 @@ def test_vllm_would_roll_out_without_the_module(tmp_path):
 
 def test_num_iterations_needs_a_dataset(tmp_path):
     with pytest.raises(ValueError, match="`num_iterations=2` needs a `Dataset`"):
-        build(tmp_path, dataset=Dataset.from_list(make_rows()).to_iterable_dataset(), num_iterations=2, max_steps=1)
+        build(tmp_path, dataset=Dataset.from_list(make_rows(3)).to_iterable_dataset(), num_iterations=2, max_steps=1)
 
 
 # --- Options ---

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import encode, make_image, make_qwen3_vl, randomize, user
+from tiny_models import encode, make_image, make_qwen3_vl, randomize, user, with_completion
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, StaticCache
 
@@ -41,17 +41,6 @@ def logits(model, inputs):
 
 def recovery_layers(model):
     return [module for module in model.modules() if isinstance(module, CueRecoveryLayer)]
-
-
-def with_completion(inputs, completion_ids):
-    """The inputs of a forward pass over prompt and completion."""
-    extended = {**inputs}
-    extended["input_ids"] = torch.cat([inputs["input_ids"], completion_ids], dim=1)
-    extended["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(completion_ids)], dim=1)
-    if "mm_token_type_ids" in inputs:
-        zeros = torch.zeros_like(completion_ids).to(inputs["mm_token_type_ids"].dtype)
-        extended["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], zeros], dim=1)
-    return extended
 
 
 # --- 1. Identity at birth ---

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from tiny_models import make_image, make_qwen3_vl
+from tiny_models import make_qwen3_vl, make_rows
 
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "scripts"
@@ -20,17 +20,8 @@ def local(tmp_path_factory, processor):
     make_qwen3_vl().save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     make_qwen3_vl(num_layers=6, seed=1).save_pretrained(folder / "teacher")
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"What is in picture {i}?"}],
-            "images": [make_image(i)],
-            "cue": f"noise number {i}",
-            "answer": "yes",
-        }
-        for i in range(4)
-    ]
     (folder / "dataset").mkdir()
-    Dataset.from_list(rows).to_parquet(folder / "dataset" / "train.parquet")
+    Dataset.from_list(make_rows(4)).to_parquet(folder / "dataset" / "train.parquet")
     return folder
 
 
@@ -45,18 +36,22 @@ def run_script(local, output_dir, *arguments):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"Model saved to {output_dir}." in result.stdout
-    return json.loads((output_dir / "adapter_config.json").read_text()) if "False" not in arguments else None
+
+
+def adapter_config(output_dir):
+    return json.loads((output_dir / "adapter_config.json").read_text())
 
 
 @pytest.mark.parametrize("recipe", ["vicur_geometry3k.yaml", "vicur_vision_r1.yaml"])
 def test_recipes_run(local, tmp_path, recipe):
     # The tiny model has four layers
-    config = run_script(local, tmp_path, "--config", str(SCRIPTS / recipe), "--layer_interval", "2")
+    run_script(local, tmp_path, "--config", str(SCRIPTS / recipe), "--layer_interval", "2")
+    config = adapter_config(tmp_path)
     assert config["peft_type"] == "CUE_RECOVERY" and config["train_base"] and config["r"] == 0
 
 
 def test_lora_with_the_module_and_a_stronger_teacher(local, tmp_path):
-    config = run_script(
+    run_script(
         local,
         tmp_path,
         "--use_peft",
@@ -71,6 +66,7 @@ def test_lora_with_the_module_and_a_stronger_teacher(local, tmp_path):
         "--privilege",
         "answer",
     )
+    config = adapter_config(tmp_path)
     assert config["r"] == 4 and config["lora_alpha"] == 32 and config["sink_token"] == "assistant"
     assert "language_model" in config["target_modules"]
 

@@ -7,7 +7,14 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from tiny_models import make_image, make_qwen2_5_processor, make_qwen2_5_vl, make_qwen3_vl
+from tiny_models import (
+    encode,
+    make_image,
+    make_qwen2_5_processor,
+    make_qwen2_5_vl,
+    make_qwen3_vl,
+    with_completion,
+)
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
@@ -96,9 +103,9 @@ def test_invariant_11_trl_parity(tmp_path, processor, beta):
         **arguments,
     )
     ours.train()  # before the other is built, which seeds the random numbers anew
-    names = {field for field in DistillationConfig.__dataclass_fields__ if field in vars(ours.args)}
-    config = {name: value for name, value in vars(make_config(tmp_path, **arguments)).items() if name in names}
-    config = {name: value for name, value in config.items() if DistillationConfig.__dataclass_fields__[name].init}
+    shared = vars(make_config(tmp_path, **arguments))
+    fields = DistillationConfig.__dataclass_fields__
+    config = {name: value for name, value in shared.items() if name in fields and fields[name].init}
     theirs = DistillationTrainer(
         model=make_qwen3_vl(),
         teacher_model=make_qwen3_vl(seed=5),
@@ -157,16 +164,9 @@ def logprobs_alone(model, processor, row, hint, completion):
     messages = [
         {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in row["prompt"][:-1]
     ] + [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-    inputs = dict(
-        processor.apply_chat_template(
-            [messages], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-    )
+    inputs = encode(processor, [messages])
     length = inputs["input_ids"].shape[1]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], completion[None]], dim=1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    types = inputs["mm_token_type_ids"]
-    inputs["mm_token_type_ids"] = torch.cat([types, types.new_zeros(1, len(completion))], dim=1)
+    inputs = with_completion(inputs, completion[None])
     with torch.no_grad():
         logits = model.eval()(**inputs).logits[0, length - 1 : -1]
     return logits.log_softmax(-1).gather(-1, completion[:, None]).squeeze(-1)

@@ -189,6 +189,30 @@ def encode(processor, conversations: list[list[dict]]) -> dict[str, torch.Tensor
     )
 
 
+def with_completion(inputs, completion_ids):
+    """The inputs of a forward pass over prompt and completion."""
+    extended = {**inputs}
+    extended["input_ids"] = torch.cat([inputs["input_ids"], completion_ids], dim=1)
+    extended["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(completion_ids)], dim=1)
+    if "mm_token_type_ids" in inputs:
+        zeros = torch.zeros_like(completion_ids).to(inputs["mm_token_type_ids"].dtype)
+        extended["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], zeros], dim=1)
+    return extended
+
+
+def make_rows(count: int) -> list[dict]:
+    """Dataset rows of one question about one image, with cue and answer."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"What is in picture {i}?"}],
+            "images": [make_image(i)],
+            "cue": f"noise number {i}",
+            "answer": "yes",
+        }
+        for i in range(count)
+    ]
+
+
 def randomize(model: torch.nn.Module, seed: int = 1, std: float = 0.3) -> torch.nn.Module:
     """Give the adapter's zero-initialized weights values, so that it changes the outputs."""
     generator = torch.Generator().manual_seed(seed)
