@@ -1,17 +1,16 @@
 """Checks of the datasets before training, so that no bad row costs a training run."""
 
-import re
-from collections.abc import Callable, Iterator
-from io import BytesIO
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from PIL import Image
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
-from .teacher_context import add_privilege, get_privilege
+from ..dataset_rows import control_token_pattern, image_size, message_texts, row_getter, row_images, shorten
+from ..teacher_prompt import add_privilege
+from .privilege import get_privilege
 from .vicur_config import ViCuRConfig
 
 
@@ -44,14 +43,15 @@ class RowChecker:
         if not is_conversational(row):
             raise ValueError(
                 "`prompt` must be a list of messages, each with 'role' and 'content', got "
-                f"{_shorten(prompt)}. Images can only be placed in conversational prompts."
+                f"{shorten(prompt)}. Images can only be placed in conversational prompts."
             )
         privilege = get_privilege(row, self.args)
         teacher_prompt = add_privilege(prompt, privilege, self.args.teacher_prompt_template)
-        for name, text in [*_message_texts(prompt), ("privilege", privilege or "")]:
+        texts = [("prompt", text) for text in message_texts(prompt)] + [("privilege", privilege or "")]
+        for name, text in texts:
             if found := self.control_token.search(text):
                 raise ValueError(
-                    f"The text of `{name}` contains the control token {found.group()!r}: {_shorten(text)}. Data must "
+                    f"The text of `{name}` contains the control token {found.group()!r}: {shorten(text)}. Data must "
                     "not steer the chat format; remove the token."
                 )
         images = row_images(row)
@@ -67,11 +67,8 @@ class RowChecker:
                 self.processing_class._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
             )
         # A text has at most as many tokens as bytes, so most rows need not be tokenized
-        texts = [text for _, text in _message_texts(prompt)]
-        if (
-            num_image_tokens + sum(len(text.encode("utf-8", "replace")) + 64 for text in texts)
-            <= self.max_prompt_length
-        ):
+        text_bound = sum(len(text.encode("utf-8", "replace")) + 64 for text in message_texts(prompt))
+        if num_image_tokens + text_bound <= self.max_prompt_length:
             return
         text = self.processing_class.apply_chat_template(
             prepare_multimodal_messages(prompt, images=[None] * len(image_sizes)),
@@ -117,7 +114,7 @@ def check_dataset(
         return
     numbers = range(args.process_index, len(dataset), args.world_size)
     progress = tqdm(numbers, desc=f"Checking {name}", disable=args.disable_tqdm or args.process_index != 0)
-    get_row = _row_getter(dataset)
+    get_row = row_getter(dataset)
     for number in progress:
         with_row_number(checker.check, lambda number=number: get_row(number), f"Row {number} of {name}")
 
@@ -150,74 +147,3 @@ def with_row_number(check: Callable[[dict], None], get_row: Callable[[], dict], 
         check(get_row())
     except Exception as error:
         raise ValueError(f"{row_name}: {error}") from error
-
-
-def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
-    """A pattern that finds the special tokens which a tokenizer would read out of plain text."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    # Without special tokens, a pattern that never matches
-    return re.compile("|".join(re.escape(token) for token in tokens) or r"(?!)")
-
-
-def row_images(row: dict[str, Any]) -> list:
-    """The images of a row, from its column `images` or `image`; an empty list for a text-only row."""
-    if "images" in row:
-        return list(row["images"] or [])
-    return [] if row["image"] is None else [row["image"]]
-
-
-def image_size(image: Image.Image | dict | str) -> tuple[int, int] | None:
-    """
-    Width and height of an image in pixels, after checking that it can be read; `None` for a URL.
-
-    Args:
-        image (`PIL.Image.Image`, `dict` or `str`):
-            An image, a `datasets` image that is not decoded (`bytes` or `path`), a path or a URL.
-
-    Raises:
-        `ValueError`: If the image cannot be read.
-    """
-    if isinstance(image, Image.Image):
-        image.load()  # reads the file now, if it has only been opened
-        return image.size
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return None
-    if isinstance(image, str):
-        image = {"path": image, "bytes": None}
-    if not isinstance(image, dict):
-        raise ValueError(f"An image must be a PIL image, a path or a URL, got {type(image).__name__}.")
-    source = BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
-    try:
-        with Image.open(source) as opened:
-            size = opened.size
-            # All of the data is decoded, because a header says nothing about its end; a JPEG at an eighth of its size
-            opened.draft("L", (1, 1))
-            opened.load()
-    except Exception as error:
-        where = f"{len(image['bytes'])} bytes" if image.get("bytes") is not None else repr(image["path"])
-        raise ValueError(f"An image ({where}) cannot be read: {error}. Replace the file or remove the row.") from error
-    return size
-
-
-def _row_getter(dataset: Dataset) -> Callable[[int], dict[str, Any]]:
-    """Reads rows without decoding their images, which is most of the work; `image_size` checks them instead."""
-    image_column = "images" if "images" in dataset.column_names else "image"
-    if dataset.format["type"] is not None:  # a transform or format of the user's makes the rows
-        return dataset.__getitem__
-    images = dataset.select_columns([image_column]).with_format("arrow")
-    others = dataset.remove_columns([image_column])
-    return lambda number: {**others[number], image_column: images[number][image_column].to_pylist()[0]}
-
-
-def _message_texts(prompt: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    for message in prompt:
-        content = message.get("content")
-        if isinstance(content, str):
-            yield "prompt", content
-        elif content is not None:
-            yield from (("prompt", block["text"]) for block in content if block["type"] == "text")
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"

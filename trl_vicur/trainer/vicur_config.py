@@ -3,6 +3,8 @@ from typing import Literal, get_args
 
 from trl import DistillationConfig
 
+from ..teacher_prompt import TEACHER_PROMPT_TEMPLATE
+
 
 Privilege = Literal["cue", "answer", "none"]
 TeacherModelKind = Literal["base", "live", "ema"]
@@ -74,7 +76,7 @@ class ViCuRConfig(DistillationConfig):
     cue_column: str = field(default="cue", metadata={"help": "Dataset column with the cues."})
     answer_column: str = field(default="answer", metadata={"help": "Dataset column with the reference answers."})
     teacher_prompt_template: str = field(
-        default="{prompt}\n\n[Hint]: {privilege}",
+        default=TEACHER_PROMPT_TEMPLATE,
         metadata={"help": "How the privilege is added to the text of the last user turn."},
     )
     missing_privilege: Literal["error", "none"] = field(

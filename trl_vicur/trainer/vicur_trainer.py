@@ -26,7 +26,9 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import get_config_model_id, pad
 
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
-from .dataset_validation import RowChecker, check_dataset, row_images, with_row_number
+from ..dataset_rows import row_images
+from ..teacher_prompt import add_privilege, hint_marker
+from .dataset_validation import RowChecker, check_dataset, with_row_number
 from .ema_teacher import EMATeacherCallback
 from .losses import (
     LMHead,
@@ -36,7 +38,7 @@ from .losses import (
     token_logprobs,
     topk_divergence,
 )
-from .teacher_context import add_privilege, get_privilege, hint_marker
+from .privilege import get_privilege
 from .vicur_config import ViCuRConfig
 
 

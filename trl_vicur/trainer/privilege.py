@@ -1,0 +1,37 @@
+"""What only the teacher sees of a dataset row."""
+
+from typing import Any
+
+from .vicur_config import ViCuRConfig
+
+
+def get_privilege(row: dict[str, Any], args: ViCuRConfig) -> str | None:
+    """
+    The privileged text of a dataset row.
+
+    Args:
+        row (`dict`):
+            The dataset row.
+        args ([`ViCuRConfig`]):
+            Names the kind of privilege, its column, and what happens where it is missing.
+
+    Returns:
+        `str` or `None`: The text; `None` where the teacher sees the student's prompt.
+
+    Raises:
+        `ValueError`: If there is no such text and `args.missing_privilege` is `"error"`, or if it is not a string.
+    """
+    if args.privilege == "none":
+        return None
+    column = args.cue_column if args.privilege == "cue" else args.answer_column
+    privilege = row.get(column)
+    if isinstance(privilege, str) and privilege.strip():
+        return privilege
+    if privilege is None or privilege == "" or isinstance(privilege, str):
+        if args.missing_privilege == "none":
+            return None
+        raise ValueError(
+            f"`{column}` is {privilege!r}, expected the text that only the teacher sees. Fill it in, or set "
+            "`missing_privilege='none'` to let the teacher see the plain prompt for such rows."
+        )
+    raise ValueError(f"`{column}` must be a string, got {type(privilege).__name__}: {privilege!r}.")
