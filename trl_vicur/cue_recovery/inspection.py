@@ -72,7 +72,7 @@ def sink_attention(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.
     def record(name: str):
         def hook(attention: SinkCrossAttention, args: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
             sink, hidden_states, visual_mask = args
-            attended = attention.attention_weights(sink.to(attention.q_proj.weight.dtype), hidden_states, visual_mask)
+            attended = attention.attention_weights(sink, hidden_states, visual_mask)
             weights[name] = attended.masked_fill(~visual_mask.unsqueeze(1), 0.0)
 
         return hook

@@ -65,18 +65,8 @@ class SinkCrossAttention(nn.Module):
         """
         Attention of the sink to each position, `(batch, heads, seq)`, in float32 at least; zero where `visual_mask` is
         `False` (and uniform in a sample without any visual token). Arguments as in [`SinkCrossAttention.forward`].
-
-        A key is `W_K (norm_weight · v / rms(v))`. There is one query, so W_K and the norm's weight fold into it and
-        the division by rms(v) into the score: the keys, `(batch, seq, hidden)`, never exist.
         """
-        query = self.q_proj(self.q_norm(sink)).unflatten(-1, (self.num_heads, self.head_dim))
-        key_weight = self.k_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
-        folded_query = torch.einsum("bhe,hed->bhd", query, key_weight.to(query.dtype)) * self.kv_norm.weight
-        scores = torch.matmul(folded_query.to(hidden_states.dtype), hidden_states.mT)
-        scores = scores * self._inverse_rms(hidden_states).unsqueeze(1) * self.head_dim**-0.5
-        # The lowest finite value instead of -inf keeps samples without visual tokens free of NaN
-        scores = scores.masked_fill(~visual_mask.unsqueeze(1), torch.finfo(scores.dtype).min)
-        return scores.softmax(dim=-1)
+        return self._attend(sink, hidden_states, visual_mask, self._inverse_rms(hidden_states))
 
     def forward(self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
         """
@@ -93,14 +83,30 @@ class SinkCrossAttention(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, hidden)`: The update, to be added to the sink.
         """
-        sink = sink.to(self.q_proj.weight.dtype)
-        weights = self.attention_weights(sink, hidden_states, visual_mask)
-        # As above for the values: average the hidden states first, then apply the norm's weight and W_V once
-        weights = (weights * self._inverse_rms(hidden_states).unsqueeze(1)).to(hidden_states.dtype)
-        averaged = torch.matmul(weights, hidden_states).to(sink.dtype) * self.kv_norm.weight
+        inverse_rms = self._inverse_rms(hidden_states)
+        weights = self._attend(sink, hidden_states, visual_mask, inverse_rms)
+        # As in `_attend` for the values: average the hidden states first, then apply the norm's weight and W_V once
+        weights = (weights * inverse_rms.unsqueeze(1)).to(hidden_states.dtype)
+        averaged = torch.matmul(weights, hidden_states).to(self.v_proj.weight.dtype) * self.kv_norm.weight
         value_weight = self.v_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
-        attended = torch.einsum("bhd,hed->bhe", averaged, value_weight.to(averaged.dtype))
+        attended = torch.einsum("bhd,hed->bhe", averaged, value_weight)
         return self.o_proj(attended.flatten(1))
+
+    def _attend(
+        self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor, inverse_rms: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        A key is `W_K (norm_weight · v / rms(v))`. There is one query, so W_K and the norm's weight fold into it and
+        the division by rms(v) into the score: the keys, `(batch, seq, hidden)`, never exist.
+        """
+        query = self.q_proj(self.q_norm(sink.to(self.q_proj.weight.dtype)))
+        query = query.unflatten(-1, (self.num_heads, self.head_dim))
+        key_weight = self.k_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
+        folded_query = torch.einsum("bhe,hed->bhd", query, key_weight) * (self.kv_norm.weight * self.head_dim**-0.5)
+        scores = torch.matmul(folded_query.to(hidden_states.dtype), hidden_states.mT) * inverse_rms.unsqueeze(1)
+        # The lowest finite value instead of -inf keeps samples without visual tokens free of NaN
+        scores = scores.masked_fill(~visual_mask.unsqueeze(1), torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1)
 
     def forward_plain(
         self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor
