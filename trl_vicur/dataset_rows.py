@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
+from transformers.image_utils import load_image
 
 
 def row_images(row: dict[str, Any]) -> list:
@@ -50,6 +51,26 @@ def image_size(image: Image.Image | dict | str) -> tuple[int, int] | None:
     return size
 
 
+def read_image(image: Image.Image | dict | str) -> Image.Image:
+    """
+    An image as RGB pixels, upright, with the `format` of its file.
+
+    Args:
+        image (`PIL.Image.Image`, `dict` or `str`):
+            An image, a `datasets` image that is not decoded (`bytes` or `path`), a path or a URL.
+
+    Raises:
+        `ValueError` or `OSError`: If the image cannot be read.
+    """
+    if isinstance(image, dict):
+        image = image["path"] if image.get("bytes") is None else Image.open(BytesIO(image["bytes"]))
+    if isinstance(image, str) and not image.startswith(("http://", "https://")):
+        image = Image.open(image)
+    rgb = load_image(image)
+    rgb.format = getattr(image, "format", None)  # a URL has none
+    return rgb
+
+
 def message_texts(messages: list[dict[str, Any]]) -> Iterator[str]:
     """The texts of messages whose contents are strings or lists of blocks."""
     for message in messages:
@@ -58,6 +79,13 @@ def message_texts(messages: list[dict[str, Any]]) -> Iterator[str]:
             yield content
         elif content is not None:
             yield from (block["text"] for block in content if block["type"] == "text")
+
+
+def question_text(prompt: str | list[dict[str, Any]]) -> str:
+    """What a prompt asks: the text itself, or the texts of its user turns."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(message_texts([message for message in prompt if message["role"] == "user"]))
 
 
 def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:

@@ -1,0 +1,150 @@
+"""
+Generating cues at an endpoint: throughput against a plain sequential loop, and memory against the number of rows.
+
+    python benchmarks/cue_generation.py
+
+A small server that answers after 50 ms, in a process of its own, stands for the endpoint. The two sides take turns;
+medians are reported. Memory is what the process allocates itself (anonymous memory, not the pages of dataset files,
+which the system may drop), at its highest, over that of the imports alone.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+
+from datasets import Dataset, Features, Image, List, Value, disable_progress_bars, load_from_disk
+from openai import OpenAI
+from PIL import Image as PILImage
+
+from trl_vicur.cues import CUE_PROMPT, ChatResponse, OpenAIGenerator, generate_cues
+from trl_vicur.cues.generators import _to_openai
+from trl_vicur.dataset_rows import read_image
+
+
+SERVER = Path(__file__).parents[1] / "tests" / "openai_server.py"
+LATENCY = 0.05  # seconds
+
+
+def make_dataset(folder: Path, count: int, size: int) -> Dataset:
+    """Rows with a question each and the same image, read from disk like any large dataset."""
+    buffer = BytesIO()
+    PILImage.effect_noise((size, size), 64).convert("RGB").save(buffer, "PNG")
+    image = [{"bytes": buffer.getvalue(), "path": None}]
+    features = Features({"question": Value("string"), "images": List(Image())})
+    rows = {"question": [f"question {number}" for number in range(count)], "images": [image] * count}
+    Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
+    return load_from_disk(str(folder))
+
+
+@contextmanager
+def endpoint():
+    """The address of a server in a process of its own."""
+    command = [sys.executable, str(SERVER), "0", str(LATENCY)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        yield server.stdout.readline().strip()
+        server.stdin.close()
+
+
+def sequential_loop(dataset: Dataset, base_url: str) -> None:
+    """What one would write without this package: one request after the other, and a JSON line per row."""
+    client = OpenAI(api_key="none", base_url=base_url)
+    with tempfile.TemporaryFile("w") as file:
+        for number, row in enumerate(dataset):
+            messages = _to_openai(CUE_PROMPT.messages(row["question"], [read_image(row["images"][0])]))
+            response = client.chat.completions.create(model="m", messages=messages, seed=number)
+            print(json.dumps({"row": number, "cue": response.choices[0].message.content}), file=file, flush=True)
+
+
+def measure_throughput(num_rows: int, pairs: int, concurrency: int) -> dict:
+    """Rows per second of both sides."""
+    seconds = {"generate_cues": [], "sequential loop": []}
+    with tempfile.TemporaryDirectory() as folder, endpoint() as base_url:
+        dataset = make_dataset(Path(folder) / "dataset", num_rows, size=64)
+        for pair in range(pairs):
+            start = time.perf_counter()
+            sequential_loop(dataset, base_url)
+            seconds["sequential loop"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            generate_cues(dataset, OpenAIGenerator("m", base_url, concurrency=concurrency), f"{folder}/{pair}")
+            seconds["generate_cues"].append(time.perf_counter() - start)
+    rates = {name: num_rows / median(values) for name, values in seconds.items()}
+    ratios = [a / b for a, b in zip(seconds["sequential loop"], seconds["generate_cues"], strict=True)]
+    return {"rows_per_second": rates, "ratios": ratios, "median_ratio": median(ratios)}
+
+
+class InstantGenerator:
+    """Replies at once, so that a hundred thousand rows take a minute. Reads every image, like any other."""
+
+    settings = {"generator": "instant", "model": "none"}
+
+    def generate(self, requests):
+        for request in requests:
+            request.messages()
+            yield ChatResponse(request.number, f"The evidence for row {request.number} is at the left. " * 5)
+
+
+def anonymous_memory() -> float:
+    """Memory that the process has allocated, in MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+
+
+def measure_memory_here(folder: str, output: str) -> None:
+    """Prints the highest memory of a run in this process, over that before it."""
+    dataset = load_from_disk(folder)
+    before = highest = anonymous_memory()
+    done = threading.Event()
+
+    def watch():
+        nonlocal highest
+        while not done.wait(0.02):
+            highest = max(highest, anonymous_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    generate_cues(dataset, InstantGenerator(), output)
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    print(json.dumps({"mebibytes": highest - before, "rows_per_second": len(dataset) / seconds}))
+
+
+def measure_memory(counts: list[int]) -> dict:
+    """The highest memory for each number of rows, each in a process of its own."""
+    results = {}
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            make_dataset(Path(folder) / "dataset", count, size=32)
+            command = [sys.executable, __file__, "--memory_of", f"{folder}/dataset", f"{folder}/out"]
+            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+            results[count] = json.loads(result.stdout.splitlines()[-1])
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=400, help="rows of the throughput measurement")
+    parser.add_argument("--pairs", type=int, default=3, help="how often the two sides take turns")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests under way at a time")
+    parser.add_argument("--memory_rows", type=int, nargs="*", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    disable_progress_bars()
+    if args.memory_of is not None:
+        measure_memory_here(*args.memory_of)
+        return
+    throughput = measure_throughput(args.rows, args.pairs, args.concurrency)
+    print(json.dumps({"throughput": throughput, "memory": measure_memory(args.memory_rows)}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

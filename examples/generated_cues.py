@@ -1,0 +1,135 @@
+"""
+The quickstart with cues that a model wrote, beside the quickstart's own cues, which come from what each image is known
+to show.
+
+    python examples/generated_cues.py
+
+1. A cue generator is trained: the quickstart's base learns to name what it sees, from the 1,000 images that its eyes
+   were trained on.
+2. It writes a cue for every row of the distillation data, whose images it never saw (`generate_cues`).
+3. The cues are audited; rows whose cue is not usable are dropped (`audit_cues`).
+4. Two students are distilled, one with these cues and one with those of the scenes, and tested.
+"""
+
+import argparse
+import json
+import random
+import time
+import warnings
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from easy_vqa_dataset import evaluate, load_easy_vqa
+from quickstart import BASE, NUM_TEST_QUESTIONS, TRAINING, load_base, train
+from rich.console import Console
+from rich.table import Table
+from train_base import encode_lessons, fit, unique_images
+from transformers import AutoProcessor, ProcessorMixin, Qwen3VLForConditionalGeneration
+
+from trl_vicur.cues import CuePrompt, TransformersGenerator, audit_cues, generate_cues
+from trl_vicur.cues.audit_summary import summarize_audit
+
+
+# The package's own prompt is longer than this model's context
+PROMPT = CuePrompt(version="easy-vqa", user="{question} what does the image show ?")
+
+
+def train_generator(
+    processor: ProcessorMixin, steps: int, batch_size: int = 32
+) -> tuple[Qwen3VLForConditionalGeneration, float]:
+    """
+    Teaches the base to name what an image shows, whatever the question is.
+
+    Returns:
+        `tuple[Qwen3VLForConditionalGeneration, float]`: The generator and its last losses' mean.
+    """
+    model = load_base()
+    dataset = load_easy_vqa("vision")
+    questions = [message["content"] for [message] in dataset["prompt"]]
+    images, scenes = unique_images(dataset)
+    pixels = processor.image_processor(images, return_tensors="pt")
+    # The eyes are good; it is the words for what they see that are missing
+    model.model.visual.requires_grad_(False)
+    with torch.no_grad():
+        features = model.model.get_image_features(**pixels)
+
+    def compute_loss():
+        batch = random.choices(range(len(images)), k=batch_size)
+        lessons = [(PROMPT.user.replace("{question}", random.choice(questions)), scenes[index].cue) for index in batch]
+        inputs = encode_lessons(lessons, processor, with_image=True)
+        batch_features = type(features)(
+            pooler_output=[features.pooler_output[index] for index in batch],
+            deepstack_features=[[layer[index] for index in batch] for layer in features.deepstack_features],
+        )
+        return model(
+            **inputs,
+            mm_encoder_outputs={"image": batch_features},
+            image_grid_thw=pixels["image_grid_thw"][batch],
+            mm_token_type_ids=(inputs["input_ids"] == processor.image_token_id).int(),
+        ).loss
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return model, fit(parameters, compute_loss, steps, 5e-4, "Generator")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("generated_cues_output"), help="where results go")
+    parser.add_argument("--generator_steps", type=int, default=400, help="steps of the generator's training")
+    parser.add_argument("--max_steps", type=int, default=150, help="optimizer steps of each student")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the trainings")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    console = Console()
+    processor = AutoProcessor.from_pretrained(BASE)
+    scene_dataset = load_easy_vqa("distillation")
+    num_rows = min(args.max_steps * TRAINING["per_device_train_batch_size"], len(scene_dataset))
+    scene_dataset = scene_dataset.select(range(num_rows))
+    test_dataset = load_easy_vqa("test").select(range(NUM_TEST_QUESTIONS))
+
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    model, _ = train_generator(processor, args.generator_steps)
+    generator = TransformersGenerator(model, processor, batch_size=64, max_new_tokens=24)
+    start = time.perf_counter()
+    dataset = generate_cues(
+        scene_dataset.remove_columns(["cue"]), generator, args.output_dir / "cues", prompt=PROMPT, seed=args.seed
+    )
+    seconds = time.perf_counter() - start
+    right = [cue == expected for cue, expected in zip(dataset["cue"], scene_dataset["cue"], strict=True)]
+    dataset = audit_cues(dataset)
+    totals = summarize_audit(dataset)
+    generated_dataset = dataset.filter(lambda is_usable: is_usable, input_columns="cue_usable")
+    console.print(
+        f"{len(dataset):,} rows in {seconds:.0f} s; {sum(right) / len(right):.1%} of the cues say what the scene's "
+        f"says, {len(generated_dataset):,} are usable"
+    )
+
+    results = {}
+    for name, train_dataset in {"generated": generated_dataset, "scene": scene_dataset}.items():
+        console.print(f"Distilling with {name} cues, {args.max_steps} steps")
+        trainer, seconds = train("cue", train_dataset, processor, args)
+        results[name] = evaluate(trainer.model, processor, test_dataset, description=f"Evaluating, {name} cues")
+        results[name]["training_seconds"] = seconds
+    results["base"] = evaluate(load_base(), processor, test_dataset, description="Evaluating the base")
+    results["cues"] = {"right": sum(right) / len(right), "usable": len(generated_dataset), **totals}
+    results["settings"] = {name: value for name, value in vars(args).items() if name != "output_dir"} | TRAINING
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    table = Table(title=f"easy-VQA, {NUM_TEST_QUESTIONS:,} test questions, greedy decoding")
+    table.add_column("student of")
+    for column in ("accuracy", "grounded accuracy"):
+        table.add_column(column, justify="right")
+    names = {"base": "nobody (the base)", "generated": "generated, audited cues", "scene": "cues from the scene"}
+    for key, name in names.items():
+        table.add_row(name, *(f"{results[key][column]:.1%}" for column in ("accuracy", "grounded_accuracy")))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Visual cues from any vision-language model, and whether they may be used as recoverable privilege."""
+
+from .audit import audit_cues
+from .audit_cue import CueAudit, audit_cue
+from .generate import generate_cues
+from .generators import (
+    ChatRequest,
+    ChatResponse,
+    Generator,
+    GeneratorUnavailableError,
+    OpenAIGenerator,
+    TransformersGenerator,
+)
+from .privilege_gap import measure_privilege_gap
+from .prompts import CUE_PROMPT, CuePrompt
+from .recoverability import measure_recoverability
+from .regenerate import regenerate_cues
+from .report import write_html_report
+from .usefulness import measure_usefulness
+
+
+__all__ = [
+    "CUE_PROMPT",
+    "ChatRequest",
+    "ChatResponse",
+    "CueAudit",
+    "CuePrompt",
+    "Generator",
+    "GeneratorUnavailableError",
+    "OpenAIGenerator",
+    "TransformersGenerator",
+    "audit_cue",
+    "audit_cues",
+    "generate_cues",
+    "measure_privilege_gap",
+    "measure_recoverability",
+    "measure_usefulness",
+    "regenerate_cues",
+    "write_html_report",
+]

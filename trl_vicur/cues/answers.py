@@ -1,0 +1,257 @@
+"""Is the final answer of a completion the reference answer?"""
+
+import logging
+import re
+import unicodedata
+from itertools import islice
+
+import sympy
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy.core.numbers import ImaginaryUnit
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import BooleanAtom
+
+from .generate import THINKING
+
+
+# It warns of being called without its time limit, which is made of signals and works in the main thread only. What
+# could take long is kept from it instead: see `_is_cheap`.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+# --- Where a completion states its answer ---
+ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+# "The answer is 12", "**Final answer:** 12", "the answer to the question would be 12"; "#### 12" as in GSM8K
+ANNOUNCEMENT = re.compile(
+    r"(?:\banswer\b(?! choices| options)[^.\n:=]{0,60}?(?:\b(?:is|be)\b:?|[:=])|^####)[\s*_]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+# The full stop of "B. 12 cm" ends no sentence
+SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.!?]+(?=[\s*]|\Z)|\n")
+EXPLANATION = re.compile(r",?\s(?:because|since|as|which|where)\b.*", re.DOTALL)
+YES_OR_NO = re.compile(r"(?:yes|no|true|false)\b", re.IGNORECASE)
+# Between a subject and what is said of it
+COPULA = re.compile(
+    r"\b(?:is|are|was|were|be|becomes?|equals?|shows?|says|reads|measures|contains)\b|(?<=\w)['’]s\b|:\s|[=≈]",
+    re.IGNORECASE,
+)
+
+# --- Options ---
+OPTION = re.compile(r"\(?([A-Z])\)?[.):]?")
+OPTION_WITH_TEXT = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(.+)", re.DOTALL)
+# "B", "(b)", "B. 12 cm", "Option B is right" at the beginning; but not the article of "A triangle"
+LEADING_OPTION = re.compile(r"(?:(?i:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])\Z|([A-Z])[.):,]|([B-HJ-Z])\s)")
+NAMED_OPTION = re.compile(r"\b(?:option|choice)\s+\(?([A-Z])\b", re.IGNORECASE)
+# A capital that stands alone and is neither an article nor "I"
+LONE_CAPITAL = re.compile(r"(?<![\w'’-])(?!A\s+[a-z]|I\b)([A-Z])(?![\w'’-])")
+NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|cannot)\b|n['’]t\b", re.IGNORECASE)
+
+# --- Words and mathematics ---
+FUNCTION_WORDS = frozenset(
+    "a an the is are was were it its s this that there so therefore thus in on at of to".split()
+)
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b", re.IGNORECASE)
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?%?(?![\w/^.:]*\d)")
+FORMULA = re.compile(r"\$([^$]+)\$")
+# Behind a number: a word, or a symbol that may stand close to it; "x" and "\pi" are none
+UNIT = re.compile(
+    r"(?<=[\d)}])(?:\s*(?:°\s*[CF]?|\^\{?\\circ\}?|(?:[cdkmµ]?m|[km]?g|m?l|km/h|s|ft|in)(?:\^?\{?[23]\}?)?)"
+    r"|\s+(?!pi\b)(?:square |cubic )?[A-Za-z]{2,}(?:(?:/| per )[A-Za-z]+)?(?:\^?\{?[23]\}?)?)\Z"
+)
+# A range, a date, a telephone number: no difference and no quotient
+RANGE = re.compile(r"\d+(?:[/.]\d+)*(?:[-–]\d+(?:[/.]\d+)*)+|\d+(?:/\d+){2,}")
+LATEX_TEXT = re.compile(r"\\(?:text\w*|math\w+|boxed)\s*\{([^{}]*)\}")
+# Unicode's normalization would make a plain 2 of "²"
+AS_LATEX = {
+    "−": "-",
+    "×": r"\times ",
+    "·": r"\cdot ",
+    "π": r"\pi ",
+    "²": "^{2}",
+    "³": "^{3}",
+    "≤": r"\leq ",
+    "≥": r"\geq ",
+    "∞": r"\infty ",
+}
+MAX_EXPRESSION_LENGTH = 100  # characters
+# Others (binomials, sums, integrals, …) and factorials may be evaluated as soon as they are parsed
+COMMANDS = frozenset(
+    """frac dfrac tfrac sqrt pi times cdot div pm circ angle degree sin cos tan log ln exp leq geq le ge neq ne approx
+    infty cup cap alpha beta gamma theta phi lambda mu omega""".split()
+)
+MAX_EXPRESSION_SIZE = 60  # nodes of its tree
+ARITHMETIC = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Number, sympy.NumberSymbol, sympy.Symbol, ImaginaryUnit)
+FUNCTIONS = (sympy.sin, sympy.cos, sympy.tan, sympy.log, sympy.exp, sympy.Abs)
+COLLECTIONS = (sympy.Tuple, sympy.Set, Relational, BooleanAtom)
+
+
+def is_correct(completion: str, answer: str) -> bool:
+    r"""
+    Whether a completion arrives at the reference answer.
+
+    The final answer is the text of the last `<answer>` tag, of the last `\boxed{}`, or behind the last "the answer
+    is"; without any, the last sentence, or the option or the yes or no that the completion begins with. Then
+
+    - a reference that is an option's letter: the final answer must name this option, and no other;
+    - mathematics: it must have the same value. Units are not compared, as is usual with
+      [math-verify](https://github.com/huggingface/Math-Verify), which compares the expressions. Those that could take
+      long are compared as text;
+    - other text: its words, or those behind its last "is", "shows", …, must be the same but for articles and the like.
+
+    Args:
+        completion (`str`):
+            The completion, with or without thinking before it.
+        answer (`str`):
+            The reference answer.
+
+    Returns:
+        `bool`: Whether it is correct; `False` also where there is no final answer.
+    """
+    answer = _clean(answer)
+    completion = THINKING.sub("", completion).strip()
+    if not answer or completion.startswith("<think>"):
+        return False
+    return any(_matches(final, answer) for final in _final_answers(completion))
+
+
+def _final_answers(completion: str) -> list[str]:
+    """The final answer, or the texts that it may be in."""
+    tagged = ANSWER_TAG.findall(completion)
+    if tagged:
+        completion = tagged[-1]
+    if (boxed := _last_boxed(completion)) is not None:
+        return [_clean(boxed)]
+    if tagged:
+        return [_clean(completion)]
+    if announcements := list(ANNOUNCEMENT.finditer(completion)):
+        line = completion[announcements[-1].end() :].partition("\n")[0]
+        return [_clean(EXPLANATION.sub("", text)) for text in (line, SENTENCE_END.split(line)[0])]
+    sentences = [text for text in map(_clean, SENTENCE_END.split(completion)) if text]
+    if not sentences:
+        return []
+    finals = [EXPLANATION.sub("", sentences[-1])]
+    # "B. Because …" and "Yes. The circle …"
+    if leading := LEADING_OPTION.match(sentences[0]) or YES_OR_NO.match(sentences[0]):
+        finals.append(leading[0].strip())
+    return finals
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{}`, which may have braces of its own."""
+    start = text.rfind(r"\boxed{")
+    if start == -1:
+        return None
+    start += len(r"\boxed{")
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end]
+    return None  # it was cut
+
+
+def _clean(text: str) -> str:
+    """The text without Markdown, LaTeX's text commands and spaces, and the punctuation at its end."""
+    for symbol, latex in AS_LATEX.items():
+        text = text.replace(symbol, latex)
+    text = unicodedata.normalize("NFKC", text).replace("⁄", "/")  # the fraction slash of "½"
+    text = re.sub(r"\\[()\[\]]", "$", text.replace(r"\$", "").replace(r"\%", "%"))
+    text = re.sub(r"\\[,;:! ]|\\(?:left|right|displaystyle)\b|[*`]|__", " ", text)
+    while (shorter := LATEX_TEXT.sub(r" \1", text)) != text:
+        text = shorter
+    text = re.sub(r"\s+", " ", text).rstrip(" .,;:!").lstrip()
+    # Dollars around all of it, or before an amount; not those around a formula at the end of a sentence
+    return text.strip("$ ") if FORMULA.fullmatch(text) or text.count("$") == 1 else text
+
+
+def _matches(final: str, answer: str) -> bool:
+    if option := OPTION.fullmatch(answer):
+        return _named_option(final) == option[1]
+    if option := OPTION_WITH_TEXT.fullmatch(answer):
+        named = _named_option(final)
+        return _is_same(final, option[3]) if named is None else named == (option[1] or option[2])
+    with_option = OPTION_WITH_TEXT.fullmatch(final)
+    return _is_same(final, answer) or (with_option is not None and _is_same(with_option[3], answer))
+
+
+def _named_option(text: str) -> str | None:
+    """The letter of the one option that the text names."""
+    if leading := LEADING_OPTION.match(text):
+        return next(filter(None, leading.groups())).upper()
+    letters = set(NAMED_OPTION.findall(text)) or set(LONE_CAPITAL.findall(text))
+    return letters.pop() if len(letters) == 1 and not NEGATION.search(text) else None
+
+
+def _is_same(text: str, answer: str) -> bool:
+    parts = [text]
+    if copulas := list(COPULA.finditer(text)):
+        parts.append(text[copulas[-1].end() :])
+    if not _is_mathematics(answer):
+        words = _words(answer)
+        if YES_OR_NO.fullmatch(answer):
+            return _words(text)[:1] == words
+        return any(_words(part) == words for part in parts)
+    # The only formula or the only number of a sentence
+    for pattern in (FORMULA, NUMBER):
+        found = pattern.findall(text)
+        if len(found) == 1:
+            parts += [found[0], found[0].rpartition("=")[2]]
+    return any(_is_same_value(_to_latex(part), _to_latex(answer)) for part in dict.fromkeys(parts))
+
+
+def _words(text: str) -> list[str]:
+    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", text.casefold())
+    words = [str(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else word for word in words]
+    return [word for word in words if word not in FUNCTION_WORDS] or words
+
+
+def _is_mathematics(answer: str) -> bool:
+    value = UNIT.sub("", answer)
+    has_words = re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", value) is not None
+    is_word = NUMBER_WORD.fullmatch(value) is not None
+    return is_word or (re.search(r"[\d\\√^=+<>]", value) is not None and not has_words and not RANGE.fullmatch(value))
+
+
+def _to_latex(text: str) -> str:
+    text = re.sub(r"\A\s*(?:approximately|about|around|roughly|exactly|equal to|≈|~)\s*", "", text.strip("$ "))
+    text = NUMBER_WORD.sub(lambda word: str(NUMBER_WORDS.index(word[0].lower())), text)
+    text = UNIT.sub("", text.rstrip(" .,;:!"))
+    text = re.sub(r"√\s*(\w+|\([^()]*\))", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?<![\w.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)
+    return re.sub(r"(?<=\d)[eE]([-+]?\d+)", r"\\times 10^{\1}", text)
+
+
+def _is_same_value(text: str, answer: str) -> bool:
+    if re.sub(r"\s", "", text).casefold() == re.sub(r"\s", "", answer).casefold():
+        return True
+    expressions = []
+    for latex in (answer, text):
+        if len(latex) > MAX_EXPRESSION_LENGTH or "!" in latex or set(re.findall(r"\\([A-Za-z]+)", latex)) - COMMANDS:
+            return False
+        parsed = parse(f"${latex}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+        if not parsed or not _is_cheap(parsed[0]):
+            return False
+        expressions.append(parsed[0])
+    return verify(*expressions, timeout_seconds=None)
+
+
+def _is_cheap(expression: sympy.Basic | sympy.MatrixBase) -> bool:
+    """Whether the expression is simplified in no time. Powers of powers or integrals can take days."""
+    if not isinstance(expression, sympy.Basic):
+        return False  # a matrix
+    nodes = list(islice(sympy.preorder_traversal(expression), MAX_EXPRESSION_SIZE + 1))
+    has_symbols = any(isinstance(node, sympy.Symbol) for node in nodes)
+    functions = [node for node in nodes if isinstance(node, FUNCTIONS)]
+    others = [node for node in nodes if not isinstance(node, (*ARITHMETIC, *FUNCTIONS, *COLLECTIONS))]
+    if len(nodes) > MAX_EXPRESSION_SIZE or others or len(functions) > 2 or (functions and has_symbols):
+        return False
+    exponents = [node.exp for node in nodes if isinstance(node, sympy.Pow)]
+    largest = 5 if has_symbols else 100
+    return not any(
+        part.is_Pow or (part.is_Number and abs(part) > largest)
+        for exponent in exponents
+        for part in sympy.preorder_traversal(exponent)
+    )

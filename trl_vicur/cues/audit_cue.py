@@ -1,0 +1,72 @@
+"""The text audit of a visual cue: does it describe what can be seen, or does it leak or steer?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .answer_leak import find_answer_leak
+from .control_text import find_control_text
+from .quantities import fold_text
+from .reasoning_leak import find_reasoning_leak
+
+
+@dataclass(frozen=True)
+class CueAudit:
+    """
+    What the text audit found in a cue.
+
+    Args:
+        answer_leak (`str`):
+            `"leak"` if the cue states the answer, `"possible"` if it does but the value may be there to be seen in the
+            image, `"none"` otherwise.
+        reasoning_leak (`bool`):
+            Whether it holds a part of the solution: a theorem, a step, a conclusion, a computed value.
+        control_text (`bool`):
+            Whether it holds control tokens or text that speaks to the model.
+        reasons (`list[str]`):
+            What was found, each with the piece of the cue.
+    """
+
+    answer_leak: Literal["none", "possible", "leak"]
+    reasoning_leak: bool
+    control_text: bool
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the cue may be used as recoverable privilege, as far as its text tells."""
+        return self.answer_leak != "leak" and not self.reasoning_leak and not self.control_text
+
+
+def audit_cue(cue: str, question: str, answer: str | None = None, visible_text: Sequence[str] = ()) -> CueAudit:
+    """
+    Audit the text of a cue. It knows the image only by `visible_text`.
+
+    Args:
+        cue (`str`):
+            The cue.
+        question (`str`):
+            The question that it was made for, with its options.
+        answer (`str`, *optional*):
+            The reference answer. Without it, no answer leak is found.
+        visible_text (`Sequence[str]`, *optional*, defaults to `()`):
+            Texts that the image carries (labels, ticks, captions); empty where they are unknown.
+
+    Returns:
+        [`CueAudit`]: The verdicts and what was found.
+
+    Example:
+
+    ```python
+    >>> audit_cue("Chord CD is 12 cm long.", "How long is CD?", answer="12").reasons
+    ["the cue says '12 cm', the answer is '12', and no label of the image is known to show it"]
+    ```
+    """
+    cue, question = fold_text(cue), fold_text(question)
+    visible_text = [fold_text(text) for text in visible_text]
+    answer_leak, reasons = "none", []
+    if answer is not None and answer.strip():
+        answer_leak, reasons = find_answer_leak(cue, question, fold_text(answer), visible_text)
+    reasoning = find_reasoning_leak(cue, question, visible_text)
+    control = find_control_text(cue)
+    return CueAudit(answer_leak, bool(reasoning), bool(control), reasons + reasoning + control)

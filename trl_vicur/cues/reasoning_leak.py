@@ -1,0 +1,164 @@
+"""Does a cue hold a part of the solution: a theorem, a step, a conclusion, a formula, a computed value?"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from .answer_leak import is_announced, is_presented_as_written, is_read_off_scale, sentence_around
+from .quantities import EXPRESSION, find_quantities, is_calculation, is_same_quantity, number_words_to_digits
+
+
+# Everyday words that also name theorems and steps (power, law, formula, sum, product, solution, line, count) stand in
+# these lists only with the company that makes them part of a solution.
+THEOREMS = (
+    r"theorems?|lemma|corollary|postulate|axioms?|pythag\w+|soh[- ]?cah[- ]?toa|power of (?:a|the) point|rise over run",
+    r"(?:laws?|rules?|principle|conservation) of \w+|(?:ideal gas|inverse[- ]square) law",
+    r"(?:(?:co)?sine|tangent|chain|product|quotient|power|sum|lever|\w+-hand|addition|multiplication) rule",
+    r"\w+(?:'s?|s') (?:(?:\w+ )?laws?|formula|rule|principle|method|equation|inequality|identity)",
+    r"(?:newton|ohm|kirchhoff|hooke|snell|boyle|coulomb|faraday|heron|thales|bayes|ptolemy|pascal|archimedes)'s?",
+    r"(?:area|volume|perimeter|circumference|quadratic|distance|midpoint|slope|sum|interest|lens|mirror) formula",
+    r"formulas? (?:for|gives|says|states)|trigonometric (?:identit\w+|ratios?)",
+    r"by (?:the )?(?:symmetry|similarity|congruence|definition|proportionality|propert\w+)",
+)
+# Facts about figures in general are premises, and no sight
+GENERAL_FACTS = (
+    r"(?:alternate|vertical|opposite|corresponding|base|inscribed|interior|exterior|adjacent)(?: interior| exterior)? "
+    r"(?:angles|sides) (?:of [\w ]{1,30} )?are (?:always )?(?:equal|congruent|supplementary|complementary)",
+    r"angles? (?:of|in) (?:a|any|every) \w+ (?:always )?(?:sum|add|is|are)|(?:sums?|adds?|adding) (?:up )?to",
+    r"the (?:squares?|square root|sum|product|quotient) of|the difference between|(?:are|is) (?:inversely )?proportional",
+)
+STEP_VERB = (
+    r"(?:add|subtract|multiply|divide|compute|calculate|solve|determine|compare|apply|substitute|plug|simplify|rearrange"
+    r"|convert|evaluate|estimate|deduce|infer|recall|remember|consider|observe|use|find (?:the|x|out)|count (?:the|all|how)"
+    r"|sum (?:up|the|all)|set (?:up|the|both)|take (?:the|half|all)|square (?:both|the|each)|factor|let (?:\w|us)|equate"
+    r"|eliminate|combine|work (?:out|backwards)|read off|(?:start|begin) (?:by|with|from)|note that|notice that"
+    r"|check (?:whether|if|that|which)|draw (?:the|a)|extend the|look for|identify)\b(?!['\"]?\s(?:is|are|of|button|key)\b)"
+)
+STEP_GERUND = r"(?:add|subtract|multiply|divid|summ|squar|equat|substitut|solv|simplify|comput|calculat|compar|count|convert|tak|us)ing"
+STEPS = (
+    rf"(?:(?<=^)|(?<=[.!?:;\n,*-]\s)|(?<=\sand\s)|(?:first|then|next|finally|now|just|simply),?\s){STEP_VERB}",
+    r"(?:we|one|you|let us) (?:needs?|must|have to|has to|should|can|could|get|obtain|know|find|use|want|conclude)"
+    r"(?! (?:also |only )?(?:see|read|spot))|let's|to (?:find|get|obtain|compute|calculate|solve|work out) (?:the|x|y|its)",
+    r"(?:can|could|may|must|should|needs? to|has to) be (?:\w+ly )?(?:found|computed|calculated|obtained|derived|determined"
+    r"|solved|deduced|concluded|added|subtracted|multiplied|divided|compared|counted)|it is (?:enough|necessary) to",
+    r"(?:using|applying|apply|via) (?:the )?(?:fact|similar\w*|propert\w+|rule|law|formula|definition|symmetry|ratios?"
+    r"|proportions?|equation|sine|cosine|tangent|trigonometry|congruen\w+)|(?:key|next|first) (?:step|idea|trick) is",
+    rf"(?:by|after|when) {STEP_GERUND}|(?:(?<=^)|(?<=[.!?:;,\n]\s)){STEP_GERUND} [^.!?;]{{1,60}}?(?:gives?|yields?|leaves?"
+    r"|results?|leads?|shows?|we)|setting [^.!?;]{1,40}?(?:equal|to zero|gives)",
+)
+RESULT_NOUN = (
+    r"(?:total|sum|area|force|length|angle|answer|result|value|current|speed|height|volume|ratio|difference|probability"
+    r"|perimeter|slope|average|mean|product|distance|hypotenuse|third|other)"
+)
+CONCLUSIONS = (
+    r"[∴⇒⟹]|therefore|hence|thus(?! named| far)|consequently|(?:it|this) follows|as a result|in conclusion|impl(?:ies|ying)",
+    r"(?:this|that|which|it) (?:means|shows|proves|tells us|indicates) that|which makes|meaning that|that makes \d+",
+    r"must (?:be|equal|therefore)|ha(?:s|ve) to be|(?:gives?|yields?|results? in) (?:the \w+|us|\w{1,3} =|-?\d+)",
+    rf"(?<!and )so,? (?:yes|no|we|it (?:must|is|equals)|they (?:are|must)|the (?:\w+ )?{RESULT_NOUN}"
+    r"|\w{1,4} (?:=|must|equals|is (?:\d+|equal))|∠)",
+)
+RESULTS = (
+    r"(?:the|an?|its|their) (?:\w+ )?(?:total|sum|average|mean|median|product|ratio|remainder)(?: [^.;!?]{1,50}?)?"
+    r" (?:is|are|=|equals|comes to|amounts to) -?\d+|the average of [^.;!?]{1,50}? is",
+    r"(?:in total|altogether|combined),? (?:\w+ ){0,4}\d+|the (?:average|difference|total) is|\d+ (?:minus|plus|times) \w+",
+    r"\d+(?:\.\d+)? (?:\w+ )?(?:more|less|fewer|greater|higher|lower|larger|longer|shorter|older|younger) than",
+)
+WORDINGS = [
+    (kind, re.compile(rf"(?<!\w)(?:{'|'.join(wordings)})(?!\w)", re.IGNORECASE))
+    for kind, wordings in (
+        ("names a theorem, law or formula", THEOREMS),
+        ("states a general fact", GENERAL_FACTS),
+        ("gives a step of the solution", STEPS),
+        ("draws a conclusion", CONCLUSIONS),
+        ("states the result of a calculation", RESULTS),
+    )
+]
+QUOTATION = re.compile(r"(?<![\w'])'[^'\n]{1,200}'(?!\w)|\"[^\"\n]{1,200}\"")
+EXPRESSIONS = re.compile(EXPRESSION)
+VARIABLE = re.compile(r"(?<![a-zA-Z\\])[a-zA-Zα-ορ-ω](?![a-zA-Z])")
+RANGE = re.compile(r"(\d+(?:\.\d+)?)\s?-\s?(\d+(?:\.\d+)?)")
+# "a 3 × 4 grid" is a format, and no product
+FORMAT = re.compile(r"\s?-?(?:grid|table|matrix|array|board|pixels?|squares?|blocks?|rows?|checkerboard|tiles?)\b")
+# "AB = 2x" reads a label, and "the curve y = x^2" names a curve, where the labels are unknown
+READING = re.compile(r"(?:\b[A-Z∠△]{2,4}|\b(?:curve|line|graph|parabola|function|circle)\s(?:of\s)?\S{1,4})\s?=\s?$")
+# Formulas that no operator between numbers gives away: words, functions, products of letters (F = ma), degrees
+OTHER_FORMULAS = re.compile(
+    r"\b[a-zA-Zθ]{2,} ?(?:=|equals) ?(?:\d+(?:/\d+)? ?[×*]? ?)?[a-z]{2,} ?[-+*/×⋅÷] ?[a-z]{2,}|\b(?:sin|cos|tan) ?\S{1,4} ?="
+    r"|\b[A-Z] ?= ?(?:[a-z]{2}|[A-Z]{2}|nRT)(?![a-zA-Z])|\d° ?[-+] ?\d+|\bequals? \d?\("
+)
+STATED = re.compile(
+    r"(?:\b(?:is|equals?|measures?|covers?|comes to|amounts to|has an? (?:\w+ )?(?:area|length|width|height|radius) of)\s"
+    r"(?:about |approximately |exactly )?|=\s?)$"
+)
+
+
+def find_reasoning_leak(cue: str, question: str, visible_text: Sequence[str] = ()) -> list[str]:
+    """
+    What a cue holds of the solution. All texts as [`fold_text`] returns them.
+
+    Args:
+        cue (`str`):
+            The cue.
+        question (`str`):
+            The question.
+        visible_text (`Sequence[str]`, *optional*, defaults to `()`):
+            Texts that the image carries; empty where they are unknown.
+
+    Returns:
+        `list[str]`: One sentence for each kind, quoting its first piece; empty if there is none.
+    """
+
+    def hide_if_written(match: re.Match) -> str:
+        return " " * len(match[0]) if is_presented_as_written(cue, match.start(), match.end()) else match[0]
+
+    description = QUOTATION.sub(hide_if_written, cue)
+    labels, shown = " ; ".join(visible_text), " ; ".join([*visible_text, question])
+    reasons = []
+    for kind, wording in WORDINGS:
+        found = (match[0].strip() for match in wording.finditer(description))
+        if piece := next((piece for piece in found if piece.lower() not in labels.lower()), None):
+            reasons.append(f"the cue {kind}: {piece!r}")
+    if piece := next(find_formulas(cue, shown, bool(visible_text)), None):
+        reasons.append(f"the cue holds the formula or calculation {piece!r}, and no label is known to show it")
+    if visible_text and (piece := next(find_computed_values(cue, shown), None)):
+        reasons.append(f"the cue states the value {piece!r}, and no label shows it")
+    return reasons
+
+
+def find_formulas(cue: str, shown: str, has_visible_text: bool) -> Iterator[str]:
+    """Calculations and equations that are no labels of the image."""
+    text = number_words_to_digits(cue)
+    found = list(OTHER_FORMULAS.finditer(text))
+    for match in EXPRESSIONS.finditer(text):
+        before, behind = text[max(0, match.start() - 40) : match.start()], text[match.end() : match.end() + 20]
+        is_left_side, is_right_side = behind.lstrip().startswith("="), before.rstrip().endswith("=")
+        if VARIABLE.search(match[0]):
+            is_reading = not has_visible_text and READING.search(before)
+            is_formula = (is_left_side or is_right_side and not is_reading) and re.search(r"\w\W*\w", match[0])
+        elif limits := RANGE.fullmatch(match[0]):
+            is_formula = is_left_side or float(limits[1]) > float(limits[2])
+        else:
+            is_formula = is_calculation(match[0]) and not FORMAT.match(behind)
+            is_formula = is_formula or is_left_side and re.search(r"\d[^\d.,]+\d", match[0])
+        if is_formula:
+            found.append(match)
+    shown = re.sub(r"[\s{}]", "", shown)
+    for match in found:
+        is_label = re.sub(r"[\s{}]", "", match[0]) in shown or is_presented_as_written(cue, *match.span())
+        if not is_label:
+            yield cue[match.start() : match.end()]
+
+
+def find_computed_values(cue: str, shown: str) -> Iterator[str]:
+    """Values that the cue states as facts and no label shows."""
+    labels = find_quantities(shown)
+    for quantity in find_quantities(cue):
+        span = quantity.start, quantity.end
+        before, _ = sentence_around(cue, *span)
+        is_seen = (
+            any(is_same_quantity(label, quantity) for label in labels)
+            or is_read_off_scale(cue, *span)
+            or quantity.value == 90
+            and quantity.unit == "degree"  # by its square mark
+        )
+        if STATED.search(before) and not is_seen and not is_announced(cue, *span):
+            yield cue[quantity.start : quantity.end]

@@ -1,0 +1,256 @@
+"""An audited dataset for people to look at: an HTML page with the images, and a table in the terminal."""
+
+import base64
+import hashlib
+import heapq
+import re
+from collections import Counter
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.table import Table
+
+from ..dataset_rows import question_text, read_image, row_images
+from .audit_summary import MEASURES, VERDICTS, Measure, iterate_verdicts, summarize_audit
+from .columns import find_question_column
+from .dataset_folder import explain_full_disk
+
+
+TEMPLATE_NAME = "report.html.jinja"
+MAX_IMAGE_SIZE = 320  # pixels, of the longer side
+# What a single row may take of the page, of memory and of time
+MAX_IMAGES_PER_ROW = 6
+MAX_TEXT_LENGTH = 4000
+MAX_REASON_LENGTH = 500
+MAX_REASONS_PER_ROW = 20
+
+# Text that a reader would not see, or that would change how the text around it reads: controls, zero-width spaces,
+# overrides of the writing direction, and tag characters, which smuggle whole prompts. Joiners and direction marks
+# stay: emoji, Persian and Hebrew need them.
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060-\u2069\ufeff\U000e0000-\U000e007f]"
+)
+# What a reason quotes of the cue, in whichever quotation marks
+QUOTED = re.compile(r"""(?<!\w)(?:'(.+?)'|"(.+?)"|“(.+?)”)(?!\w)""", re.DOTALL)
+
+
+def write_html_report(
+    dataset: Dataset,
+    path: str | Path,
+    question_column: str | None = None,
+    cue_column: str = "cue",
+    answer_column: str = "answer",
+    max_rows: int = 200,
+) -> None:
+    """
+    Write a page that shows what an audit found: the totals, and rows with their images, the worst first.
+
+    The page is one file that loads nothing from elsewhere; it can be read without JavaScript, which only filters. The
+    rows to be shown are chosen by their verdicts, and only their images are read, one row at a time.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The result of [`audit_cues`].
+        path (`str` or `Path`):
+            The file. It appears, or replaces the one that is there, when it is whole.
+        question_column (`str`, *optional*):
+            Column with the questions, strings or conversational prompts. By default `prompt` or, if there is none,
+            `question`.
+        cue_column (`str`, *optional*, defaults to `"cue"`):
+            Column with the cues.
+        answer_column (`str`, *optional*, defaults to `"answer"`):
+            Column with the reference answers, if there is one.
+        max_rows (`int`, *optional*, defaults to `200`):
+            Most rows to show.
+
+    Raises:
+        `TypeError`: If `dataset` is not a map-style dataset of one split.
+        `ValueError`: If it has no rows, lacks a column or was not audited, if `path` is a folder, or if `max_rows` is
+            less than 1.
+        `OSError`: If the file cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"`path` is {str(path)!r}, which is a folder. Name a file in it.")
+    if max_rows < 1:
+        raise ValueError(f"`max_rows` must be at least 1, got {max_rows}.")
+    summary = summarize_audit(dataset, cue_column)
+    question_column = find_question_column(dataset, question_column)
+    ranked = (
+        (list(VERDICTS).index(verdicts[0]), number, verdicts)
+        for number, verdicts in enumerate(iterate_verdicts(dataset, cue_column))
+    )
+    # The worst, and of equally bad ones the first; only as many as are shown are in memory
+    chosen = {number: verdicts for _, number, verdicts in heapq.nsmallest(max_rows, ranked)}
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["content_hash"] = content_hash
+    page = environment.get_template(TEMPLATE_NAME).stream(
+        summary=summary,
+        verdicts=VERDICTS,
+        measures=select_measures(summary),
+        rows=read_rows(dataset, chosen, question_column, cue_column, answer_column),
+        num_shown=len(chosen),
+        num_shown_by_verdict=Counter(verdict for verdicts in chosen.values() for verdict in verdicts),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with explain_full_disk(path), unfinished.open("wb") as file:
+            page.dump(file, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def print_summary(dataset: Dataset, console: Console) -> None:
+    """
+    Print the totals of an audited dataset.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The result of [`audit_cues`].
+        console ([`~rich.console.Console`]):
+            Where to.
+
+    Raises:
+        `TypeError`: If `dataset` is not a map-style dataset of one split.
+        `ValueError`: If it has no rows, or was not audited.
+    """
+    summary = summarize_audit(dataset)
+    table = Table(title=f"Audit of {summary['rows']:,} cues", title_justify="left")
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("rows", justify="right")
+    table.add_column("share", justify="right")
+    for name, verdict in VERDICTS.items():
+        style = "bold" if name == "usable" else "dim" if summary[name] == 0 else None
+        table.add_row(verdict.label, f"{summary[name]:,}", f"{summary[name] / summary['rows']:.1%}", style=style)
+    console.print(table)
+    measures = select_measures(summary)
+    if not measures:
+        return
+    table = Table(title="Measured with models", title_justify="left")
+    table.add_column("measure")
+    table.add_column("of", no_wrap=True)
+    table.add_column("mean", justify="right")
+    table.add_column("rows", justify="right")
+    for measure in measures:
+        for column, label in measure.columns.items():
+            table.add_row(measure.label, label, f"{summary[column]:.3f}", f"{summary[f'{column}_rows']:,}")
+    console.print(table)
+
+
+def select_measures(summary: dict[str, int | float]) -> list[Measure]:
+    """The measures that the summary has, each with the columns that it has."""
+    selected = [
+        measure._replace(columns={column: label for column, label in measure.columns.items() if column in summary})
+        for measure in MEASURES
+    ]
+    return [measure for measure in selected if measure.columns]
+
+
+def read_rows(
+    dataset: Dataset, chosen: dict[int, list[str]], question_column: str, cue_column: str, answer_column: str
+) -> Iterator[dict[str, Any]]:
+    """The rows with the given numbers and verdicts, one after the other, as the template wants them."""
+    wanted = [question_column, cue_column, answer_column, "cue_error", "cue_reasons"]
+    # As the trainer and `generate_cues` choose among the two
+    wanted += ["images" if "images" in dataset.column_names else "image"]
+    # In Arrow's format images are not decoded, so that one that cannot be read does not take its row along
+    rows = dataset.select_columns([column for column in wanted if column in dataset.column_names]).with_format("arrow")
+    for number, verdicts in chosen.items():
+        row = rows[number].to_pylist()[0]
+        images = row_images(row) if "images" in row or "image" in row else []
+        all_reasons = row.get("cue_reasons") or []
+        reasons = [readable(reason, MAX_REASON_LENGTH) for reason in all_reasons[:MAX_REASONS_PER_ROW]]
+        quotes = {match[match.lastindex] for reason in reasons for match in QUOTED.finditer(reason)}
+        cue, answer = row[cue_column], row.get(answer_column)
+        yield {
+            "number": number,
+            "verdicts": verdicts,
+            "images": [show_image(image) for image in images[:MAX_IMAGES_PER_ROW]],
+            "num_images": len(images),
+            "question": readable(question_text(row[question_column] or "")),
+            "cue": None if cue is None else mark_evidence(readable(cue), quotes),
+            "error": readable(row.get("cue_error") or ""),
+            "answer": None if answer is None else readable(str(answer)),
+            "reasons": [mark_quotes(reason) for reason in reasons],
+            "num_reasons": len(all_reasons),
+        }
+
+
+def show_image(image: Image.Image | dict | str | None) -> dict[str, Any]:
+    """A thumbnail as data URL with its size and the image's, or the error why there is none."""
+    source = image["path"] if isinstance(image, dict) and image.get("bytes") is None else image
+    if source is None:
+        return {"error": "The dataset has neither its bytes nor its path."}
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        # A report would otherwise fetch whatever a dataset names, and wait for it
+        return {"error": f"It is not in the dataset, and a report downloads nothing: {readable(source, 200)}"}
+    try:
+        thumbnail = read_image(image)
+        size = thumbnail.size
+        thumbnail.info = {}  # a file's comment and colour profile, of any length, would be saved again
+        thumbnail.thumbnail((MAX_IMAGE_SIZE, MAX_IMAGE_SIZE))
+        # Drawings are smaller as PNG, and sharp; photographs as JPEG
+        encoded = min(encode(thumbnail, "PNG"), encode(thumbnail, "JPEG"), key=len)
+    except FileNotFoundError as error:
+        return {"error": f"There is no file {readable(str(error.filename), 200)}"}
+    except UnidentifiedImageError:  # whose message is a memory address
+        return {"error": "It is no image, or of an unknown format."}
+    except Exception as error:
+        return {"error": readable(f"{type(error).__name__}: {error}", 200)}
+    return {"url": encoded, "size": thumbnail.size, "original_size": size}
+
+
+def encode(image: Image.Image, image_format: str) -> str:
+    """The image as data URL."""
+    buffer = BytesIO()
+    image.save(buffer, image_format, quality=85, optimize=True)
+    return f"data:image/{image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def readable(text: str, max_length: int = MAX_TEXT_LENGTH) -> str:
+    """The text with invisible characters spelt out, and not longer than a reader would read."""
+    shown = INVISIBLE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", text[:max_length])
+    return shown if len(text) <= max_length else f"{shown}… ({len(text) - max_length:,} more characters)"
+
+
+def mark_quotes(reason: str) -> Markup:
+    """A reason, with what it quotes marked."""
+    return mark(reason, [match.span(match.lastindex) for match in QUOTED.finditer(reason)])
+
+
+def mark_evidence(cue: str, quotes: set[str]) -> Markup:
+    """A cue, with what its reasons quote marked where it stands as whole words."""
+    # `repr`, which reasons quote with, doubles the backslashes of LaTeX
+    longest_first = sorted({quote.replace("\\\\", "\\") for quote in quotes}, key=len, reverse=True)
+    pattern = "|".join(rf"(?:(?<!\w)|(?=\W)){re.escape(quote)}(?:(?!\w)|(?<=\W))" for quote in longest_first)
+    return mark(cue, [match.span() for match in re.finditer(pattern, cue)] if quotes else [])
+
+
+def mark(text: str, spans: list[tuple[int, int]]) -> Markup:
+    """The text, escaped, with its `(start, stop)` spans marked."""
+    markup, end = Markup(""), 0
+    for start, stop in spans:
+        markup += escape(text[end:start]) + Markup("<mark>{}</mark>").format(text[start:stop])
+        end = stop
+    return markup + escape(text[end:])
+
+
+def content_hash(text: str) -> str:
+    """The hash by which a content security policy allows a script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

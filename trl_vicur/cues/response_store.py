@@ -1,0 +1,148 @@
+"""A file that responses are written to as they come, so that a run can be killed at any moment and resumed."""
+
+import errno
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .generators import ChatResponse
+
+
+APPLICATION_ID = 0x56694352  # "ViCR": marks SQLite files of this module
+
+
+class ResponseStore:
+    """
+    Responses by number in a SQLite file. Each response is on disk, whole, when `add` returns; a killed process loses
+    none of them. Only one process can have a store open.
+
+    Args:
+        path (`str` or `Path`):
+            The file; made if there is none.
+        settings (`dict[str, Any]`):
+            What the responses depend on, JSON-serializable.
+
+    Raises:
+        `ValueError`: If the file holds responses made with other settings (names them), or is no such file.
+        `BlockingIOError`: If another process has it open.
+    """
+
+    def __init__(self, path: str | Path, settings: dict[str, Any]):
+        self.path = Path(path)
+        # Requests come from the thread that the store is used in; only closing may happen in another one
+        self._connection = sqlite3.connect(self.path, isolation_level=None, timeout=1.0, check_same_thread=False)
+        try:
+            with self._explain_errors():
+                self._open(settings)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _open(self, settings: dict[str, Any]) -> None:
+        execute = self._connection.execute
+        # Exclusive: a second process fails instead of doing all work again, and no shared memory is needed, which
+        # network file systems lack. The write-ahead log makes a commit one write at the end of a file.
+        execute("PRAGMA locking_mode = EXCLUSIVE")
+        (application_id,) = execute("PRAGMA application_id").fetchone()
+        is_new = application_id == 0 and not execute("SELECT name FROM sqlite_master").fetchall()
+        if not is_new and application_id != APPLICATION_ID:
+            raise ValueError(f"{str(self.path)!r} is a SQLite file of another program. Choose another output.")
+        execute("PRAGMA journal_mode = WAL")
+        execute("PRAGMA synchronous = NORMAL")
+        execute("BEGIN EXCLUSIVE")
+        if is_new:
+            execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            execute("CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT)")
+            execute("CREATE TABLE responses (number INTEGER PRIMARY KEY, text TEXT, error TEXT, seed INTEGER)")
+            rows = [(name, json.dumps(value)) for name, value in settings.items()]
+            self._connection.executemany("INSERT INTO settings VALUES (?, ?)", rows)
+        execute("COMMIT")
+        # As JSON gives them back: tuples are lists, for example
+        expected = json.loads(json.dumps(settings))
+        found = {name: json.loads(value) for name, value in execute("SELECT name, value FROM settings")}
+        if found != expected:
+            differences = [
+                f"{name} was {found.get(name)!r} and is {expected.get(name)!r}"
+                for name in sorted(found.keys() | expected.keys())
+                if found.get(name) != expected.get(name)
+            ]
+            raise ValueError(
+                f"{str(self.path.parent)!r} was begun with other settings: {'; '.join(differences)}. Its texts would "
+                "not be of one kind. Use the same settings to go on, or choose another output."
+            )
+
+    def add(self, responses: list[ChatResponse], seed: int | None = None) -> None:
+        """
+        Write responses, all or none of them; they replace those of the same numbers.
+
+        Raises:
+            `OSError`: If the disk is full. What was written before stays.
+        """
+        rows = [(*response, seed) for response in responses]
+        with self._explain_errors():
+            self._connection.execute("BEGIN")
+            try:
+                self._connection.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?)", rows)
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def pending(self, count: int, retry_failed: bool = False) -> Iterator[int]:
+        """The numbers below `count` without a response, in order; with `retry_failed` also those with an error."""
+        done = bytearray(count)  # one byte per row, where a set of numbers would take sixty
+        condition = "WHERE error IS NULL" if retry_failed else ""
+        for (number,) in self._connection.execute(f"SELECT number FROM responses {condition}"):
+            done[number] = 1
+        return (number for number in range(count) if not done[number])
+
+    def count(self) -> tuple[int, int]:
+        """Number of responses and, of these, of errors."""
+        return self._connection.execute("SELECT count(*), count(error) FROM responses").fetchone()
+
+    def __iter__(self) -> Iterator[tuple[int, str | None, str | None, int | None]]:
+        """All `(number, text, error, seed)`, by number."""
+        yield from self._connection.execute("SELECT number, text, error, seed FROM responses ORDER BY number")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> "ResponseStore":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    @contextmanager
+    def _explain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            code = error.sqlite_errorcode & 0xFF  # without SQLite's details
+            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise BlockingIOError(
+                    errno.EAGAIN, "Another process is writing to the file. Wait for it, or stop it", str(self.path)
+                ) from error
+            if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+                raise OSError(
+                    errno.ENOSPC,
+                    f"The disk is full or cannot be written ({error}). All texts up to here are kept; free some space "
+                    "and run the same again",
+                    str(self.path),
+                ) from error
+            raise
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{str(self.path)!r} is no file of ours or is damaged: {error}.") from error
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """What the responses in a store were made with."""
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    try:
+        return {name: json.loads(value) for name, value in connection.execute("SELECT name, value FROM settings")}
+    finally:
+        connection.close()
