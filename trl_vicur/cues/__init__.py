@@ -1,7 +1,6 @@
 """Visual cues from any vision-language model, and whether they may be used as recoverable privilege."""
 
 from .audit import audit_cues
-from .audit_cue import CueAudit, audit_cue
 from .generate import generate_cues
 from .generators import (
     ChatRequest,
@@ -16,6 +15,7 @@ from .prompts import CUE_PROMPT, CuePrompt
 from .recoverability import measure_recoverability
 from .regenerate import regenerate_cues
 from .report import write_html_report
+from .text_audit import CueAudit, audit_cue
 from .usefulness import measure_usefulness
 
 

@@ -21,7 +21,8 @@ CONTEXT_CHARS = 160
 # The cue presents something as the answer
 ANNOUNCED_BEFORE = re.compile(
     r"(?:\banswers?\b[^.!?;]{0,30}?(?:\b(?:is|are|be|equals)\b|[:=])|\b(?:correct|right) (?:answer|option|choice|one"
-    r"|value|statement)\b.{0,15}?(?:\bis\b|:)|\bmust (?:be|equal)\b|\bboxed\b|####|<answer>)[^.!?;,]{0,25}$|\banswer $",
+    r"|value|statement)\b.{0,15}?(?:\bis\b|:)|\bmust (?:be|equal)\b|\bboxed\b|####|<answer>)[^.!?;,]{0,25}$"
+    r"|\banswer $",
     re.IGNORECASE,
 )
 ANNOUNCED_BEHIND = re.compile(
@@ -32,7 +33,8 @@ ANNOUNCED_BEHIND = re.compile(
 # The cue presents something as written in the image …
 WRITTEN_BEFORE = re.compile(
     r"\b(?:label(?:l?ed|l?ing|s)?|mark(?:ed|s|ing)?|reads?|reading|written|print(?:ed|s)?|inscribed|annotated|numbered"
-    r"|caption(?:s|ed)?|titled?|headed|tag(?:ged)?|text|words?|says|lists?|bears?|bearing|carr(?:y|ies)|stamped|engraved"
+    r"|caption(?:s|ed)?|titled?|headed|tag(?:ged)?|text|words?|says|lists?|bears?|bearing|carr(?:y|ies)|stamped"
+    r"|engraved"
     r"|painted|displays?|displayed|shows?(?= ?(?:the (?:number|value|text|word|letter)|['\"\d]))|number(?! of))\b",
     re.IGNORECASE,
 )
@@ -56,13 +58,17 @@ NEW_STATEMENT = re.compile(r"\b(?:is|are|was|were|has|have|equals?|measures?|so|
 
 # Attributes that are seen directly. What has to be concluded from marks (isosceles, rhombus, parallel) is not here.
 COLOUR_OR_SHAPE = (
-    r"(?:(?:dark|light|bright|pale)[ -])?(?:red|orange|yellow|green|blue|purple|violet|pink|brown|black|white|gr[ea]y|gold"
-    r"(?:en)?|silver|beige|turquoise|cyan|magenta|navy|maroon|teal|tan|cream|circ(?:le|ular)|round|square|rectang(?:le|ular)"
-    r"|triang(?:le|ular)|oval|ellipse|star|diamond|heart|cross|arrow|pentagon|hexagon|octagon|cube|sphere|cylinder|cone"
+    r"(?:(?:dark|light|bright|pale)[ -])?(?:red|orange|yellow|green|blue|purple|violet|pink|brown|black|white"
+    r"|gr[ea]y|gold"
+    r"(?:en)?|silver|beige|turquoise|cyan|magenta|navy|maroon|teal|tan|cream|circ(?:le|ular)|round|square"
+    r"|rectang(?:le|ular)"
+    r"|triang(?:le|ular)|oval|ellipse|star|diamond|heart|cross|arrow|pentagon|hexagon|octagon|cube|sphere"
+    r"|cylinder|cone"
     r"|pyramid|crescent|ring|dot)s?"
 )
 PLACE = (
-    r"(?:left|right|top|bottom|upper|lower|middle|cent(?:er|re)|above|below|behind|front|inside|outside|between|under|over"
+    r"(?:left|right|top|bottom|upper|lower|middle|cent(?:er|re)|above|below|behind|front|inside|outside|between"
+    r"|under|over"
     r"|beneath|beside|next|near|corner|side|edge|half|north|south|east|west|foreground|background|(?:left|right)-hand)"
 )
 # "dark blue", "red and white", "left", "in the upper right corner", "left of the tree"
@@ -74,7 +80,8 @@ VISIBLE_ATTRIBUTE = re.compile(
 
 # A number that is a name ("Figure 12"), unless the question asks for that name
 NAMED = re.compile(
-    r"\b(figure|fig|panel|question|problem|exercise|step|stage|table|image|picture|page|part|example|diagram|graph|chart"
+    r"\b(figure|fig|panel|question|problem|exercise|step|stage|table|image|picture|page|part|example|diagram"
+    r"|graph|chart"
     r"|class|room|route|bus|line|row|column|grade|level|chapter|station|platform|player|lane|track|angle|∠)\.?\s?$",
     re.IGNORECASE,
 )
@@ -95,12 +102,14 @@ FINAL_ANSWER = re.compile(
 )
 # Words that may stand in an answer beside its quantities; with more others, it is a text
 FILLERS = frozenset("and or about units approximately is equals to x y z n".split())
+PHRASE_FILLERS = frozenset("a an the it they".split())
 # Names of months that are also other words
 CASE_SENSITIVE = frozenset({"May", "March"})
 VERDICTS = {"yes": "yes", "no": "no", "true": "yes", "false": "no", "correct": "yes", "incorrect": "no"}
 VERDICT = re.compile(
     r"(?:(?:^|[.;:!?,(\n]\s?|\b(?:so|hence|thus|therefore|answer|is|it's)\s)\W{0,3}\b(yes|no)\b"
-    r"|(?:^|[.;:]\s|\b(?:statement|claim|it|this|that|answer)\s(?:\w+\s){0,3}?is\s)\W{0,3}(true|false|correct|incorrect)\b)"
+    r"|(?:^|[.;:]\s|\b(?:statement|claim|it|this|that|answer)\s(?:\w+\s){0,3}?is\s)\W{0,3}(true|false|correct"
+    r"|incorrect)\b)"
     r"(?=\W{0,3}(?:[,.;:!)\n]|$))",
     re.IGNORECASE,
 )
@@ -144,8 +153,8 @@ def find_answer_leak(
             Texts that the image carries; empty where they are unknown.
 
     Returns:
-        `tuple[str, list[str]]`: `"leak"` if the cue states it, `"possible"` if it does but the value may be there to be
-            seen, `"none"` otherwise; and what was found.
+        `tuple[str, list[str]]`: `"leak"` if the cue states it, `"possible"` if it does but the value may be there to
+            be seen, `"none"` otherwise; and what was found.
     """
     stem, options = split_options(question)
     meanings = read_answer(answer, stem, options)
@@ -233,14 +242,21 @@ def asked_unit(stem: str) -> str | None:
 
 @lru_cache(maxsize=10_000)
 def phrase_pattern(text: str) -> re.Pattern | None:
-    """Finds the words of a text one after the other, in singular or plural, with or without articles."""
-    words = [word for word in re.findall(r"\w+(?:['-]\w+)*", text)[:40] if word.lower() not in ("a", "an", "the")]
+    """Finds the words of a text one after the other, in whatever inflection, with or without articles."""
+    words = [word for word in re.findall(r"\w+(?:'\w+)?", text)[:40] if word.lower() not in PHRASE_FILLERS]
     if not words:
         return None
-    stems = [re.escape(word[:-1] if len(word) > 3 and word.endswith("s") else word) + "s?" for word in words]
     keeps_case = len(words) == 1 and (words[0] in CASE_SENSITIVE or len(words[0]) <= 3 and words[0].isupper())
-    pattern = r"(?<![\w-])" + r"[\s\W]{1,3}(?:(?:the|an?)\s)?".join(stems) + r"(?![\w-])"
+    pattern = r"(?<![\w-])" + r"[\s\W]{1,3}(?:(?:the|an?)\s)?".join(map(_inflected, words)) + r"(?![\w-])"
     return re.compile(pattern, 0 if keeps_case else re.IGNORECASE)
+
+
+def _inflected(word: str) -> str:
+    """Pattern of a word: increasing, increases, increased; triangle, triangles."""
+    stem = re.fullmatch(r"(\w{5,})(?:ing|ed|es)", word)
+    if stem:
+        return re.escape(stem[1]) + "(?:e|es|s|ed|ing)?"
+    return re.escape(word[:-1] if len(word) > 3 and word.endswith("s") else word) + "s?"
 
 
 # --- 2. Its mentions ---
@@ -284,8 +300,10 @@ def label_pattern(label: str, labels: tuple[str, ...]) -> re.Pattern:
     either_case = f"[{label}{label.lower()}]" if len(label) == 1 and label.isalpha() else label
     patterns = [
         rf"(?i:\b{OPTION_NOUN}s?\b(?:\s(?:is|must be|letter))?\s?:?\s?)[(\['\"]?{either_case}\b",
-        rf"(?i:\b(?:answer|it|correct \w+|right \w+)\b.{{0,20}}?\b(?:is|be)\s|\b(?:choose|select|pick)\s)[(\['\"]?{label}\b",
+        rf"(?i:\b(?:answer|it|correct \w+|right \w+)\b.{{0,20}}?\b(?:is|be)\s|\b(?:choose|select"
+        rf"|pick)\s)[(\['\"]?{label}\b",
         rf"^\W{{0,3}}{label}\W{{0,3}}$|(?<!\w)(?<!\w\s)\({either_case}\)",
+        rf"(?i:\b(?:fits?|match(?:es)?|it's|holds)\b.{{0,20}}?(?:\bis\b)?)\s[(\['\"]?{label}\b(?=\W*$|[.,;])",
         rf"\b{label}\b\s(?:is|looks|seems|must be)\s(?:the\s)?(?:correct|right|best|true|answer)",
     ]
     if label in labels and labels.index(label) < len(ORDINALS):

@@ -7,8 +7,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
 from ..dataset_rows import question_text
-from .audit_cue import audit_cue
 from .columns import check_columns, check_dataset, find_question_column
+from .text_audit import audit_cue
 
 
 AUDIT_FEATURES = Features(

@@ -15,10 +15,12 @@ from tqdm.auto import tqdm
 
 from ..dataset_rows import question_text, read_image, row_images, shorten
 from .columns import check_dataset, find_image_column, find_question_column
+from .control_text import CONTROL_TOKEN
 from .dataset_card import write_dataset_card
 from .dataset_folder import explain_full_disk, prepare_folder, save_dataset
 from .generators import ChatRequest, ChatResponse, Generator
 from .prompts import CUE_PROMPT, CuePrompt
+from .quantities import fold_text
 from .response_store import ResponseStore
 
 
@@ -194,12 +196,14 @@ def read_messages(inputs: Dataset, number: int, question_column: str, prompt: Cu
     The conversation that asks for a row's cue.
 
     Raises:
-        `ValueError`: If the row has no image or no question, or control text in its question.
+        `ValueError`: If the row has no image or no question, or a control token in its question.
     """
     row = inputs[number]
     question = question_text(row[question_column] or "")
     if not question.strip():
         raise ValueError(f"`{question_column}` is {shorten(row[question_column])}, which asks nothing.")
+    if found := CONTROL_TOKEN.search(fold_text(question)):
+        raise ValueError(f"The question holds the control token {found.group()!r}: {shorten(question)}.")
     images = [read_image(image) for image in row_images(row)]
     if not images:
         raise ValueError("The row has no image.")

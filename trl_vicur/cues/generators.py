@@ -382,7 +382,7 @@ def _public_name(name: str) -> str:
 
 
 def _weights_digest(model: "PreTrainedModel") -> str:
-    """A digest of some elements of every weight: by its name alone, a model that was trained on would seem the same."""
+    """A digest of some elements of every weight: a model that was trained on keeps its name, but is another one."""
     import torch
 
     hasher = hashlib.blake2b(digest_size=8)

@@ -3,7 +3,7 @@
 import math
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -62,7 +62,10 @@ MAGNITUDE = re.compile(rf"\b(\d{{1,9}}(?:\.\d{{1,9}})?) ({'|'.join(POWERS)})\b",
 PARTS = {
     "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10,
 }  # fmt: skip
-FRACTION_WORDS = re.compile(rf"\b(\d{{1,2}})(?:\s{{1,10}}|-)({'|'.join(PARTS)})s?\b", re.IGNORECASE)
+FRACTION_WORDS = re.compile(rf"\b(\d{{1,2}})\x1f{{0,20}}(?:\s{{1,10}}|-)({'|'.join(PARTS)})s?\b", re.IGNORECASE)
+DOZEN = re.compile(r"\b(?:a|(\d{1,4})\x1f{0,20}) dozen\b", re.IGNORECASE)
+SHARE = re.compile(r"\b(\d{1,4})\x1f{0,20} (?:in|out of) (\d{1,4})(?![\w:]|\.\d)", re.IGNORECASE)
+CLOCK = re.compile(r"\b(?:a )?(quarter|half) (past|to) (\d{1,2})\b|\b(\d{1,2})\x1f{0,20} o'clock\b", re.IGNORECASE)
 HALF = re.compile(r"\b(?:(\d{1,5})\s{1,20}and a |\d\s{1,10}|a )?half\b", re.IGNORECASE)
 
 # Units are an explicit list, because pint also reads "a" as years, "bar" as a pressure and "in" as inches
@@ -104,7 +107,7 @@ DAY = r"\d{1,2}(?:st|nd|rd|th)?"
 DATE = rf"\b(?:{DAY}(?: of)? {MONTH},? \d{{4}}|{MONTH} {DAY},? \d{{4}}|\d{{4}}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{{4}})\b"
 COLONS = r"(?<![\w.:])\d{1,4}(?::\d{1,4}){1,2}(?![:\d])"
 QUANTITY = re.compile(rf"(?P<date>{DATE})|(?P<colons>{COLONS})|(?P<expression>{EXPRESSION})")
-RATIO_WORDS = re.compile(r"(?<![\w.])(\d{1,4})\s{1,10}(?:to|:)\s(\d{1,4})(?![\w.:])")
+RATIO_WORDS = re.compile(r"(?<![\w.])(\d{1,4})\s{1,10}(?:to|:)\s(\d{1,4})(?![\w:]|\.\d)")
 RANGE = re.compile(rf"({NUMBER})\s{{0,30}}-\s{{0,30}}({NUMBER})")
 # What makes an integer a rounded one
 HEDGE = re.compile(r"(?:\b(?:about|around|approximately|approx\.?|roughly|nearly|almost|close to)|[≈~])\s?$", re.I)
@@ -173,6 +176,7 @@ def fold_text(text: str) -> str:
     if "\\" in text or "$" in text:
         for pattern, replacement in LATEX_FOLDS:
             text = pattern.sub(replacement, text)
+    text = re.sub(r"(?<=\d)(\s?)pi\b", r"\1π", text)
     return re.sub(r"(?<=\d)(\s?)[xX](\s?)(?=\d)", r"\1×\2", text)
 
 
@@ -198,8 +202,19 @@ def number_words_to_digits(text: str) -> str:
 
     text = replace(MAGNITUDE, lambda match: str(int(Fraction(match[1]) * 10 ** POWERS[match[2].lower()])), text)
     text = replace(NUMBER_WORDS, words_to_digits, text)
+    text = replace(DOZEN, lambda match: str(12 * int(match[1] or 1)), text)
+    text = replace(CLOCK, read_clock, text)
+    text = replace(SHARE, lambda match: f"{match[1]}/{match[2]}", text)
     text = replace(FRACTION_WORDS, lambda match: f"{match[1]}/{PARTS[match[2].lower()]}", text)
     return replace(HALF, lambda match: f"{match[1]}.5" if match[1] else "1/2", text)
+
+
+def read_clock(match: re.Match) -> str:
+    """The time of a match of `CLOCK`, in digits."""
+    if match[4]:
+        return f"{match[4]}:00"
+    hour, minutes = int(match[3]), {"quarter": 15, "half": 30}[match[1].lower()]
+    return f"{hour}:{minutes}" if match[2].lower() == "past" else f"{(hour - 2) % 12 + 1}:{60 - minutes}"
 
 
 def find_quantities(text: str) -> list[Quantity]:
@@ -240,9 +255,28 @@ def find_quantities(text: str) -> list[Quantity]:
                 quantities += [
                     Quantity(Fraction(limit.replace(",", "")), start, end, unit) for limit in limits.groups()
                 ]
+    quantities = list(add_up_compounds(quantities, text))
     quantities += [Quantity((int(match[1]), int(match[2])), *match.span()) for match in RATIO_WORDS.finditer(text)]
     quantities.sort(key=lambda quantity: quantity.start)
     return [quantity._replace(end=FILL.match(text, quantity.end).end()) for quantity in quantities]
+
+
+def add_up_compounds(quantities: list[Quantity], text: str) -> Iterator[Quantity]:
+    """Make one quantity of two like 2 h 15 min or 5 ft 3 in: side by side, the second in a smaller unit."""
+    previous = None
+    for quantity in quantities:
+        if previous is not None and previous.unit and quantity.unit and previous.unit != quantity.unit:
+            is_side_by_side = re.fullmatch(r"[\s\x1f]{0,30}(?:,|and)?\s{0,30}", text[previous.end : quantity.start])
+            part = convert(1.0, quantity.unit, previous.unit)
+            if is_side_by_side and part is not None and part < 1:
+                value = previous.value + quantity.value * Fraction(part).limit_denominator(10**6)
+                previous = previous._replace(value=value, end=quantity.end)
+                continue
+        if previous is not None:
+            yield previous
+        previous = quantity
+    if previous is not None:
+        yield previous
 
 
 def read_date(text: str) -> tuple[int, int, int]:

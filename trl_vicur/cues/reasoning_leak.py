@@ -10,7 +10,8 @@ from .quantities import EXPRESSION, find_quantities, is_calculation, is_same_qua
 # Everyday words that also name theorems and steps (power, law, formula, sum, product, solution, line, count) stand in
 # these lists only with the company that makes them part of a solution.
 THEOREMS = (
-    r"theorems?|lemma|corollary|postulate|axioms?|pythag\w+|soh[- ]?cah[- ]?toa|power of (?:a|the) point|rise over run",
+    r"theorems?|lemma|corollary|postulate|axioms?|pythag\w+|soh[- ]?cah[- ]?toa|power of (?:a|the) point"
+    r"|rise over run",
     r"(?:laws?|rules?|principle|conservation) of \w+|(?:ideal gas|inverse[- ]square) law",
     r"(?:(?:co)?sine|tangent|chain|product|quotient|power|sum|lever|\w+-hand|addition|multiplication) rule",
     r"\w+(?:'s?|s') (?:(?:\w+ )?laws?|formula|rule|principle|method|equation|inequality|identity)",
@@ -24,33 +25,54 @@ GENERAL_FACTS = (
     r"(?:alternate|vertical|opposite|corresponding|base|inscribed|interior|exterior|adjacent)(?: interior| exterior)? "
     r"(?:angles|sides) (?:of [\w ]{1,30} )?are (?:always )?(?:equal|congruent|supplementary|complementary)",
     r"angles? (?:of|in) (?:a|any|every) \w+ (?:always )?(?:sum|add|is|are)|(?:sums?|adds?|adding) (?:up )?to",
-    r"the (?:squares?|square root|sum|product|quotient) of|the difference between|(?:are|is) (?:inversely )?proportional",
+    r"the (?:squares?|square root|sum|product|quotient) of|the difference between|(?:are"
+    r"|is) (?:inversely )?proportional",
+    r"half (?:of )?(?:the|its) (?:base|product|sum|perimeter|central|arc|difference|diameter|intercepted)",
+    r"(?:tangents?|radii|chords|diagonals|medians) (?:from|of|to|in) (?:an?|any|every|one|the same) [^.;!?]{1,40}?"
+    r"(?:equal|bisect|perpendicular|congruent)",
+    r"(?:equals|is) (?:\w+ ){1,3}?(?:times|divided by|multiplied by) (?:the )?[a-z]+",
 )
 STEP_VERB = (
-    r"(?:add|subtract|multiply|divide|compute|calculate|solve|determine|compare|apply|substitute|plug|simplify|rearrange"
-    r"|convert|evaluate|estimate|deduce|infer|recall|remember|consider|observe|use|find (?:the|x|out)|count (?:the|all|how)"
-    r"|sum (?:up|the|all)|set (?:up|the|both)|take (?:the|half|all)|square (?:both|the|each)|factor|let (?:\w|us)|equate"
+    r"(?:add|subtract|multiply|divide|compute|calculate|solve|determine|compare|apply|substitute|plug|simplify"
+    r"|rearrange"
+    r"|convert|evaluate|estimate|deduce|infer|recall|remember|consider|observe|use|find (?:the|x|out)"
+    r"|count (?:the|all|how)"
+    r"|sum (?:up|the|all)|set (?:up|the|both)|take (?:the|half|all)|square (?:both|the|each)|factor|let (?:\w"
+    r"|us)|equate"
     r"|eliminate|combine|work (?:out|backwards)|read off|(?:start|begin) (?:by|with|from)|note that|notice that"
-    r"|check (?:whether|if|that|which)|draw (?:the|a)|extend the|look for|identify)\b(?!['\"]?\s(?:is|are|of|button|key)\b)"
+    r"|check (?:whether|if|that|which)|draw (?:the|a)|extend the|look for|identify)\b(?!['\"]?\s(?:is|are|of"
+    r"|button|key)\b)"
 )
-STEP_GERUND = r"(?:add|subtract|multiply|divid|summ|squar|equat|substitut|solv|simplify|comput|calculat|compar|count|convert|tak|us)ing"
+STEP_GERUND = (
+    r"(?:add|subtract|multiply|divid|summ|squar|equat|substitut|solv|simplify|comput|calculat|compar|count"
+    r"|convert|tak|us)ing"
+)
 STEPS = (
     rf"(?:(?<=^)|(?<=[.!?:;\n,*-]\s)|(?<=\sand\s)|(?:first|then|next|finally|now|just|simply),?\s){STEP_VERB}",
     r"(?:we|one|you|let us) (?:needs?|must|have to|has to|should|can|could|get|obtain|know|find|use|want|conclude)"
-    r"(?! (?:also |only )?(?:see|read|spot))|let's|to (?:find|get|obtain|compute|calculate|solve|work out) (?:the|x|y|its)",
-    r"(?:can|could|may|must|should|needs? to|has to) be (?:\w+ly )?(?:found|computed|calculated|obtained|derived|determined"
+    r"(?! (?:also |only )?(?:see|read|spot))|let's|to (?:find|get|obtain|compute|calculate|solve"
+    r"|work out) (?:the|x|y|its)",
+    r"(?:can|could|may|must|should|needs? to|has to) be (?:\w+ly )?(?:found|computed|calculated|obtained"
+    r"|derived|determined"
     r"|solved|deduced|concluded|added|subtracted|multiplied|divided|compared|counted)|it is (?:enough|necessary) to",
     r"(?:using|applying|apply|via) (?:the )?(?:fact|similar\w*|propert\w+|rule|law|formula|definition|symmetry|ratios?"
     r"|proportions?|equation|sine|cosine|tangent|trigonometry|congruen\w+)|(?:key|next|first) (?:step|idea|trick) is",
-    rf"(?:by|after|when) {STEP_GERUND}|(?:(?<=^)|(?<=[.!?:;,\n]\s)){STEP_GERUND} [^.!?;]{{1,60}}?(?:gives?|yields?|leaves?"
+    rf"(?:by|after|when) {STEP_GERUND}|(?:(?<=^)|(?<=[.!?:;,\n]\s)){STEP_GERUND} [^.!?;]{{1,60}}?(?:gives?"
+    rf"|yields?|leaves?"
     r"|results?|leads?|shows?|we)|setting [^.!?;]{1,40}?(?:equal|to zero|gives)",
 )
 RESULT_NOUN = (
-    r"(?:total|sum|area|force|length|angle|answer|result|value|current|speed|height|volume|ratio|difference|probability"
+    r"(?:total|sum|area|force|length|angle|answer|result|value|current|speed|height|volume|ratio|difference"
+    r"|probability"
     r"|perimeter|slope|average|mean|product|distance|hypotenuse|third|other)"
 )
 CONCLUSIONS = (
-    r"[∴⇒⟹]|therefore|hence|thus(?! named| far)|consequently|(?:it|this) follows|as a result|in conclusion|impl(?:ies|ying)",
+    # A premise and what follows from it
+    r"(?:(?<=^)|(?<=[.!?;]\s))(?:since|because|as the) (?!of\b)[^.!?;,]{3,80}? (?:is|are|equals?) [^.!?;,]{1,60}, \w+",
+    r"(?:similar|congruent) by \w+|(?:half|a third|a quarter|double|twice) (?:of )?\d+(?:\.\d+)? (?:is|=|makes"
+    r"|equals)",
+    r"[∴⇒⟹]|therefore|hence|thus(?! named| far)|consequently|(?:it|this) follows|as a result|in conclusion"
+    r"|impl(?:ies|ying)",
     r"(?:this|that|which|it) (?:means|shows|proves|tells us|indicates) that|which makes|meaning that|that makes \d+",
     r"must (?:be|equal|therefore)|ha(?:s|ve) to be|(?:gives?|yields?|results? in) (?:the \w+|us|\w{1,3} =|-?\d+)",
     rf"(?<!and )so,? (?:yes|no|we|it (?:must|is|equals)|they (?:are|must)|the (?:\w+ )?{RESULT_NOUN}"
@@ -59,7 +81,8 @@ CONCLUSIONS = (
 RESULTS = (
     r"(?:the|an?|its|their) (?:\w+ )?(?:total|sum|average|mean|median|product|ratio|remainder)(?: [^.;!?]{1,50}?)?"
     r" (?:is|are|=|equals|comes to|amounts to) -?\d+|the average of [^.;!?]{1,50}? is",
-    r"(?:in total|altogether|combined),? (?:\w+ ){0,4}\d+|the (?:average|difference|total) is|\d+ (?:minus|plus|times) \w+",
+    r"(?:in total|altogether|combined),? (?:\w+ ){0,4}\d+|the (?:average|difference|total) is|\d+ (?:minus|plus"
+    r"|times) \w+",
     r"\d+(?:\.\d+)? (?:\w+ )?(?:more|less|fewer|greater|higher|lower|larger|longer|shorter|older|younger) than",
 )
 WORDINGS = [
@@ -82,11 +105,13 @@ FORMAT = re.compile(r"\s?-?(?:grid|table|matrix|array|board|pixels?|squares?|blo
 READING = re.compile(r"(?:\b[A-Z∠△]{2,4}|\b(?:curve|line|graph|parabola|function|circle)\s(?:of\s)?\S{1,4})\s?=\s?$")
 # Formulas that no operator between numbers gives away: words, functions, products of letters (F = ma), degrees
 OTHER_FORMULAS = re.compile(
-    r"\b[a-zA-Zθ]{2,} ?(?:=|equals) ?(?:\d+(?:/\d+)? ?[×*]? ?)?[a-z]{2,} ?[-+*/×⋅÷] ?[a-z]{2,}|\b(?:sin|cos|tan) ?\S{1,4} ?="
+    r"\b[a-zA-Zθ]{2,} ?(?:=|equals) ?(?:\d+(?:/\d+)? ?[×*]? ?)?[a-z]{2,} ?[-+*/×⋅÷] ?[a-z]{2,}|\b(?:sin|cos|tan"
+    r"|log|ln)\s?\S{1,8}\s?="
     r"|\b[A-Z] ?= ?(?:[a-z]{2}|[A-Z]{2}|nRT)(?![a-zA-Z])|\d° ?[-+] ?\d+|\bequals? \d?\("
 )
 STATED = re.compile(
-    r"(?:\b(?:is|equals?|measures?|covers?|comes to|amounts to|has an? (?:\w+ )?(?:area|length|width|height|radius) of)\s"
+    r"(?:\b(?:is|equals?|measures?|covers?|comes to|amounts to|has an? (?:\w+ )?(?:area|length|width|height"
+    r"|radius) of)\s"
     r"(?:about |approximately |exactly )?|=\s?)$"
 )
 
