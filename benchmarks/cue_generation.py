@@ -25,7 +25,7 @@ from openai import OpenAI
 from PIL import Image as PILImage
 
 from trl_vicur.cues import CUE_PROMPT, ChatResponse, OpenAIGenerator, generate_cues
-from trl_vicur.cues.generators import _to_openai
+from trl_vicur.cues.generators import to_openai
 from trl_vicur.dataset_rows import read_image
 
 
@@ -58,7 +58,7 @@ def sequential_loop(dataset: Dataset, base_url: str) -> None:
     client = OpenAI(api_key="none", base_url=base_url)
     with tempfile.TemporaryFile("w") as file:
         for number, row in enumerate(dataset):
-            messages = _to_openai(CUE_PROMPT.messages(row["question"], [read_image(row["images"][0])]))
+            messages = to_openai(CUE_PROMPT.messages(row["question"], [read_image(row["images"][0])]))
             response = client.chat.completions.create(model="m", messages=messages, seed=number)
             print(json.dumps({"row": number, "cue": response.choices[0].message.content}), file=file, flush=True)
 

@@ -112,6 +112,7 @@ def test_wrong_answers(completion, answer):
         "\\boxed{2^{1000000000}}",
         "\\boxed{100000000!}",
         "\\boxed{\\binom{1000000000}{500000000}}",
+        "\\boxed{\\gamma 9999999}",
         "\\boxed{(x+y+z)^{500}}",
         "\\boxed{\\sin(\\sin(\\sin(\\sin(\\sin(x)))))}",
         "\\boxed{\\int_0^1 \\sin(x^{x^x}) e^{\\cos x} dx}",

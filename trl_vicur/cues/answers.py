@@ -61,6 +61,8 @@ UNIT = re.compile(
     r"(?<=[\d)}])(?:\s*(?:°\s*[CF]?|\^\{?\\circ\}?|(?:[cdkmµ]?m|[km]?g|m?l|km/h|s|ft|in)(?:\^?\{?[23]\}?)?)"
     r"|\s+(?!pi\b)(?:square |cubic )?[A-Za-z]{2,}(?:(?:/| per )[A-Za-z]+)?(?:\^?\{?[23]\}?)?)\Z"
 )
+# In an expression, letters are symbols; a word is none of LaTeX's commands
+PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])(?!and\b)[A-Za-z]{3,}")
 # A range, a date, a telephone number: no difference and no quotient
 RANGE = re.compile(r"\d+(?:[/.]\d+)*(?:[-–]\d+(?:[/.]\d+)*)+|\d+(?:/\d+){2,}")
 LATEX_TEXT = re.compile(r"\\(?:text\w*|math\w+|boxed)\s*\{([^{}]*)\}")
@@ -77,10 +79,10 @@ AS_LATEX = {
     "∞": r"\infty ",
 }
 MAX_EXPRESSION_LENGTH = 100  # characters
-# Others (binomials, sums, integrals, …) and factorials may be evaluated as soon as they are parsed
+# Others (binomials, the Gamma function, …) and factorials may be evaluated as soon as they are parsed
 COMMANDS = frozenset(
     """frac dfrac tfrac sqrt pi times cdot div pm circ angle degree sin cos tan log ln exp leq geq le ge neq ne approx
-    infty cup cap alpha beta gamma theta phi lambda mu omega""".split()
+    infty cup cap alpha beta theta phi lambda mu omega""".split()
 )
 MAX_EXPRESSION_SIZE = 60  # nodes of its tree
 ARITHMETIC = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Number, sympy.NumberSymbol, sympy.Symbol, ImaginaryUnit)
@@ -210,9 +212,9 @@ def _words(text: str) -> list[str]:
 
 def _is_mathematics(answer: str) -> bool:
     value = UNIT.sub("", answer)
-    has_words = re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", value) is not None
-    is_word = NUMBER_WORD.fullmatch(value) is not None
-    return is_word or (re.search(r"[\d\\√^=+<>]", value) is not None and not has_words and not RANGE.fullmatch(value))
+    if NUMBER_WORD.fullmatch(value):
+        return True
+    return bool(re.search(r"[\d\\√^=+<>]", value)) and not PLAIN_WORD.search(value) and not RANGE.fullmatch(value)
 
 
 def _to_latex(text: str) -> str:
@@ -229,7 +231,8 @@ def _is_same_value(text: str, answer: str) -> bool:
         return True
     expressions = []
     for latex in (answer, text):
-        if len(latex) > MAX_EXPRESSION_LENGTH or "!" in latex or set(re.findall(r"\\([A-Za-z]+)", latex)) - COMMANDS:
+        names = set(re.findall(r"\\([A-Za-z]+)", latex)) - COMMANDS
+        if len(latex) > MAX_EXPRESSION_LENGTH or names or "!" in latex or PLAIN_WORD.search(latex):
             return False
         parsed = parse(f"${latex}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
         if not parsed or not _is_cheap(parsed[0]):

@@ -320,7 +320,7 @@ class OpenAIGenerator:
         import openai
 
         try:
-            messages = _to_openai(request.messages())
+            messages = to_openai(request.messages())
         except Exception as error:
             return ChatResponse(request.number, None, _describe(error)), False
         try:
@@ -399,7 +399,7 @@ def _describe(error: BaseException, secret: str | None = None) -> str:
     return text if len(text) <= 500 else f"{text[:500]}…"
 
 
-def _to_openai(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def to_openai(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same messages with images as data URLs."""
     return [
         {
