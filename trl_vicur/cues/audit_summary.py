@@ -46,7 +46,7 @@ MEASURES = (
     ),
     Measure(
         "Entropy",
-        "Of these cues: an estimate of H(S | X), what image and question leave open about the cue.",
+        "Of these cues, in nats: an estimate of H(S | X), what image and question leave open about the cue.",
         {"cue_entropy": "cue"},
     ),
     Measure(
