@@ -79,14 +79,14 @@ AS_LATEX = {
     "∞": r"\infty ",
 }
 MAX_EXPRESSION_LENGTH = 100  # characters
-# Of others, some are evaluated as soon as they are parsed (binomials, the Gamma function), some take SymPy's
-# simplification minutes (sines, logarithms)
+# Others (binomials, the Gamma function, …) and factorials may be evaluated as soon as they are parsed
 COMMANDS = frozenset(
-    """frac dfrac tfrac sqrt pi times cdot div pm circ angle degree leq geq le ge neq ne approx infty cup cap alpha beta
-    theta phi lambda mu omega""".split()
+    """frac dfrac tfrac sqrt pi times cdot div pm circ angle degree sin cos tan log ln exp leq geq le ge neq ne approx
+    infty cup cap alpha beta theta phi lambda mu omega""".split()
 )
 MAX_EXPRESSION_SIZE = 60  # nodes of its tree
 ARITHMETIC = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Number, sympy.NumberSymbol, sympy.Symbol, ImaginaryUnit)
+FUNCTIONS = (sympy.sin, sympy.cos, sympy.tan, sympy.log, sympy.exp, sympy.Abs)
 COLLECTIONS = (sympy.Tuple, sympy.Set, Relational, BooleanAtom)
 
 
@@ -242,13 +242,15 @@ def _is_same_value(text: str, answer: str) -> bool:
 
 
 def _is_cheap(expression: sympy.Basic | sympy.MatrixBase) -> bool:
-    """Whether it is arithmetic that SymPy can simplify in no time; powers of powers could take days."""
+    """Whether the expression is simplified in no time. Powers of powers or integrals can take days."""
     if not isinstance(expression, sympy.Basic):
         return False  # a matrix
     nodes = list(islice(sympy.preorder_traversal(expression), MAX_EXPRESSION_SIZE + 1))
-    if len(nodes) > MAX_EXPRESSION_SIZE or not all(isinstance(node, (*ARITHMETIC, *COLLECTIONS)) for node in nodes):
-        return False
     has_symbols = any(isinstance(node, sympy.Symbol) for node in nodes)
+    functions = [node for node in nodes if isinstance(node, FUNCTIONS)]
+    others = [node for node in nodes if not isinstance(node, (*ARITHMETIC, *FUNCTIONS, *COLLECTIONS))]
+    if len(nodes) > MAX_EXPRESSION_SIZE or others or len(functions) > 2 or (functions and has_symbols):
+        return False
     exponents = [node.exp for node in nodes if isinstance(node, sympy.Pow)]
     largest = 5 if has_symbols else 100
     return not any(

@@ -56,6 +56,18 @@ INSTRUCTION = re.compile(
 )
 
 
+# Tag characters spell whole prompts that nobody sees; overrides of the writing direction make text read as another.
+# Folding takes them away, so they are looked for before it.
+HIDDEN = re.compile("[\u202a-\u202e\u2066-\u2069\U000e0020-\U000e007e]")
+
+
+def find_hidden_text(cue: str) -> list[str]:
+    """A sentence if the cue, as it is, holds characters that hide text; else an empty list."""
+    if match := HIDDEN.search(cue):
+        return [f"the cue holds the hidden character U+{ord(match[0]):04X}"]
+    return []
+
+
 def find_control_text(cue: str) -> list[str]:
     """
     What a cue holds of control tokens and of text that speaks to the model.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .answer_leak import find_answer_leak
-from .control_text import find_control_text
+from .control_text import find_control_text, find_hidden_text
 from .quantities import fold_text
 from .reasoning_leak import find_reasoning_leak
 
@@ -62,11 +62,12 @@ def audit_cue(cue: str, question: str, answer: str | None = None, visible_text: 
     ["the cue says '12 cm', the answer is '12', and no label of the image is known to show it"]
     ```
     """
+    hidden = find_hidden_text(cue)
     cue, question = fold_text(cue), fold_text(question)
     visible_text = [fold_text(text) for text in visible_text]
     answer_leak, reasons = "none", []
     if answer is not None and answer.strip():
         answer_leak, reasons = find_answer_leak(cue, question, fold_text(answer), visible_text)
     reasoning = find_reasoning_leak(cue, question, visible_text)
-    control = find_control_text(cue)
+    control = hidden + find_control_text(cue)
     return CueAudit(answer_leak, bool(reasoning), bool(control), reasons + reasoning + control)
