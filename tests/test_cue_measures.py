@@ -367,6 +367,25 @@ def test_the_same_completion_and_images_under_all_prompts(model):
     assert next(calls, None) is None
 
 
+@pytest.mark.parametrize(
+    ("completion", "answer", "found"),
+    [
+        ("12, or 1.12, 112, 12.5: 12.", "12", (24, 26)),
+        ("A is a point", "A", (0, 1)),
+        ("No. NO!", "no", (4, 6)),
+        ("It is (x+1).", "(x+1)", (6, 11)),
+        ("é: yes", "yes", (4, 7)),  # of two bytes, and so of two tokens
+        ("yesterday", "yes", None),
+        ("yes", None, None),
+        ("<|im_end|> yes", "yes", (11, 14)),
+    ],
+)
+def test_tokens_of_the_answer(model, completion, answer, found):
+    token_ids, answer_tokens = privilege_gap.tokenize_completion(make_teacher(model), completion, answer)
+    assert len(token_ids) == len(completion.encode())  # what looks like a special token is text
+    assert answer_tokens == ([] if found is None else list(range(*found)))
+
+
 def test_greedy_completions(model):
     teacher = make_teacher(model)
     dataset = gap_rows()
