@@ -80,14 +80,14 @@ AS_LATEX = {
     "∞": r"\infty ",
 }
 MAX_EXPRESSION_LENGTH = 100  # characters
-# Others (binomials, the Gamma function, …) and factorials may be evaluated as soon as they are parsed
+# Of others, some are evaluated as soon as they are parsed (binomials, the Gamma function), some take SymPy's
+# simplification minutes (sines, logarithms)
 COMMANDS = frozenset(
-    """frac dfrac tfrac sqrt pi times cdot div pm circ angle degree sin cos tan log ln exp leq geq le ge neq ne approx
-    infty cup cap alpha beta theta phi lambda mu omega""".split()
+    """frac dfrac tfrac sqrt pi times cdot div pm circ angle degree leq geq le ge neq ne approx infty cup cap alpha
+    beta theta phi lambda mu omega""".split()
 )
 MAX_EXPRESSION_SIZE = 60  # nodes of its tree
 ARITHMETIC = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Number, sympy.NumberSymbol, sympy.Symbol, ImaginaryUnit)
-FUNCTIONS = (sympy.sin, sympy.cos, sympy.tan, sympy.log, sympy.exp, sympy.Abs)
 COLLECTIONS = (sympy.Tuple, sympy.Set, Relational, BooleanAtom)
 
 
@@ -243,10 +243,12 @@ def _is_same_value(text: str, answer: str) -> bool:
 
 
 def _is_cheap(expression: sympy.Basic | sympy.MatrixBase) -> bool:
-    """Whether the expression is simplified in no time. Powers of powers or integrals can take days."""
+    """Whether it is arithmetic that SymPy can simplify in no time; powers of powers could take days."""
     if not isinstance(expression, sympy.Basic):
         return False  # a matrix
     nodes = list(islice(sympy.preorder_traversal(expression), MAX_EXPRESSION_SIZE + 1))
+    if len(nodes) > MAX_EXPRESSION_SIZE or not all(isinstance(node, (*ARITHMETIC, *COLLECTIONS)) for node in nodes):
+        return False
     exponents = [node.exp for node in nodes if isinstance(node, sympy.Pow)]
     factors = [node for exponent in exponents for node in sympy.preorder_traversal(exponent)]
     if any(factor.is_Pow or (factor.is_Number and abs(factor) > 100) for factor in factors):
@@ -254,4 +256,4 @@ def _is_cheap(expression: sympy.Basic | sympy.MatrixBase) -> bool:
     # With symbols, powers of sums get expanded: the degree is at most the product of the exponents
     symbols = {node for node in nodes if isinstance(node, sympy.Symbol)}
     degree = math.prod(max(1, abs(factor)) for factor in factors if factor.is_Number)
-    return not symbols or (len(symbols) <= 3 and degree <= 30 and symbols.isdisjoint(factors))
+    return not symbols or (len(symbols) <= 3 and degree <= 10 and symbols.isdisjoint(factors))
