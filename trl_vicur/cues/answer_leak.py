@@ -32,10 +32,10 @@ ANNOUNCED_BEHIND = re.compile(
 )
 # The cue presents something as written in the image …
 WRITTEN_BEFORE = re.compile(
-    r"\b(?:label(?:l?ed|l?ing|s)?|mark(?:ed|s|ing)?|reads?|reading|written|print(?:ed|s)?|inscribed|annotated|numbered"
-    r"|caption(?:s|ed)?|titled?|headed|tag(?:ged)?|text|words?|says|lists?|bears?|bearing|carr(?:y|ies)|stamped"
-    r"|engraved"
-    r"|painted|displays?|displayed|shows?(?= ?(?:the (?:number|value|text|word|letter)|['\"\d]))|number(?! of))\b",
+    r"\b(?:label(?:l?ed|l?ing|s)?|mark(?:ed|s|ing)?|reads?|reading|written|print(?:ed|s)?|inscribed|annotated"
+    r"|numbered|caption(?:s|ed)?|titled?|headed|tag(?:ged)?|text|words?|says|lists?|bears?|bearing|carr(?:y|ies)"
+    r"|stamped|engraved|painted|displays?|displayed|shows?(?= ?(?:the (?:number|value|text|word|letter)|['\"\d]))"
+    r"|number(?! of))\b",
     re.IGNORECASE,
 )
 WRITTEN_BEHIND = re.compile(
@@ -58,18 +58,15 @@ NEW_STATEMENT = re.compile(r"\b(?:is|are|was|were|has|have|equals?|measures?|so|
 
 # Attributes that are seen directly. What has to be concluded from marks (isosceles, rhombus, parallel) is not here.
 COLOUR_OR_SHAPE = (
-    r"(?:(?:dark|light|bright|pale)[ -])?(?:red|orange|yellow|green|blue|purple|violet|pink|brown|black|white"
-    r"|gr[ea]y|gold"
-    r"(?:en)?|silver|beige|turquoise|cyan|magenta|navy|maroon|teal|tan|cream|circ(?:le|ular)|round|square"
-    r"|rectang(?:le|ular)"
-    r"|triang(?:le|ular)|oval|ellipse|star|diamond|heart|cross|arrow|pentagon|hexagon|octagon|cube|sphere"
-    r"|cylinder|cone"
-    r"|pyramid|crescent|ring|dot)s?"
+    r"(?:(?:dark|light|bright|pale)[ -])?(?:red|orange|yellow|green|blue|purple|violet|pink|brown|black|white|gr[ea]y"
+    r"|gold(?:en)?|silver|beige|turquoise|cyan|magenta|navy|maroon|teal|tan|cream|circ(?:le|ular)|round|square"
+    r"|rectang(?:le|ular)|triang(?:le|ular)|oval|ellipse|star|diamond|heart|cross|arrow|pentagon|hexagon|octagon|cube"
+    r"|sphere|cylinder|cone|pyramid|crescent|ring|dot)s?"
 )
 PLACE = (
-    r"(?:left|right|top|bottom|upper|lower|middle|cent(?:er|re)|above|below|behind|front|inside|outside|between"
-    r"|under|over"
-    r"|beneath|beside|next|near|corner|side|edge|half|north|south|east|west|foreground|background|(?:left|right)-hand)"
+    r"(?:left|right|top|bottom|upper|lower|middle|cent(?:er|re)|above|below|behind|front|inside|outside|between|under"
+    r"|over|beneath|beside|next|near|corner|side|edge|half|north|south|east|west|foreground|background"
+    r"|(?:left|right)-hand)"
 )
 # "dark blue", "red and white", "left", "in the upper right corner", "left of the tree"
 VISIBLE_ATTRIBUTE = re.compile(
@@ -80,9 +77,9 @@ VISIBLE_ATTRIBUTE = re.compile(
 
 # A number that is a name ("Figure 12"), unless the question asks for that name
 NAMED = re.compile(
-    r"\b(figure|fig|panel|question|problem|exercise|step|stage|table|image|picture|page|part|example|diagram"
-    r"|graph|chart"
-    r"|class|room|route|bus|line|row|column|grade|level|chapter|station|platform|player|lane|track|angle|∠)\.?\s?$",
+    r"\b(figure|fig|panel|question|problem|exercise|step|stage|table|image|picture|page|part|example|diagram|graph"
+    r"|chart|class|room|route|bus|line|row|column|grade|level|chapter|station|platform|player|lane|track|angle"
+    r"|∠)\.?\s?$",
     re.IGNORECASE,
 )
 # "two lines" is no "2", unless the question asks for a count

@@ -10,17 +10,16 @@ TOKEN_NAMES = (
     r"|image_pad|video_pad|image_start|image_end|vision_start|vision_end|start_of_turn|end_of_turn|start_of_image"
     r"|end_of_image|image_soft_token|audio_soft_token|img_context|image_placeholder|im_start|im_end|im_patch"
     r"|image_token|image_newline|end_of_utterance|fake_token_around_image|row_\d+_col_\d+|global-img|sep|cls"
-    r"|begin_of_text|end_of_text|endoftext|eod|eot|fim_prefix|fim_middle|fim_suffix|box|ref|quad|grounding"
-    r"|seg\d+|loc\d+"
-    r"|patch_index_\d+|extra_id_\d+|unused\d+|reserved_special_token_\d+|system|user|assistant|human|bot|instruction"
+    r"|begin_of_text|end_of_text|endoftext|eod|eot|fim_prefix|fim_middle|fim_suffix|box|ref|quad|grounding|seg\d+"
+    r"|loc\d+|patch_index_\d+|extra_id_\d+|unused\d+|reserved_special_token_\d+|system|user|assistant|human|bot"
+    r"|instruction"
 )
 CONTROL_TOKEN = re.compile(
     # <|im_end|>, <|begin▁of▁sentence|>; absolute values (<|x|>) are shorter
     r"<\|\s?/?[a-z][\w▁:./-]{2,40}\s?\|>|<\|\s?[a-z][\w▁]{2,40}\s?>|<[a-z][\w▁]{2,40}\s?\|>"
     rf"|</?(?:{TOKEN_NAMES})(?:_?\d{{1,4}})?\s?/?>"
-    r"|\[/?(?:INST|SYS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|IMG|IMG_BREAK|IMG_END|THINK|PAD"
-    r"|CLS|SEP|MASK"
-    r"|UNK|BOS|EOS|gMASK)\]|<</?SYS>>|\bim_(?:start|end)\b"
+    r"|\[/?(?:INST|SYS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|IMG|IMG_BREAK|IMG_END|THINK|PAD|CLS|SEP"
+    r"|MASK|UNK|BOS|EOS|gMASK)\]|<</?SYS>>|\bim_(?:start|end)\b"
     # A role header at the start of a line, plain, bold or as a heading
     r"|^[ \t#*>_-]{0,6}(?:system|user|assistant|human|chatgpt|gpt|ai assistant)[*_]{0,2}\s?:"
     r"|^#{2,4} ?(?:system|user|assistant|human|instructions?|response|input|output)\b[ \t]*:?[ \t]*$"
@@ -36,15 +35,15 @@ INSTRUCTION_NOUN = (
 INSTRUCTION = re.compile(
     rf"\b(?:ignore|disregard|forget|override|overrule|bypass|discard|skip|do not (?:follow|obey)|don't (?:follow|obey)"
     rf"|stop following|pay no attention to)\b[^.!?\n]{{0,40}}?\b{INSTRUCTION_NOUN}\b"
-    r"|\byou are (?:now|no longer|an? (?:\w+\s){0,3}(?:assistant|ai|model|chatbot|bot))\b|\byou(?:r| must"
-    r"| should| will)"
-    r"(?: \w+)? (?:answer|respond|reply|output|say|obey|pretend|ignore|task is|role is|instructions are|reveal)\b"
+    r"|\byou are (?:now|no longer|an? (?:\w+\s){0,3}(?:assistant|ai|model|chatbot|bot))\b"
+    r"|\byou(?:r| must| should| will)(?: \w+)? (?:answer|respond|reply|output|say|obey|pretend|ignore"
+    r"|task is|role is|instructions are|reveal)\b"
     r"|\b(?:system|hidden|developer|initial) prompt\b|\b(?:reveal|print|repeat|leak|show|output|tell me) your "
     r"(?:\w+ )?(?:prompt|instructions|rules|guidelines|secrets?)\b|\bpretend (?:to be|that you|you)\b|\broleplay\b"
     r"|\bas an ai\b|\bjailbreak|\b(?:developer|god|debug|admin|dan) mode\b|\bfrom now on\b"
     r"|\bnew (?:instructions?|task|rules)\s?:|\bend of (?:prompt|hint)"
-    r"|\b(?:reply|respond|answer) (?:only|just|exactly|nothing but)\b|\b(?:only|just|simply|always) (?:reply"
-    r"|respond)\b"
+    r"|\b(?:reply|respond|answer) (?:only|just|exactly|nothing but)\b"
+    r"|\b(?:only|just|simply|always) (?:reply|respond)\b"
     # Orders at the start of a sentence
     r"|(?:^|[.!?:;,\n]\s?|\b(?:and|then|please|now|must|should|only|just|simply|always) )(?:"
     r"(?:reply|respond|answer|output|say|write down|print out) (?:with|in|as|that|['\"]|\d|yes\b|no\b)"

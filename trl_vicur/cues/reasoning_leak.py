@@ -34,14 +34,11 @@ GENERAL_FACTS = (
 )
 STEP_VERB = (
     r"(?:add|subtract|multiply|divide|compute|calculate|solve|determine|compare|apply|substitute|plug|simplify"
-    r"|rearrange"
-    r"|convert|evaluate|estimate|deduce|infer|recall|remember|consider|observe|use|find (?:the|x|out)"
-    r"|count (?:the|all|how)"
-    r"|sum (?:up|the|all)|set (?:up|the|both)|take (?:the|half|all)|square (?:both|the|each)|factor|let (?:\w"
-    r"|us)|equate"
-    r"|eliminate|combine|work (?:out|backwards)|read off|(?:start|begin) (?:by|with|from)|note that|notice that"
-    r"|check (?:whether|if|that|which)|draw (?:the|a)|extend the|look for|identify)\b(?!['\"]?\s(?:is|are|of"
-    r"|button|key)\b)"
+    r"|rearrange|convert|evaluate|estimate|deduce|infer|recall|remember|consider|observe|use|find (?:the|x|out)"
+    r"|count (?:the|all|how)|sum (?:up|the|all)|set (?:up|the|both)|take (?:the|half|all)|square (?:both|the|each)"
+    r"|factor|let (?:\w|us)|equate|eliminate|combine|work (?:out|backwards)|read off|(?:start|begin) (?:by|with|from)"
+    r"|note that|notice that|check (?:whether|if|that|which)|draw (?:the|a)|extend the|look for"
+    r"|identify)\b(?!['\"]?\s(?:is|are|of|button|key)\b)"
 )
 STEP_GERUND = (
     r"(?:add|subtract|multiply|divid|summ|squar|equat|substitut|solv|simplify|comput|calculat|compar|count"
@@ -52,9 +49,9 @@ STEPS = (
     r"(?:we|one|you|let us) (?:needs?|must|have to|has to|should|can|could|get|obtain|know|find|use|want|conclude)"
     r"(?! (?:also |only )?(?:see|read|spot))|let's|to (?:find|get|obtain|compute|calculate|solve"
     r"|work out) (?:the|x|y|its)",
-    r"(?:can|could|may|must|should|needs? to|has to) be (?:\w+ly )?(?:found|computed|calculated|obtained"
-    r"|derived|determined"
-    r"|solved|deduced|concluded|added|subtracted|multiplied|divided|compared|counted)|it is (?:enough|necessary) to",
+    r"(?:can|could|may|must|should|needs? to|has to) be (?:\w+ly )?(?:found|computed|calculated|obtained|derived"
+    r"|determined|solved|deduced|concluded|added|subtracted|multiplied|divided|compared|counted)|it is (?:enough"
+    r"|necessary) to",
     r"(?:using|applying|apply|via) (?:the )?(?:fact|similar\w*|propert\w+|rule|law|formula|definition|symmetry|ratios?"
     r"|proportions?|equation|sine|cosine|tangent|trigonometry|congruen\w+)|(?:key|next|first) (?:step|idea|trick) is",
     rf"(?:by|after|when) {STEP_GERUND}|(?:(?<=^)|(?<=[.!?:;,\n]\s)){STEP_GERUND} [^.!?;]{{1,60}}?(?:gives?"
@@ -63,8 +60,7 @@ STEPS = (
 )
 RESULT_NOUN = (
     r"(?:total|sum|area|force|length|angle|answer|result|value|current|speed|height|volume|ratio|difference"
-    r"|probability"
-    r"|perimeter|slope|average|mean|product|distance|hypotenuse|third|other)"
+    r"|probability|perimeter|slope|average|mean|product|distance|hypotenuse|third|other)"
 )
 CONCLUSIONS = (
     # A premise and what follows from it
@@ -105,14 +101,12 @@ FORMAT = re.compile(r"\s?-?(?:grid|table|matrix|array|board|pixels?|squares?|blo
 READING = re.compile(r"(?:\b[A-Z∠△]{2,4}|\b(?:curve|line|graph|parabola|function|circle)\s(?:of\s)?\S{1,4})\s?=\s?$")
 # Formulas that no operator between numbers gives away: words, functions, products of letters (F = ma), degrees
 OTHER_FORMULAS = re.compile(
-    r"\b[a-zA-Zθ]{2,} ?(?:=|equals) ?(?:\d+(?:/\d+)? ?[×*]? ?)?[a-z]{2,} ?[-+*/×⋅÷] ?[a-z]{2,}|\b(?:sin|cos|tan"
-    r"|log|ln)\s?\S{1,8}\s?="
-    r"|\b[A-Z] ?= ?(?:[a-z]{2}|[A-Z]{2}|nRT)(?![a-zA-Z])|\d° ?[-+] ?\d+|\bequals? \d?\("
+    r"\b[a-zA-Zθ]{2,} ?(?:=|equals) ?(?:\d+(?:/\d+)? ?[×*]? ?)?[a-z]{2,} ?[-+*/×⋅÷] ?[a-z]{2,}|\b(?:sin|cos|tan|log"
+    r"|ln)\s?\S{1,8}\s?=|\b[A-Z] ?= ?(?:[a-z]{2}|[A-Z]{2}|nRT)(?![a-zA-Z])|\d° ?[-+] ?\d+|\bequals? \d?\("
 )
 STATED = re.compile(
     r"(?:\b(?:is|equals?|measures?|covers?|comes to|amounts to|has an? (?:\w+ )?(?:area|length|width|height"
-    r"|radius) of)\s"
-    r"(?:about |approximately |exactly )?|=\s?)$"
+    r"|radius) of)\s(?:about |approximately |exactly )?|=\s?)$"
 )
 
 
