@@ -1,5 +1,7 @@
 """Which columns of a dataset hold the question, the images and what else cues are made and audited from."""
 
+from typing import Any
+
 from datasets import Dataset, DatasetDict, IterableDataset
 
 
@@ -63,3 +65,10 @@ def check_columns(dataset: Dataset, **columns: str) -> None:
     for argument, column in columns.items():
         if column not in dataset.column_names:
             raise ValueError(f"`{argument}` is {column!r}, but the dataset has only {dataset.column_names}.")
+
+
+def set_column(dataset: Dataset, name: str, values: list[Any], feature: Any) -> Dataset:
+    """The dataset with a column of the given values and feature, in place of the one of that name, if there is one."""
+    if name in dataset.column_names:
+        dataset = dataset.remove_columns([name])
+    return dataset.add_column(name, values, feature=feature)

@@ -18,7 +18,7 @@ from ..dataset_rows import control_token_pattern, message_texts, shorten
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -184,17 +184,18 @@ class TransformersGenerator:
                     except Exception as single_error:
                         yield ChatResponse(request.number, None, _describe(single_error))
 
-    def _read(self, request: ChatRequest) -> list[dict[str, Any]]:
-        messages = request.messages()
-        for text in message_texts(messages):
+    def refuse_control_tokens(self, texts: Iterable[str]) -> None:
+        """
+        Raises:
+            `ValueError`: If the tokenizer would read a special token out of a text.
+        """
+        for text in texts:
             if found := self._control_token.search(text):
                 raise ValueError(f"The text contains the control token {found.group()!r}: {shorten(text)}.")
-        return messages
 
-    def _complete(self, requests: list[ChatRequest], conversations: list[list[dict]]) -> list[ChatResponse]:
-        import torch
-
-        inputs = self.processing_class.apply_chat_template(
+    def encode(self, conversations: list[list[dict[str, Any]]]) -> "BatchFeature":
+        """Model inputs of conversations, left-padded, on the model's device and in its data type."""
+        return self.processing_class.apply_chat_template(
             conversations,
             add_generation_prompt=True,
             tokenize=True,
@@ -202,6 +203,16 @@ class TransformersGenerator:
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(self.model.device, self.model.dtype)
+
+    def _read(self, request: ChatRequest) -> list[dict[str, Any]]:
+        messages = request.messages()
+        self.refuse_control_tokens(message_texts(messages))
+        return messages
+
+    def _complete(self, requests: list[ChatRequest], conversations: list[list[dict]]) -> list[ChatResponse]:
+        import torch
+
+        inputs = self.encode(conversations)
         if self._generation["do_sample"]:
             torch.manual_seed(requests[0].seed)
         with torch.no_grad():

@@ -2,9 +2,7 @@
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset, Value
 from tqdm.auto import tqdm
-from transformers import BatchFeature
 
-from ..dataset_rows import control_token_pattern, message_texts, read_image, row_images, shorten
+from ..dataset_rows import message_texts, read_image, row_images, shorten
 from ..teacher_prompt import TEACHER_PROMPT_TEMPLATE
 from .audit_summary import mean_of_columns
-from .columns import check_columns, check_dataset, find_image_column, find_question_column
+from .columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from .generate import digest
 from .generators import ChatResponse, GeneratorUnavailableError, TransformersGenerator
-from .response_store import ResponseStore
+from .response_store import open_store
 from .usefulness import make_prompt
 
 
@@ -125,7 +122,6 @@ def measure_privilege_gap(
         "rows": len(dataset),
         "dataset": digest(inputs),
     }
-    control_token = control_token_pattern(teacher.processing_class.tokenizer)
 
     def read_row(number: int) -> GapRow:
         row = inputs[number]
@@ -141,36 +137,32 @@ def measure_privilege_gap(
             name: make_prompt(row, images, question_column, privilege, teacher_prompt_template)
             for name, privilege in privileges.items()
         }
-        for text in [completion or "", *(text for prompt in prompts.values() for text in message_texts(prompt))]:
-            if found := control_token.search(text):
-                raise ValueError(f"The text contains the control token {found.group()!r}: {shorten(text)}.")
+        texts = (text for prompt in prompts.values() for text in message_texts(prompt))
+        teacher.refuse_control_tokens([completion or "", *texts])
         return GapRow(number, prompts, completion, answer)
 
     cues = dataset.select_columns([cue_column]).with_format(None)
     has_cue = bytearray(bool((cue or "").strip()) for cue in cues[cue_column])
     results: dict[str, list] = {name: [None] * len(dataset) for name in (*GAP_COLUMNS, "gap_error")}
-    with tempfile.TemporaryDirectory() if output is None else nullcontext(output) as folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with ResponseStore(Path(folder) / STORE_NAME, settings) as store:
-            pending = (number for number in store.pending(len(dataset)) if has_cue[number])
-            num_done, _ = store.count()
-            with tqdm(total=sum(has_cue), initial=num_done, desc="Measuring gaps", unit="row") as progress:
-                while numbers := list(islice(pending, teacher.batch_size)):
-                    responses, rows = [], []
-                    for number in numbers:
-                        try:
-                            rows.append(read_row(number))
-                        except Exception as error:
-                            responses.append(_failure(number, error))
-                    store.add(responses + _measure_rows(teacher, rows))
-                    progress.update(len(numbers))
-            for number, text, error, _ in store:
-                results["gap_error"][number] = error
-                for name, gap in json.loads(text or "{}").items():
-                    results[name][number] = gap
+    with open_store(output, STORE_NAME, settings) as store:
+        pending = (number for number in store.pending(len(dataset)) if has_cue[number])
+        num_done, _ = store.count()
+        with tqdm(total=sum(has_cue), initial=num_done, desc="Measuring gaps", unit="row") as progress:
+            while numbers := list(islice(pending, teacher.batch_size)):
+                responses, rows = [], []
+                for number in numbers:
+                    try:
+                        rows.append(read_row(number))
+                    except Exception as error:
+                        responses.append(_failure(number, error))
+                store.add(responses + _measure_rows(teacher, rows))
+                progress.update(len(numbers))
+        for number, text, error, _ in store:
+            results["gap_error"][number] = error
+            for name, gap in json.loads(text or "{}").items():
+                results[name][number] = gap
     for name, values in results.items():
-        dataset = dataset.remove_columns([name]) if name in dataset.column_names else dataset
-        dataset = dataset.add_column(name, values, feature=Value("string" if name == "gap_error" else "float64"))
+        dataset = set_column(dataset, name, values, Value("string" if name == "gap_error" else "float64"))
     return dataset
 
 
@@ -243,20 +235,9 @@ def _split(token_ids: tuple[list[int], ...]) -> Iterator[list[int]]:
     yield part
 
 
-def _encode(teacher: TransformersGenerator, conversations: list[list[dict[str, Any]]]) -> BatchFeature:
-    return teacher.processing_class.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    ).to(teacher.model.device, teacher.model.dtype)
-
-
 def greedy_completions(teacher: TransformersGenerator, conversations: list[list[dict[str, Any]]]) -> list[str]:
     """The teacher's most likely continuations, whole or cut at its `max_new_tokens`."""
-    inputs = _encode(teacher, conversations)
+    inputs = teacher.encode(conversations)
     max_new_tokens = teacher.settings["max_new_tokens"]
     output_ids = teacher.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return teacher.processing_class.batch_decode(
@@ -296,7 +277,7 @@ def completion_logits(
     Logits `(batch, completion, vocab)` that predict the tokens of completions, in the teacher's data type. Shorter
     completions are padded at their end; what stands there means nothing.
     """
-    inputs = _encode(teacher, conversations)
+    inputs = teacher.encode(conversations)
     longest = max(map(len, completions))
     padding_id = teacher.processing_class.tokenizer.pad_token_id
     ids = torch.tensor([ids + [padding_id] * (longest - len(ids)) for ids in completions], device=teacher.model.device)

@@ -2,9 +2,7 @@
 
 import math
 import re
-import tempfile
 import unicodedata
-from contextlib import nullcontext
 from decimal import Decimal
 from functools import partial
 from itertools import groupby
@@ -14,11 +12,11 @@ from datasets import Dataset, Value
 from tqdm.auto import tqdm
 
 from .audit_summary import mean_of_columns
-from .columns import check_columns, check_dataset, find_image_column, find_question_column
+from .columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from .generate import check_cue, digest, read_messages
 from .generators import ChatRequest, Generator
 from .prompts import CUE_PROMPT, CuePrompt
-from .response_store import ResponseStore
+from .response_store import open_store
 
 
 STORE_NAME = "recoverability.sqlite"
@@ -142,33 +140,30 @@ def measure_recoverability(
     cues = dataset.select_columns([cue_column]).with_format(None)
     has_cue = bytearray(bool((cue or "").strip()) for cue in cues[cue_column])
     agreements, entropies = [None] * len(dataset), [None] * len(dataset)
-    with tempfile.TemporaryDirectory() if output is None else nullcontext(output) as folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with ResponseStore(Path(folder) / STORE_NAME, settings) as store:
-            requests = (
-                ChatRequest(
-                    number,
-                    partial(read_messages, inputs, number // num_samples, question_column, prompt),
-                    seed + number,
-                )
-                for number in store.pending(len(dataset) * num_samples)
-                if has_cue[number // num_samples]
+    with open_store(output, STORE_NAME, settings) as store:
+        requests = (
+            ChatRequest(
+                number,
+                partial(read_messages, inputs, number // num_samples, question_column, prompt),
+                seed + number,
             )
-            total, (num_done, _) = sum(has_cue) * num_samples, store.count()
-            with tqdm(total=total, initial=num_done, desc="Sampling cues", unit="sample") as progress:
-                for response in generator.generate(requests):
-                    store.add([check_cue(response)], seed + response.number)
-                    progress.update()
-            for row, responses in groupby(store, key=lambda response: response[0] // num_samples):
-                samples = [content_tokens(text) for _, text, _, _ in responses if text is not None]
-                if samples:
-                    cue = content_tokens(cues[row][cue_column])
-                    agreements[row] = sum(agreement(cue, sample) for sample in samples) / len(samples)
-                if len(samples) > 1:
-                    entropies[row] = semantic_entropy(samples)
+            for number in store.pending(len(dataset) * num_samples)
+            if has_cue[number // num_samples]
+        )
+        total, (num_done, _) = sum(has_cue) * num_samples, store.count()
+        with tqdm(total=total, initial=num_done, desc="Sampling cues", unit="sample") as progress:
+            for response in generator.generate(requests):
+                store.add([check_cue(response)], seed + response.number)
+                progress.update()
+        for row, responses in groupby(store, key=lambda response: response[0] // num_samples):
+            samples = [content_tokens(text) for _, text, _, _ in responses if text is not None]
+            if samples:
+                cue = content_tokens(cues[row][cue_column])
+                agreements[row] = sum(agreement(cue, sample) for sample in samples) / len(samples)
+            if len(samples) > 1:
+                entropies[row] = semantic_entropy(samples)
     for name, values in (("cue_agreement", agreements), ("cue_entropy", entropies)):
-        dataset = dataset.remove_columns([name]) if name in dataset.column_names else dataset
-        dataset = dataset.add_column(name, values, feature=Value("float64"))
+        dataset = set_column(dataset, name, values, Value("float64"))
     return dataset
 
 

@@ -1,7 +1,6 @@
 """New cues for the rows whose cue must not be used."""
 
 import logging
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from tqdm.auto import tqdm
 
 from ..dataset_rows import question_text
 from .audit import audit_row
-from .columns import check_columns, check_dataset, find_image_column, find_question_column
+from .columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from .generate import check_cue, digest, make_provenance, read_messages
 from .generators import ChatRequest, Generator
 from .prompts import CUE_PROMPT, CuePrompt
-from .response_store import ResponseStore
+from .response_store import open_store
 
 
 logger = logging.getLogger(__name__)
@@ -75,8 +74,6 @@ def regenerate_cues(
         name for name in (question_column, "cue", answer_column, visible_text_column) if name in dataset.features
     ]
     texts = dataset.select_columns(columns).with_format(None)
-    output = Path(tempfile.mkdtemp(prefix="trl_vicur_cues_") if output is None else output)
-    output.mkdir(parents=True, exist_ok=True)
 
     def is_usable(number: int, cue: str | None) -> bool:
         row = texts[number]
@@ -96,7 +93,7 @@ def regenerate_cues(
         if not is_usable(number, row["cue"])
     ]
     new_cues = {}
-    with ResponseStore(output / STORE_NAME, settings) as store:
+    with open_store(output, STORE_NAME, settings) as store:
         # The n-th attempt at a row is filed under its number plus n times the number of rows
         done = {number: text for number, text, _, _ in store}
         for attempt in range(max_attempts):
@@ -134,5 +131,5 @@ def replace_cues(dataset: Dataset, new_cues: dict[int, tuple[str, int]], setting
         if column in dataset.column_names:
             feature = dataset.features[column]
             column_values = [values.get(number, old) for number, old in enumerate(dataset.with_format(None)[column])]
-            dataset = dataset.remove_columns([column]).add_column(column, column_values, feature=feature)
+            dataset = set_column(dataset, column, column_values, feature)
     return dataset

@@ -3,8 +3,9 @@
 import errno
 import json
 import sqlite3
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,15 @@ class ResponseStore:
             raise
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{str(self.path)!r} is no file of ours or is damaged: {error}.") from error
+
+
+@contextmanager
+def open_store(folder: str | Path | None, name: str, settings: dict[str, Any]) -> Iterator[ResponseStore]:
+    """The store `name` in a folder, which is made if there is none; without a folder, one that is not kept."""
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        Path(place).mkdir(parents=True, exist_ok=True)
+        with ResponseStore(Path(place) / name, settings) as store:
+            yield store
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

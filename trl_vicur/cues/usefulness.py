@@ -1,8 +1,6 @@
 """Does the cue help to answer? The accuracy of a model that is told the cue, against the same model without."""
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,10 @@ from ..dataset_rows import question_text, read_image, row_images, shorten
 from ..teacher_prompt import TEACHER_PROMPT_TEMPLATE, add_privilege
 from .answers import is_correct
 from .audit_summary import mean_of_columns
-from .columns import check_columns, check_dataset, find_image_column, find_question_column
+from .columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from .generate import digest
 from .generators import ChatRequest, Generator
-from .response_store import ResponseStore
+from .response_store import open_store
 
 
 STORE_NAME = "usefulness.sqlite"
@@ -97,30 +95,27 @@ def measure_usefulness(
 
     # Number 2 i is row i without the cue, number 2 i + 1 with it
     correct: list[list[bool | None]] = [[None] * len(dataset), [None] * len(dataset)]
-    with tempfile.TemporaryDirectory() if output is None else nullcontext(output) as folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with ResponseStore(Path(folder) / STORE_NAME, settings) as store:
+    with open_store(output, STORE_NAME, settings) as store:
 
-            def requests() -> Iterator[ChatRequest]:
-                for number in store.pending(2 * len(dataset)):
-                    row, with_cue = divmod(number, 2)
-                    if is_measured[row]:
-                        yield ChatRequest(number, partial(read_prompt, row, with_cue), seed=row)  # one seed for both
-
-            num_done, _ = store.count()
-            total = 2 * sum(is_measured)
-            with tqdm(total=total, initial=num_done, desc="Answering with and without cue", unit="answer") as progress:
-                for response in generator.generate(requests()):
-                    store.add([response], response.number // 2)
-                    progress.update()
-            # Checked here, not when they are stored, so that better checks find the completions of earlier runs
-            for number, completion, _, _ in tqdm(store, total=total, desc="Checking answers", unit="answer"):
+        def requests() -> Iterator[ChatRequest]:
+            for number in store.pending(2 * len(dataset)):
                 row, with_cue = divmod(number, 2)
-                if completion is not None:
-                    correct[with_cue][row] = is_correct(completion, str(texts[row][answer_column]))
+                if is_measured[row]:
+                    yield ChatRequest(number, partial(read_prompt, row, with_cue), seed=row)  # one seed for both
+
+        num_done, _ = store.count()
+        total = 2 * sum(is_measured)
+        with tqdm(total=total, initial=num_done, desc="Answering with and without cue", unit="answer") as progress:
+            for response in generator.generate(requests()):
+                store.add([response], response.number // 2)
+                progress.update()
+        # Checked here, not when they are stored, so that better checks find the completions of earlier runs
+        for number, completion, _, _ in tqdm(store, total=total, desc="Checking answers", unit="answer"):
+            row, with_cue = divmod(number, 2)
+            if completion is not None:
+                correct[with_cue][row] = is_correct(completion, str(texts[row][answer_column]))
     for name, values in zip(("correct_without_cue", "correct_with_cue"), correct, strict=True):
-        dataset = dataset.remove_columns([name]) if name in dataset.column_names else dataset
-        dataset = dataset.add_column(name, values, feature=Value("bool"))
+        dataset = set_column(dataset, name, values, Value("bool"))
     return dataset
 
 
