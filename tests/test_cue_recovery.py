@@ -487,13 +487,41 @@ def test_deepcopy_is_independent(processor):
     torch.testing.assert_close(logits(model, inputs), expected)
 
 
-def test_compiles_without_graph_break(processor):
+def test_a_decoder_layer_compiles_without_graph_break(processor):
     model = randomize(attach(make_qwen3_vl(), processor))
-    layer = recovery_layers(model)[0]
-    inputs = encode(processor, [user("What is this?", make_image(0))])
-    captured = []
-    handle = layer.register_forward_pre_hook(lambda _, args: captured.append(args))
-    logits(model, inputs)
+    decoder_layer = recovery_layers(model)[0].get_base_layer()
+    calls = []
+    # In front of the hook that takes the context out of the arguments
+    handle = decoder_layer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True, prepend=True
+    )
+    logits(model, encode(processor, [user("What is this?", make_image(0))]))
     handle.remove()
-    compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(*captured[0]), layer(*captured[0]))
+    args, kwargs = calls[0]
+    compiled = torch.compile(decoder_layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*args, **kwargs), decoder_layer(*args, **kwargs))
+
+
+def test_a_sink_that_is_a_visual_token_does_not_attend_to_itself(processor):
+    model = randomize(attach(make_qwen3_vl(), processor, "<|image_pad|>"))
+    inputs = encode(processor, [user("What is this?", make_image(0, (128, 64)))])
+    first = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0].item()
+    for attention in sink_attention(model, **inputs).values():
+        assert (attention[0, :, first] == 0).all()
+        torch.testing.assert_close(attention.sum(dim=-1), torch.ones(1, 4))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sink_token", SINKS)
+def test_the_module_never_waits_for_the_gpu(processor, sink_token):
+    model = randomize(attach(make_qwen3_vl(), processor, sink_token)).cuda()
+    inputs = {name: value.cuda() for name, value in batch(processor).items()}
+    recovery_model = model.base_model
+    layer = recovery_layers(model)[0]
+    hidden_states = torch.randn(*inputs["input_ids"].shape, 32, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, kwargs = recovery_model._add_context(model.base_model.model, (), inputs)
+        layer(hidden_states, kwargs["cue_recovery_context"])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,11 +1,13 @@
-"""The folded attention is the plain one (Eq. 3-4), forward and backward."""
+"""The folded attention is the plain one (Eq. 3-4), forward and backward, and the layer around it keeps little."""
+
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_vicur.cue_recovery import SinkCrossAttention
+from trl_vicur.cue_recovery import CueRecoveryConfig, CueRecoveryContext, CueRecoveryLayer, SinkCrossAttention
 
 
 def make_attention(num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> SinkCrossAttention:
@@ -128,3 +130,82 @@ def test_keys_and_values_do_not_materialize():
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         attention(sink, hidden_states, visual_mask)
     assert max(saved) < hidden_states.numel()
+
+
+def make_layer(hidden_size: int, adapters: tuple[str, ...] = ("default",)) -> CueRecoveryLayer:
+    layer = CueRecoveryLayer(torch.nn.Linear(hidden_size, hidden_size))
+    for name in adapters:
+        layer.update_layer(name, CueRecoveryConfig(), hidden_size=hidden_size, num_heads=2, eps=1e-6)
+        layer.sink_attention[name].o_proj.weight.data.normal_(std=0.2)
+    layer.set_adapter(list(adapters))
+    return layer
+
+
+def plain_layer(layer: CueRecoveryLayer, hidden_states: torch.Tensor, context: CueRecoveryContext) -> torch.Tensor:
+    updated = hidden_states.clone()
+    for name, positions in context.sink_positions.items():
+        for sample, position in enumerate(positions.tolist()):
+            if position >= 0:
+                sink, mask = hidden_states[sample, position], context.visual_mask[sample]
+                update = layer.sink_attention[name].forward_plain(sink[None], hidden_states[[sample]], mask[None])
+                updated[sample, position] = updated[sample, position] + update[0]
+    return updated
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch=st.integers(1, 3), seq=st.integers(3, 20), num_adapters=st.integers(1, 2), seed=st.integers(0, 2**16))
+def test_layer_equals_plain_forward_and_backward(batch, seq, num_adapters, seed):
+    """Also where backward reads the layer's output in place of its input, which is not kept."""
+    torch.manual_seed(seed)
+    adapters = ("default", "other")[:num_adapters]
+    layer = make_layer(8, adapters)
+    leaf = torch.randn(batch, seq, 8, requires_grad=True)
+    sink_positions = {name: torch.randint(-1, seq, (batch,)) for name in adapters}
+    visual_mask = torch.rand(batch, seq) < 0.5
+    for positions in sink_positions.values():
+        visual_mask &= torch.arange(seq) != positions.unsqueeze(1)
+    for name in adapters:
+        sink_positions[name] = torch.where(visual_mask.any(dim=1), sink_positions[name], -1)
+    context = CueRecoveryContext(visual_mask, sink_positions)
+    direction = torch.randn(batch, seq, 8)
+    wanted = [leaf, *(p for p in layer.sink_attention.parameters())]
+
+    results = []
+    for run in (layer, lambda *args: plain_layer(layer, *args)):
+        output = run(leaf.sin(), context)
+        loss = (output.tanh() * direction).sum()
+        results.append([output, *torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=2e-5)
+
+
+def test_layer_keeps_no_hidden_states_of_its_own():
+    """The input is free after the forward; the output, which the decoder layer keeps anyway, stands in for it."""
+    layer = make_layer(8)
+    leaf = torch.randn(2, 6, 8, requires_grad=True)
+    visual_mask = torch.tensor([[False, True, True, False, False, False]] * 2)
+    hidden_states = leaf * 2.0
+    is_alive = weakref.ref(hidden_states)
+    output = layer(hidden_states, CueRecoveryContext(visual_mask, {"default": torch.tensor([0, 0])}))
+    del hidden_states
+    assert is_alive() is None
+    output.sum().backward()
+
+
+def test_layer_refuses_backward_after_a_change_in_place():
+    layer = make_layer(8)
+    visual_mask = torch.tensor([[False, True, True]])
+    hidden_states = torch.randn(1, 3, 8, requires_grad=True) * 1.0
+    output = layer(hidden_states, CueRecoveryContext(visual_mask, {"default": torch.tensor([0])}))
+    output.mul_(2.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_copies_neither_hidden_states_nor_weights(weight_dtype):
+    torch.manual_seed(0)
+    attention = make_attention(num_heads=2, head_dim=16, dtype=weight_dtype)
+    sink, hidden_states, visual_mask = make_inputs(2, 40, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        update = attention(sink, hidden_states, visual_mask)
+    assert torch.equal(update, attention(sink, hidden_states, visual_mask))

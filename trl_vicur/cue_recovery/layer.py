@@ -1,3 +1,4 @@
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ class CueRecoveryContext(NamedTuple):
 
     Args:
         visual_mask (`torch.Tensor` of shape `(batch, seq)`):
-            `True` at image and video tokens.
+            `True` at image and video tokens, but not at a sink.
         sink_positions (`dict[str, torch.Tensor]`):
             For each active adapter, the sink's index in the sequence, of shape `(batch,)`; `-1` where the sample has
             no sink or no visual token and is left untouched.
@@ -66,7 +67,8 @@ class SinkCrossAttention(nn.Module):
         Attention of the sink to each position, `(batch, heads, seq)`, in float32 at least; zero where `visual_mask` is
         `False` (and uniform in a sample without any visual token). Arguments as in [`SinkCrossAttention.forward`].
         """
-        return self._attend(sink, hidden_states, visual_mask, self._inverse_rms(hidden_states))
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self._attend(sink, hidden_states, visual_mask, self._inverse_rms(hidden_states))
 
     def forward(self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
         """
@@ -83,14 +85,16 @@ class SinkCrossAttention(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, hidden)`: The update, to be added to the sink.
         """
-        inverse_rms = self._inverse_rms(hidden_states)
-        weights = self._attend(sink, hidden_states, visual_mask, inverse_rms)
-        # As in `_attend` for the values: average the hidden states first, then apply the norm's weight and W_V once
-        weights = (weights * inverse_rms.unsqueeze(1)).to(hidden_states.dtype)
-        averaged = torch.matmul(weights, hidden_states).to(self.v_proj.weight.dtype) * self.kv_norm.weight
-        value_weight = self.v_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
-        attended = torch.einsum("bhd,hed->bhe", averaged, value_weight)
-        return self.o_proj(attended.flatten(1))
+        # Autocast would copy all hidden states, and all weights, to use them once
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            inverse_rms = self._inverse_rms(hidden_states)
+            weights = self._attend(sink, hidden_states, visual_mask, inverse_rms)
+            # As in `_attend` for the values: average the hidden states, then apply the norm's weight and W_V once
+            weights = (weights * inverse_rms.unsqueeze(1)).to(hidden_states.dtype)
+            averaged = torch.matmul(weights, hidden_states).to(self.v_proj.weight.dtype) * self.kv_norm.weight
+            value_weight = self.v_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
+            attended = torch.einsum("bhd,hed->bhe", averaged, value_weight)
+            return self.o_proj(attended.flatten(1))
 
     def _attend(
         self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor, inverse_rms: torch.Tensor
@@ -129,6 +133,56 @@ class SinkCrossAttention(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=dtype)
         return torch.rsqrt(norm.square() / hidden_states.shape[-1] + self.kv_norm.eps)
+
+
+class _KeptForBackward:
+    """
+    Lets the backward of a recovery layer read the layer's output where autograd would keep its input.
+
+    The two differ in the sinks only, and the sinks are no visual tokens: their attention weight is exactly zero, so
+    nothing of theirs reaches a gradient through the hidden states. The decoder layer keeps the output anyway, so the
+    module holds no hidden states, `(batch, seq, hidden)`, of its own.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch, seq, hidden)`):
+            Input of the recovery layer.
+    """
+
+    def __init__(self, hidden_states: torch.Tensor):
+        # A compiler decides by itself what it keeps
+        self.is_active = (
+            torch.is_grad_enabled() and hidden_states.is_contiguous() and not torch.compiler.is_compiling()
+        )
+        if self.is_active:
+            # Not the tensor itself, which the hooks would keep alive
+            self.address = hidden_states.untyped_storage().data_ptr()
+            self.offset = hidden_states.storage_offset()
+        self.output: torch.Tensor | None = None
+        self.version = 0
+
+    def hooks(self) -> AbstractContextManager:
+        """While active, autograd keeps a note in place of each view of the input."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack) if self.is_active else nullcontext()
+
+    def replace_by(self, output: torch.Tensor) -> None:
+        """Tell what backward is to read."""
+        if self.is_active:
+            self.output, self.version = output.detach(), output._version
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple:
+        if tensor.untyped_storage().data_ptr() != self.address:
+            return tensor
+        return tensor.shape, tensor.stride(), tensor.storage_offset() - self.offset
+
+    def _unpack(self, packed: torch.Tensor | tuple) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        if self.output._version != self.version:
+            raise RuntimeError(
+                "The input of a decoder layer with cue recovery was changed in place after the forward pass; its "
+                "gradient cannot be computed."
+            )
+        return self.output.as_strided(*packed)
 
 
 class CueRecoveryLayer(nn.Module, BaseTunerLayer):
@@ -178,6 +232,7 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
         """
         samples = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         updated = hidden_states
+        kept = _KeptForBackward(hidden_states)
         for adapter_name, positions in context.sink_positions.items():
             if adapter_name not in self.sink_attention:
                 continue
@@ -185,12 +240,14 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
             found = positions >= 0
             positions = positions.clamp(min=0)
             sink = hidden_states[samples, positions]
-            update = self.sink_attention[adapter_name](
-                sink, hidden_states, context.visual_mask.to(hidden_states.device)
-            )
+            with kept.hooks():
+                update = self.sink_attention[adapter_name](
+                    sink, hidden_states, context.visual_mask.to(hidden_states.device)
+                )
             before = updated[samples, positions]
             after = torch.where(found.unsqueeze(-1), before + update.to(before.dtype), before)
             updated = updated.index_put((samples, positions), after)
+        kept.replace_by(updated)
         return updated
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 import re
 import warnings
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class CueRecoveryModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: CueRecoveryConfig, model_config: dict) -> CueRecoveryConfig:
         text_config = self.model.config.get_text_config()
-        if not self._visual_token_ids():
+        if not self._visual_token_ids:
             raise ValueError(
                 f"Cue recovery needs a model with visual tokens, but the config of {type(self.model).__name__} has "
                 "neither `image_token_id` nor `video_token_id`. Use a vision-language model."
@@ -141,6 +142,7 @@ class CueRecoveryModel(LoraModel):
     def _recovery_layers(self) -> list[CueRecoveryLayer]:
         return [layer.cue_recovery for layer in self._decoder_layers() if _has_recovery_layer(layer)]
 
+    @cached_property
     def _visual_token_ids(self) -> list[int]:
         config = self.model.config.to_dict()
         ids = (config.get(name) for name in ("image_token_id", "video_token_id"))
@@ -163,7 +165,8 @@ class CueRecoveryModel(LoraModel):
                 "Cue recovery finds the sink and the visual tokens in `input_ids`; pass them to the model."
             )
 
-        visual_mask = torch.isin(input_ids, torch.tensor(self._visual_token_ids(), device=input_ids.device))
+        # Compared one by one: a tensor of the ids would have to be copied to the device, which waits for it
+        visual_mask = reduce(torch.logical_or, [input_ids == token_id for token_id in self._visual_token_ids])
         has_visual = visual_mask.any(dim=1)
         past_key_values = kwargs.get("past_key_values")
         is_continuation = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
@@ -188,6 +191,9 @@ class CueRecoveryModel(LoraModel):
             sink_positions[name] = torch.where(has_visual, positions, -1)
         if is_continuation:
             return None  # several decoded tokens at once, as in assisted generation
+        index = torch.arange(length, device=input_ids.device)
+        for positions in sink_positions.values():
+            visual_mask = visual_mask & (index != positions.unsqueeze(1))
         return args, {**kwargs, "cue_recovery_context": CueRecoveryContext(visual_mask, sink_positions)}
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
@@ -278,7 +284,7 @@ def find_token_ids(input_ids: torch.Tensor, token_ids: list[int], last: bool = F
     if input_ids.shape[1] < len(token_ids):
         return input_ids.new_full((input_ids.shape[0],), -1)
     windows = input_ids.unfold(1, len(token_ids), 1)
-    matches = (windows == torch.tensor(token_ids, device=input_ids.device)).all(dim=-1)
+    matches = reduce(torch.logical_and, [windows[..., i] == token_id for i, token_id in enumerate(token_ids)])
     if last:
         positions = matches.shape[1] - 1 - matches.flip(1).int().argmax(dim=1)
     else:
