@@ -65,6 +65,14 @@ class ViCuRConfig(DistillationConfig):
             `"token"` is the mean over all completion tokens of the batch, `"sequence"` the mean over completions of
             each completion's mean (as Eq. 7 is written).
 
+        > Parameters that control memory and speed
+
+        share_vision_features (`str`, *optional*, defaults to `"auto"`):
+            `"auto"` encodes each image once for rollout, student and teacher, as far as they have the same vision
+            weights: all three in self-distillation with a frozen vision tower, rollout and student with an external
+            teacher, rollout and teacher where the vision tower of a `"live"` teacher trains. The features of one
+            generation batch are kept until the next one. `"never"` lets each pass encode its own.
+
     Raises:
         `ValueError`: If an option has none of its allowed values, or if options contradict each other.
     """
@@ -121,6 +129,13 @@ class ViCuRConfig(DistillationConfig):
             "help": "'token' (mean over all tokens of the batch) or 'sequence' (mean of each completion's mean)."
         },
     )
+    share_vision_features: Literal["auto", "never"] = field(
+        default="auto",
+        metadata={
+            "help": "'auto' encodes each image once for rollout, student and teacher, as far as they have the same "
+            "vision weights; 'never' lets each pass encode its own."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -130,6 +145,7 @@ class ViCuRConfig(DistillationConfig):
             "teacher_model_kind": get_args(TeacherModelKind),
             "distillation_mode": get_args(DistillationMode),
             "loss_aggregation": ("token", "sequence"),
+            "share_vision_features": ("auto", "never"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -21,6 +21,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.utils import ModelOutput
 from trl import DistillationTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import get_config_model_id, pad
@@ -40,6 +41,7 @@ from .losses import (
 )
 from .privilege import get_privilege
 from .vicur_config import ViCuRConfig
+from .vision_features import is_vision_frozen, lend_image_features, record_image_features, split_by_sample
 
 
 NUM_SEGMENTS = 4
@@ -287,7 +289,13 @@ class ViCuRTrainer(DistillationTrainer):
                 )
                 self._num_streamed_rows += 1
 
-        output = super()._generate_and_score_completions(inputs)
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        self._vision_is_frozen = is_vision_frozen(student)
+        rolls_out = not self.use_vllm and (self._shares_features() or self._shares_features(of_teacher=True))
+        recording = record_image_features(student, self.accelerator.autocast) if rolls_out else nullcontext([])
+        with recording as recorded:
+            output = super()._generate_and_score_completions(inputs)
+        self._note_image_features(recorded, output)
         if self.args.privilege != "none":
             output.update(self._teacher_prompts(inputs, output))
         self._log_hint_leakage(output["completion_ids"])
@@ -327,6 +335,38 @@ class ViCuRTrainer(DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["hint_leakage"].append(self.accelerator.gather(leaks).mean().item())
 
+    # --- Image features: computed once for all passes that have the same vision weights ---
+
+    def _shares_features(self, of_teacher: bool = False) -> bool:
+        """Whether the student's pass, or the teacher's, would compute the image features that the rollout did."""
+        if self.args.share_vision_features == "never" or self.tools:  # tools can return further images
+            return False
+        if of_teacher and self.teacher_model is not None:
+            return False
+        # Weights that train stay the same until the next optimizer step. The student is to learn through them, though
+        is_unchanged = of_teacher and self.args.teacher_model_kind == "live" and self.args.num_iterations == 1
+        return self._vision_is_frozen or is_unchanged
+
+    @contextmanager
+    def _shared_image_features(
+        self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any], of_teacher: bool = False
+    ) -> Iterator[None]:
+        """While active, the student's images are encoded only if no pass over these inputs has done it yet."""
+        if not self._shares_features(of_teacher):
+            yield
+        elif "image_features" in inputs:
+            with lend_image_features(unwrapped_student, inputs["image_features"]):
+                yield
+        else:
+            with record_image_features(unwrapped_student, self.accelerator.autocast) as recorded:
+                yield
+            self._note_image_features(recorded, inputs)
+
+    def _note_image_features(self, recorded: list[ModelOutput], inputs: dict[str, Any]) -> None:
+        """Add them to a batch, by sample, so that they are shuffled, split and freed with it."""
+        if len(recorded) == 1 and (samples := split_by_sample(recorded[0], inputs["num_images"])) is not None:
+            inputs["image_features"] = samples
+
     # --- Hidden states of student and teacher at the same completion tokens ---
 
     def _multimodal_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -339,13 +379,14 @@ class ViCuRTrainer(DistillationTrainer):
 
     def _student_hidden_states(self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Hidden states that predict the completion tokens, `(batch, completion, hidden)`."""
-        return self._get_last_hidden_state(
-            unwrapped_student,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-            **self._multimodal_inputs(inputs),
-        )
+        with self._shared_image_features(unwrapped_student, inputs):
+            return self._get_last_hidden_state(
+                unwrapped_student,
+                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+                torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+                inputs["completion_ids"].size(1),
+                **self._multimodal_inputs(inputs),
+            )
 
     def _teacher_hidden_states(
         self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]
@@ -372,7 +413,10 @@ class ViCuRTrainer(DistillationTrainer):
                     self.teacher_model, teacher, self._get_last_hidden_state, teacher, *tokens, **multimodal_inputs
                 )
                 return states, LMHead.from_model(teacher)
-            with self._student_as_teacher(unwrapped_student):
+            with (
+                self._student_as_teacher(unwrapped_student),
+                self._shared_image_features(unwrapped_student, inputs, of_teacher=True),
+            ):
                 states = self._get_last_hidden_state(unwrapped_student, *tokens, **multimodal_inputs)
                 head = LMHead.from_model(unwrapped_student)
                 # Detached, it stays the teacher's when the student's weights return
