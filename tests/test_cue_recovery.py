@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from tiny_models import encode, make_image, make_qwen3_vl, randomize, user, with_completion
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, StaticCache
 
@@ -110,6 +111,28 @@ def test_invariant_3_decode_steps_do_nothing(processor):
     for handle in handles:
         handle.remove()
     assert len(calls) == len(recovery_layers(model))  # the prefill alone
+
+
+def test_invariant_3_decode_steps_add_no_operation(processor):
+    """Counted by the profiler: a decode step with the module is a decode step of the base model."""
+    model = randomize(attach(make_qwen3_vl(), processor))
+    inputs = batch(processor)
+
+    def operations_of_a_decode_step():
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
+            step = dict(
+                input_ids=torch.tensor([[5], [6], [7]]),
+                attention_mask=torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1),
+                past_key_values=cache,
+            )
+            with profile(activities=[ProfilerActivity.CPU]) as events:
+                model(**step)
+        return {event.key: event.count for event in events.key_averages() if event.key.startswith("aten::")}
+
+    with_module = operations_of_a_decode_step()
+    with model.disable_adapter():
+        assert operations_of_a_decode_step() == with_module
 
 
 def test_invariant_3_static_cache_agrees(processor):

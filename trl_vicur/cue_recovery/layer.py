@@ -68,7 +68,8 @@ class SinkCrossAttention(nn.Module):
         `False` (and uniform in a sample without any visual token). Arguments as in [`SinkCrossAttention.forward`].
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self._attend(sink, hidden_states, visual_mask, self._inverse_rms(hidden_states))
+            folded_query = self._folded_query(sink).to(hidden_states.dtype)
+            return _attend(folded_query, hidden_states, visual_mask, self.kv_norm.eps)[0]
 
     def forward(self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
         """
@@ -87,30 +88,24 @@ class SinkCrossAttention(nn.Module):
         """
         # Autocast would copy all hidden states, and all weights, to use them once
         with torch.autocast(hidden_states.device.type, enabled=False):
-            inverse_rms = self._inverse_rms(hidden_states)
-            weights = self._attend(sink, hidden_states, visual_mask, inverse_rms)
-            # As in `_attend` for the values: average the hidden states, then apply the norm's weight and W_V once
-            weights = (weights * inverse_rms.unsqueeze(1)).to(hidden_states.dtype)
-            averaged = torch.matmul(weights, hidden_states).to(self.v_proj.weight.dtype) * self.kv_norm.weight
+            folded_query = self._folded_query(sink).to(hidden_states.dtype)
+            averaged = _AverageVisualTokens.apply(folded_query, hidden_states, visual_mask, self.kv_norm.eps)
+            # As for the keys: the norm's weight and W_V are applied once, to the averages
+            averaged = averaged.to(self.v_proj.weight.dtype) * self.kv_norm.weight
             value_weight = self.v_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
-            attended = torch.einsum("bhd,hed->bhe", averaged, value_weight)
-            return self.o_proj(attended.flatten(1))
+            return self.o_proj(_HeadwiseLinear.apply(averaged, value_weight).flatten(1))
 
-    def _attend(
-        self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor, inverse_rms: torch.Tensor
-    ) -> torch.Tensor:
+    def _folded_query(self, sink: torch.Tensor) -> torch.Tensor:
         """
-        A key is `W_K (norm_weight · v / rms(v))`. There is one query, so W_K and the norm's weight fold into it and
-        the division by rms(v) into the score: the keys, `(batch, seq, hidden)`, never exist.
+        What is multiplied with a hidden state to give its score, `(batch, heads, hidden)`.
+
+        A key is `W_K (norm_weight · v / rms(v))`. There is one query, so W_K and the norm's weight fold into it (and
+        the division by rms(v) into the score): the keys, `(batch, seq, hidden)`, never exist.
         """
         query = self.q_proj(self.q_norm(sink.to(self.q_proj.weight.dtype)))
         query = query.unflatten(-1, (self.num_heads, self.head_dim))
         key_weight = self.k_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
-        folded_query = torch.einsum("bhe,hed->bhd", query, key_weight) * (self.kv_norm.weight * self.head_dim**-0.5)
-        scores = torch.matmul(folded_query.to(hidden_states.dtype), hidden_states.mT) * inverse_rms.unsqueeze(1)
-        # The lowest finite value instead of -inf keeps samples without visual tokens free of NaN
-        scores = scores.masked_fill(~visual_mask.unsqueeze(1), torch.finfo(scores.dtype).min)
-        return scores.softmax(dim=-1)
+        return torch.einsum("bhe,hed->bhd", query, key_weight) * (self.kv_norm.weight * self.head_dim**-0.5)
 
     def forward_plain(
         self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor
@@ -128,11 +123,77 @@ class SinkCrossAttention(nn.Module):
         weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(values.dtype)
         return self.o_proj(torch.einsum("bhm,bmhe->bhe", weights, values).flatten(1))
 
-    def _inverse_rms(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # A norm with `dtype` accumulates in float32 without a float32 copy of the hidden states
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=dtype)
-        return torch.rsqrt(norm.square() / hidden_states.shape[-1] + self.kv_norm.eps)
+
+def _attend(
+    folded_query: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Attention weights `(batch, heads, seq)`, the products `(batch, heads, seq)` of query and hidden states, and the
+    hidden states' inverse RMS `(batch, seq)`; weights and RMS in float32 at least.
+    """
+    # A norm with `dtype` accumulates in float32 without a float32 copy of the hidden states
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=dtype)
+    inverse_rms = torch.rsqrt(norm.square() / hidden_states.shape[-1] + eps)
+    products = torch.matmul(folded_query, hidden_states.mT)
+    # The lowest finite value instead of -inf keeps samples without visual tokens free of NaN
+    scores = (products * inverse_rms.unsqueeze(1)).masked_fill(~visual_mask.unsqueeze(1), torch.finfo(dtype).min)
+    return scores.softmax(dim=-1), products, inverse_rms
+
+
+class _AverageVisualTokens(torch.autograd.Function):
+    """
+    Averages of the normalized hidden states by attention, `(batch, heads, hidden)`: softmax((q·vᵢ) rᵢ) · (rᵢ vᵢ) with
+    rᵢ = 1 / rms(vᵢ).
+
+    The backward is written out because autograd would go over tensors of shape (batch, seq, hidden) nine times, where
+    two do.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, folded_query: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        weights, products, inverse_rms = _attend(folded_query, hidden_states, visual_mask, eps)
+        ctx.save_for_backward(folded_query, hidden_states, weights, products, inverse_rms)
+        return torch.matmul((weights * inverse_rms.unsqueeze(1)).to(hidden_states.dtype), hidden_states)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        folded_query, hidden_states, weights, products, inverse_rms = ctx.saved_tensors
+        rms_factor = inverse_rms.unsqueeze(1)
+        grad_scaled_weights = torch.matmul(grad, hidden_states.mT)
+        grad_weights = grad_scaled_weights * rms_factor
+        grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True))
+        grad_products = (grad_scores * rms_factor).to(hidden_states.dtype)
+        grad_query = torch.matmul(grad_products, hidden_states)
+        if not ctx.needs_input_grad[1]:
+            return grad_query, None, None, None
+        # The hidden states are read as keys, as values, and in their norm
+        to_keys_and_values = torch.cat([grad_products, (weights * rms_factor).to(hidden_states.dtype)], dim=1)
+        grad_hidden_states = torch.matmul(to_keys_and_values.mT, torch.cat([folded_query, grad], dim=1))
+        grad_inverse_rms = (grad_scaled_weights * weights + grad_scores * products).sum(dim=1)
+        to_norm = -grad_inverse_rms * inverse_rms**3 / hidden_states.shape[-1]
+        to_norm = to_norm.unsqueeze(-1).to(hidden_states.dtype)
+        return grad_query, torch.addcmul(grad_hidden_states, to_norm, hidden_states), None, None
+
+
+class _HeadwiseLinear(torch.autograd.Function):
+    """
+    Each head's own projection: inputs `(batch, heads, hidden)`, weights `(heads, head_dim, hidden)`, outputs `(batch,
+    heads, head_dim)`. Autograd would make the gradient of the weights transposed and copy all of it.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return torch.einsum("bhd,hed->bhe", inputs, weight)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        grad_weight = torch.einsum("bhe,bhd->hed", grad, inputs) if ctx.needs_input_grad[1] else None
+        return torch.einsum("bhe,hed->bhd", grad, weight), grad_weight
 
 
 class _KeptForBackward:
