@@ -124,6 +124,7 @@ def test_invariant_3_decode_steps_add_no_operation(processor):
             step = dict(
                 input_ids=torch.tensor([[5], [6], [7]]),
                 attention_mask=torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1),
+                position_ids=torch.full((3, 3, 1), inputs["input_ids"].shape[1]),
                 past_key_values=cache,
             )
             with profile(activities=[ProfilerActivity.CPU]) as events:
