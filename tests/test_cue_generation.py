@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from io import BytesIO
 from pathlib import Path
@@ -681,6 +683,34 @@ def test_endpoint_that_hangs_fails_the_row():
     with OpenAIServer(reply) as server:
         result = generate_cues(make_dataset(3), OpenAIGenerator("m", server.base_url, timeout=0.5, max_retries=0))
     assert result["cue"] == ["seen", None, "seen"] and "timed out" in result["cue_error"][1]
+
+
+def test_interruption_does_not_wait_for_an_endpoint_that_hangs():
+    script = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job may have inherited none
+        "from PIL import Image\n"
+        "from trl_vicur.cues import CUE_PROMPT, ChatRequest, OpenAIGenerator\n"
+        "messages = CUE_PROMPT.messages('What?', [Image.new('RGB', (8, 8))])\n"
+        "requests = (ChatRequest(number, lambda: messages) for number in range(9))\n"
+        "list(OpenAIGenerator('m', sys.argv[1], concurrency=2).generate(requests))\n"
+    )
+    called, answer = threading.Event(), threading.Event()
+
+    def reply(payload):
+        called.set()
+        answer.wait(60)
+        return completion("seen")
+
+    with OpenAIServer(reply) as server:
+        with subprocess.Popen([sys.executable, "-c", script, server.base_url], stderr=subprocess.DEVNULL) as process:
+            try:
+                assert called.wait(60)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(30) != 0
+            finally:
+                process.kill()
+                answer.set()
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -4,11 +4,12 @@ import base64
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from PIL import Image
@@ -299,32 +300,38 @@ class OpenAIGenerator:
         """See [`Generator.generate`]."""
         # An endpoint that has died, or that understands no request, would fail all rows that are left
         patience = max(32, 2 * self.concurrency)
-        num_failed, unavailable = 0, None
+        num_failed, num_running, unavailable = 0, 0, None
         requests = iter(requests)
-        executor = ThreadPoolExecutor(self.concurrency, thread_name_prefix="cues")
-        try:
-            running = {executor.submit(self._complete, request) for request in islice(requests, self.concurrency)}
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    try:
-                        response, endpoint_failed = future.result()
-                    except GeneratorUnavailableError as error:
-                        unavailable = error
-                        continue
-                    yield response
-                    num_failed = num_failed + 1 if endpoint_failed else 0
-                    if num_failed == patience:
-                        unavailable = GeneratorUnavailableError(
-                            f"The last {patience} requests have all failed, the last one with: {response.error}"
-                        )
-                # What is still under way is waited for, because it may have been paid for
-                if unavailable is None:
-                    running |= {executor.submit(self._complete, request) for request in islice(requests, len(done))}
-            if unavailable is not None:
-                raise unavailable
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+        outcomes = SimpleQueue()
+
+        def run(request: ChatRequest) -> None:
+            try:
+                outcomes.put((*self._complete(request), None))
+            except BaseException as error:
+                outcomes.put((None, True, error))
+
+        while True:
+            # What is still under way at an error is waited for, because it may have been paid for
+            if unavailable is None:
+                for request in islice(requests, self.concurrency - num_running):
+                    # Daemons, because at Ctrl-C nobody wants to wait for an endpoint that hangs
+                    Thread(target=run, args=(request,), name="cues", daemon=True).start()
+                    num_running += 1
+            if num_running == 0:
+                break
+            response, endpoint_failed, error = outcomes.get()
+            num_running -= 1
+            if error is not None:
+                unavailable = error
+                continue
+            yield response
+            num_failed = num_failed + 1 if endpoint_failed else 0
+            if num_failed == patience:
+                unavailable = GeneratorUnavailableError(
+                    f"The last {patience} requests have all failed, the last one with: {response.error}"
+                )
+        if unavailable is not None:
+            raise unavailable
 
     def _complete(self, request: ChatRequest) -> tuple[ChatResponse, bool]:
         """The response, and whether it is the endpoint that failed."""
