@@ -25,11 +25,14 @@ class Reply:
         self.headers = headers or {}
 
 
-def completion(text: str | None, finish_reason: str = "stop", **message) -> Reply:
-    """A chat completion with the text."""
+def completion(text: str | None, finish_reason: str = "stop", num_tokens: int | None = None, **message) -> Reply:
+    """A chat completion with the text, and with its number of tokens if that is given."""
     message = {"role": "assistant", "content": text, **message}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
-    return Reply({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    if num_tokens is not None:
+        body["usage"] = {"prompt_tokens": 1, "total_tokens": 1 + num_tokens, "completion_tokens": num_tokens}
+    return Reply(body)
 
 
 def question_of(payload: dict) -> str:

@@ -645,6 +645,22 @@ def test_endpoint_is_asked_again_after_transient_errors(status):
     assert len(server.payloads) == 3
 
 
+# As vLLM 0.32 answers
+VLLM_PROMPT_TOO_LONG = Reply(
+    {
+        "error": {
+            "message": "This model's maximum context length is 4096 tokens. However, your prompt contains at least "
+            "4097 input tokens, which exceeds this limit even without any output tokens. Please reduce the length of "
+            "the input prompt. (parameter=input_tokens, value=4097)",
+            "type": "BadRequestError",
+            "param": "input_tokens",
+            "code": 400,
+        }
+    },
+    400,
+)
+
+
 @pytest.mark.parametrize(
     "reply, error",
     [
@@ -660,8 +676,13 @@ def test_endpoint_is_asked_again_after_transient_errors(status):
         (completion(None), "empty"),
         (completion("I cannot help with that."), "refused"),
         (completion(None, refusal="not allowed"), "refused"),
-        (completion("the chord AB is labelled", finish_reason="length"), "cut"),
-        (Reply({"error": {"message": "image too large"}}, 400), "image too large"),
+        (completion("the chord AB is labelled", finish_reason="length"), "cut at `max_new_tokens=256`"),
+        (completion("the chord AB is labelled", "length", num_tokens=256), "cut at `max_new_tokens=256`"),
+        (
+            completion("the chord AB is labelled", "length", num_tokens=64),
+            "after 64 tokens, before `max_new_tokens=256`",
+        ),
+        (VLLM_PROMPT_TOO_LONG, "maximum context length is 4096 tokens"),
         (Reply({"error": {"message": "no"}}, 500, headers={"Retry-After-Ms": "1"}), "500"),
     ],
 )
@@ -762,6 +783,11 @@ def test_endpoint_that_only_fails_stops_the_run():
         with pytest.raises(GeneratorUnavailableError, match="last 32 requests have all failed.*out of order"):
             generate_cues(make_dataset(60), OpenAIGenerator("m", server.base_url, concurrency=4))
     assert len(server.payloads) < 40
+
+
+def test_path_of_a_model_at_the_endpoint_is_kept_private():
+    # vLLM names a model that it loads from a folder by that folder's path
+    assert OpenAIGenerator("/home/me/models/eyes", "http://localhost:1/v1").settings["model"] == "eyes"
 
 
 def test_generator_options_are_checked(monkeypatch):

@@ -174,7 +174,7 @@ def generate(arguments: list[str]) -> None:
     console.print(f"{len(dataset) - errors.total():,} of {len(dataset):,} rows have a cue, in {args.output}")
     if errors:
         for error, count in errors.most_common(3):
-            console.print(f"  {count:,} failed: {error}", markup=False)
+            console.print(f"  {count:,} failed: {error}", markup=False, soft_wrap=True)
         retry = shlex.join(["trl-vicur", "cues", "generate", *arguments, "--retry_failed"])
         console.print(f"Try only these {errors.total():,} again with: {retry}", markup=False, soft_wrap=True)
     report = shlex.join(["trl-vicur", "cues", "audit", args.output, "--html", "report.html"])

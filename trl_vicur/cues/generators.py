@@ -234,6 +234,9 @@ class OpenAIGenerator:
     Generates with a model behind an OpenAI-compatible chat endpoint (vLLM, SGLang, a hosted API), many requests at a
     time. Requests that meet 408, 409, 429, 5xx or a lost connection are repeated with exponential back-off.
 
+    What is no option here stays the endpoint's: vLLM takes `top_k` and `repetition_penalty` from the model's
+    `generation_config.json`, unless it is started with `--generation-config vllm`.
+
     The key is read from the environment variable `OPENAI_API_KEY`, and from nowhere else; endpoints without keys need
     none.
 
@@ -370,12 +373,21 @@ class OpenAIGenerator:
             choice = completion.choices[0]
             text, refusal = choice.message.content or "", choice.message.refusal
             is_cut = choice.finish_reason == "length"
+            num_tokens = getattr(completion.usage, "completion_tokens", None)
             text.strip()
         except (AttributeError, IndexError, TypeError):  # the client does not check what an endpoint sends
             raise ValueError(f"The endpoint answered without a chat completion: {shorten(completion)}.") from None
         if refusal:
             return ChatResponse(number, None, f"The model refused: {shorten(refusal)}.")
-        return _cut(number, self.settings) if is_cut else ChatResponse(number, text)
+        if not is_cut:
+            return ChatResponse(number, text)
+        if num_tokens is not None and num_tokens < self.settings["max_new_tokens"]:
+            error = (
+                f"The endpoint cut the text after {num_tokens} tokens, before "
+                f"`max_new_tokens={self.settings['max_new_tokens']}`: at its own limit, or where its context is full."
+            )
+            return ChatResponse(number, None, error)
+        return _cut(number, self.settings)
 
     def _describe(self, error: BaseException) -> str:
         return _describe(error, secret=self._key)
@@ -395,8 +407,12 @@ def _cut(number: int, settings: dict[str, Any]) -> ChatResponse:
 
 
 def _public_name(name: str) -> str:
-    """An id on the Hub as it is; of a folder only its name, because paths are nobody else's business."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    """
+    An id on the Hub as it is; of a folder only its name, because paths are nobody else's business. vLLM names a model
+    that it loads from a folder by the whole path, on its own machine.
+    """
+    path = Path(name)
+    return path.resolve().name if path.exists() or path.is_absolute() else name
 
 
 def _weights_digest(model: "PreTrainedModel") -> str:
