@@ -2,10 +2,12 @@
 Generating cues at an endpoint: throughput against a plain sequential loop, and memory against the number of rows.
 
     python benchmarks/cue_generation.py
+    python benchmarks/cue_generation.py --base_url http://localhost:8000/v1 --model NAME --memory_rows  # no memory
 
-A small server that answers after 50 ms, in a process of its own, stands for the endpoint. The two sides take turns;
-medians are reported. Memory is what the process allocates itself (anonymous memory, not the pages of dataset files,
-which the system may drop), at its highest, over that of the imports alone.
+Without `--base_url`, a small server that answers after 50 ms, in a process of its own, stands for the endpoint. A real
+one should cache no prompts, because both sides send the same. The two sides take turns; medians are reported. Memory
+is what the process allocates itself (anonymous memory, not the pages of dataset files, which the system may drop), at
+its highest, over that of the imports alone.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -45,7 +47,7 @@ def make_dataset(folder: Path, count: int, size: int) -> Dataset:
 
 
 @contextmanager
-def endpoint():
+def scripted_endpoint():
     """The address of a server in a process of its own."""
     command = [sys.executable, str(SERVER), "0", str(LATENCY)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
@@ -53,27 +55,33 @@ def endpoint():
         server.stdin.close()
 
 
-def sequential_loop(dataset: Dataset, base_url: str) -> None:
+def sequential_loop(dataset: Dataset, base_url: str, model: str, max_new_tokens: int) -> None:
     """What one would write without this package: one request after the other, and a JSON line per row."""
     client = OpenAI(api_key="none", base_url=base_url)
     with tempfile.TemporaryFile("w") as file:
         for number, row in enumerate(dataset):
             messages = to_openai(CUE_PROMPT.messages(row["question"], [read_image(row["images"][0])]))
-            response = client.chat.completions.create(model="m", messages=messages, seed=number)
+            response = client.chat.completions.create(
+                model=model, messages=messages, seed=number, temperature=0.0, max_completion_tokens=max_new_tokens
+            )
             print(json.dumps({"row": number, "cue": response.choices[0].message.content}), file=file, flush=True)
 
 
-def measure_throughput(num_rows: int, pairs: int, concurrency: int) -> dict:
+def measure_throughput(
+    num_rows: int, pairs: int, concurrency: int, base_url: str | None, model: str, max_new_tokens: int
+) -> dict:
     """Rows per second of both sides."""
+    endpoint = scripted_endpoint() if base_url is None else nullcontext(base_url)
     seconds = {"generate_cues": [], "sequential loop": []}
-    with tempfile.TemporaryDirectory() as folder, endpoint() as base_url:
+    with tempfile.TemporaryDirectory() as folder, endpoint as base_url:
         dataset = make_dataset(Path(folder) / "dataset", num_rows, size=64)
         for pair in range(pairs):
             start = time.perf_counter()
-            sequential_loop(dataset, base_url)
+            sequential_loop(dataset, base_url, model, max_new_tokens)
             seconds["sequential loop"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            generate_cues(dataset, OpenAIGenerator("m", base_url, concurrency=concurrency), f"{folder}/{pair}")
+            generator = OpenAIGenerator(model, base_url, concurrency=concurrency, max_new_tokens=max_new_tokens)
+            generate_cues(dataset, generator, f"{folder}/{pair}")
             seconds["generate_cues"].append(time.perf_counter() - start)
     rates = {name: num_rows / median(values) for name, values in seconds.items()}
     ratios = [a / b for a, b in zip(seconds["sequential loop"], seconds["generate_cues"], strict=True)]
@@ -135,6 +143,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400, help="rows of the throughput measurement")
     parser.add_argument("--pairs", type=int, default=3, help="how often the two sides take turns")
     parser.add_argument("--concurrency", type=int, default=16, help="requests under way at a time")
+    parser.add_argument("--base_url", help="address of a real endpoint")
+    parser.add_argument("--model", default="m", help="the model's name there")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest text, in tokens")
     parser.add_argument("--memory_rows", type=int, nargs="*", default=[1_000, 10_000, 100_000])
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -142,7 +153,9 @@ def main() -> None:
     if args.memory_of is not None:
         measure_memory_here(*args.memory_of)
         return
-    throughput = measure_throughput(args.rows, args.pairs, args.concurrency)
+    throughput = measure_throughput(
+        args.rows, args.pairs, args.concurrency, args.base_url, args.model, args.max_new_tokens
+    )
     print(json.dumps({"throughput": throughput, "memory": measure_memory(args.memory_rows)}, indent=2))
 
 
