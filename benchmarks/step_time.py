@@ -1,106 +1,69 @@
 """
-Seconds per training step of `ViCuRTrainer` with everything of its own switched off (`privilege="none"`,
-`distillation_mode="full_logits"`, external teacher, no module), against TRL's `DistillationTrainer`.
+Whole training steps against TRL's `DistillationTrainer`: the same model, data and generation settings.
 
-    python benchmarks/step_time.py
-
-Each run is a process of its own, so that its peak memory is its own; the two sides alternate. Prints the medians and
-the ratio of each pair. Runs on whatever device accelerate picks.
+Switched off: `ViCuRTrainer` with nothing of its own (`privilege="none"`, `distillation_mode="full_logits"`, a copy as
+teacher, no module), which is what the trainer itself costs. As used: an adapter of module and LoRA that is its own
+teacher, on cues, by the sampled token; against TRL with a LoRA student, and with full fine-tuning, both with a second
+copy of the model as teacher.
 """
 
-import argparse
-import json
-import resource
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from training_run import TrainingRun, alternate_runs, compare
 
 
-SIDES = ("ViCuRTrainer", "DistillationTrainer")
+OURS = "ViCuRTrainer"
 
 
-def run_side(side: str, steps: int) -> dict[str, float]:
-    """Train a tiny Qwen3-VL for some steps; the first two are not counted."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import datasets
-    from tiny_models import make_image, make_processor, make_qwen3_vl
-    from transformers import TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
-
-    from trl_vicur import ViCuRConfig, ViCuRTrainer
-
-    class Clock(TrainerCallback):
-        seconds: list[float] = []
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.seconds.append(time.perf_counter() - self.start)
-
-    arguments = dict(
-        output_dir="unused",
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-        max_steps=steps + 2,
-        max_completion_length=32,
-        beta=0.5,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=10,
-    )
-    rows = [
-        {"prompt": [{"role": "user", "content": f"What is in picture {i}?"}], "images": [make_image(i, (96, 96))]}
-        for i in range(64)
-    ]
-    trainer_class, args = (
-        (ViCuRTrainer, ViCuRConfig(privilege="none", distillation_mode="full_logits", **arguments))
-        if side == "ViCuRTrainer"
-        else (DistillationTrainer, DistillationConfig(**arguments))
-    )
-    trainer = trainer_class(
-        model=make_qwen3_vl(hidden_size=128),
-        teacher_model=make_qwen3_vl(hidden_size=128, seed=1),
-        args=args,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=make_processor(),
-        callbacks=[clock := Clock()],
-    )
-    trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds_per_step": statistics.median(clock.seconds[2:]), "peak_mib": peak}
+def comparisons(model: str, steps: int) -> dict[str, dict[str, TrainingRun]]:
+    sizes = dict(model=model, steps=steps)
+    lora = dict(r=16, target_modules="all-linear")
+    trl = dict(trainer="DistillationTrainer", teacher_copy=True, **sizes)
+    return {
+        f"{model}, switched off": {
+            OURS: TrainingRun(
+                trainer=OURS,
+                teacher_copy=True,
+                arguments=dict(privilege="none", distillation_mode="full_logits", share_vision_features="never"),
+                **sizes,
+            ),
+            "DistillationTrainer": TrainingRun(**trl),
+        },
+        f"{model}, as used": {
+            OURS: TrainingRun(trainer=OURS, adapter=dict(r=16), **sizes),
+            "DistillationTrainer, LoRA": TrainingRun(adapter=lora, **trl),
+            "DistillationTrainer, full": TrainingRun(**trl),
+        },
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="counted steps of each run")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each side")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one run, used internally
-    arguments = parser.parse_args()
-    if arguments.side is not None:
-        print(json.dumps(run_side(arguments.side, arguments.steps)))
-        return
-
-    results = {side: [] for side in SIDES}
-    for repeat in range(arguments.repeats):
-        for side in SIDES if repeat % 2 == 0 else reversed(SIDES):
-            command = [sys.executable, "-W", "ignore", __file__, "--side", side, "--steps", str(arguments.steps)]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            results[side].append(json.loads(output.splitlines()[-1]))
-            print(f"{repeat + 1}/{arguments.repeats} {side}: {results[side][-1]}", flush=True)
-    for name, unit in (("seconds_per_step", "s"), ("peak_mib", "MiB")):
-        ours, theirs = ([run[name] for run in results[side]] for side in SIDES)
-        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        print(
-            f"{name}: ViCuRTrainer {statistics.median(ours):.4g} {unit}, "
-            f"DistillationTrainer {statistics.median(theirs):.4g} {unit}, ratio {ratio:.3f}"
-        )
+def run(quick: bool = False) -> dict[str, Any]:
+    results = {}
+    for model, steps, repeats in (("tiny", 12, 7), ("100M", 3, 3)):
+        for name, sides in comparisons(model, 1 if quick else steps).items():
+            print(name, flush=True)
+            results[name] = compare(alternate_runs(sides, 1 if quick else repeats), OURS)
+            for side, ratios in results[name]["ratios"].items():
+                figures = ", ".join(f"{key} {value['median']:.3f}" for key, value in ratios.items())
+                print(f"{name}: ours over {side}: {figures}", flush=True)
+    return {"comparisons": results}
 
 
-if __name__ == "__main__":
-    main()
+def plot(results: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    keys = {"seconds_per_step": "seconds per step", "weights_mib": "weights, MiB", "peak_mib": "peak memory, MiB"}
+    panels = figure.subplots(len(keys), len(results["comparisons"]), squeeze=False)
+    for column, (name, comparison) in enumerate(results["comparisons"].items()):
+        panels[0][column].set_title(name, fontsize=10)
+        for row, (key, label) in enumerate(keys.items()):
+            axes = panels[row][column]
+            sides = [side.replace(", ", ",\n") for side in comparison["sides"]]
+            colors = ["C0" if side == OURS else "0.7" for side in comparison["sides"]]
+            bars = axes.bar(sides, [side[key] for side in comparison["sides"].values()], color=colors)
+            axes.bar_label(bars, fmt="{:.3g}", fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.set_ylabel(label if column == 0 else "")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.margins(y=0.15)
+    return figure

@@ -85,7 +85,9 @@ def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     }
 
 
-def make_qwen3_vl(num_layers: int = 4, hidden_size: int = 32, seed: int = 0, **text_config) -> torch.nn.Module:
+def make_qwen3_vl(
+    num_layers: int = 4, hidden_size: int = 32, seed: int = 0, vision_config: dict | None = None, **text_config
+) -> torch.nn.Module:
     """A Qwen3-VL with DeepStack, in float32 and evaluation mode."""
     tokenizer = make_tokenizer()
     config = Qwen3VLConfig(
@@ -117,6 +119,7 @@ def make_qwen3_vl(num_layers: int = 4, hidden_size: int = 32, seed: int = 0, **t
             "out_hidden_size": hidden_size,
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
+            **(vision_config or {}),
         },
         tie_word_embeddings=True,
         **_token_ids(tokenizer),

@@ -19,8 +19,10 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 # Tokens whose logits over the whole vocabulary exist at a time in `topk_divergence`
 TOKEN_CHUNK_SIZE = 256
-# Columns of the vocabulary projected at a time in `token_logprobs`, as in TRL
+# Columns of the vocabulary projected at a time in `token_logprobs`. On a GPU as in TRL, where a kernel works on the
+# logits in place; on a CPU there are eight copies of them, so the chunks are narrower, which costs no time
 VOCAB_CHUNK_SIZE = 32768
+CPU_VOCAB_CHUNK_SIZE = 4096
 
 
 class LMHead(NamedTuple):
@@ -97,7 +99,7 @@ def token_logprobs(
         head.bias,
         token_ids,
         temperature,
-        VOCAB_CHUNK_SIZE,
+        CPU_VOCAB_CHUNK_SIZE if hidden_states.device.type == "cpu" else VOCAB_CHUNK_SIZE,
         head.softcapping,
         head.logit_scale,
         ("entropy",),

@@ -1,0 +1,76 @@
+"""
+How step time and peak memory grow with completion length, batch, image size and number of images, and how fast
+compared with TRL's `DistillationTrainer`: the slope of a straight line through the logarithms. 1 is linear.
+"""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from training_run import TrainingRun, alternate_runs
+
+
+AXES = {
+    "completion_length": (32, 64, 128, 256),
+    "batch_size": (2, 4, 8, 16),
+    "image_size": (64, 128, 256, 512),
+    "num_images": (1, 2, 4, 8),
+}
+# The other quantities where one grows
+POINT = dict(model="growth", batch_size=4, completion_length=16, image_size=128)
+SIDES = {
+    "ViCuRTrainer": TrainingRun(trainer="ViCuRTrainer", adapter=dict(r=16, layer_interval=2)),
+    "DistillationTrainer": TrainingRun(
+        trainer="DistillationTrainer", teacher_copy=True, adapter=dict(r=16, target_modules="all-linear")
+    ),
+}
+
+
+def run(quick: bool = False) -> dict[str, Any]:
+    rows = []
+    for axis, values in AXES.items():
+        for value in values[:2] if quick else values:
+            settings = {**POINT, axis: value, "steps": 1 if quick else 3}
+            sides = {name: TrainingRun(**{**vars(side), **settings}) for name, side in SIDES.items()}
+            print(f"{axis} {value}", flush=True)
+            for name, runs in alternate_runs(sides, repeats=1 if quick else 2).items():
+                # The fastest run: what slows a run down is other work on the machine
+                figures = {key: min(run[key] for run in runs) for key in ("seconds_per_step", "peak_mib")}
+                rows.append({"axis": axis, "value": value, "side": name, **figures})
+    slopes = {
+        axis: {name: {key: slope(rows, axis, name, key) for key in ("seconds_per_step", "peak_mib")} for name in SIDES}
+        for axis in AXES
+    }
+    for axis, sides in slopes.items():
+        for name, figures in sides.items():
+            print(
+                f"{axis}, {name}: slope of time {figures['seconds_per_step']:.2f}, of memory {figures['peak_mib']:.2f}"
+            )
+    return {"rows": rows, "slopes": slopes}
+
+
+def slope(rows: list[dict[str, Any]], axis: str, side: str, key: str) -> float:
+    points = [(row["value"], row[key]) for row in rows if row["axis"] == axis and row["side"] == side]
+    values, figures = np.log(np.array(points)).T
+    return float(np.polyfit(values, figures, 1)[0])
+
+
+def plot(results: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(2, len(AXES))
+    for column, axis in enumerate(AXES):
+        for row, (key, label) in enumerate(
+            (("seconds_per_step", "seconds per step"), ("peak_mib", "peak memory, MiB"))
+        ):
+            axes = panels[row][column]
+            for name in SIDES:
+                points = [p for p in results["rows"] if p["axis"] == axis and p["side"] == name]
+                label_of_side = f"{name}, slope {results['slopes'][axis][name][key]:.2f}"
+                axes.loglog([p["value"] for p in points], [p[key] for p in points], "o-", label=label_of_side)
+            axes.set_xticks(AXES[axis], [str(value) for value in AXES[axis]])
+            axes.minorticks_off()
+            axes.legend(fontsize=7)
+            axes.set_ylabel(label if column == 0 else "")
+            axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(axis)
+    return figure

@@ -1,0 +1,182 @@
+"""
+The distillation losses at Qwen3-VL-2B's vocabulary: time and peak memory of forward and backward.
+
+1,024 completion tokens, hidden size 2048, vocabulary 151,936; the heads are frozen, as with an adapter. Each objective
+against the naive form, which has the logits of all tokens at once; and, of the libraries, TRL's chunked divergence and
+Liger's fused linear JSD. All must agree with float64 at a smaller size, forward and gradient.
+"""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from measure import DEVICE, IS_CUDA, alternate, peak_memory, ratio
+from torch.nn import functional as F
+
+from trl_vicur.trainer.losses import (
+    LMHead,
+    full_divergence,
+    liger_divergence_sum,
+    sampled_token_loss,
+    token_logprobs,
+    topk_divergence,
+)
+
+
+DTYPE = torch.bfloat16 if IS_CUDA else torch.float32
+TOKENS, HIDDEN, VOCABULARY = 1024, 2048, 151936
+TOP_K = 100
+CLIPS = dict(epsilon=0.2, epsilon_high=0.2, advantage_clip=10.0)
+
+
+class Problem:
+    """States and heads of a student and a teacher, and the sampled tokens."""
+
+    def __init__(self, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype):
+        torch.manual_seed(0)
+        make = dict(device=DEVICE, dtype=dtype)
+        self.student_states = torch.randn(tokens, hidden, **make).requires_grad_()
+        self.teacher_states = torch.randn(tokens, hidden, **make)
+        self.student_head = LMHead(torch.randn(vocabulary, hidden, **make) * 0.05)
+        self.teacher_head = LMHead(torch.randn(vocabulary, hidden, **make) * 0.05)
+        self.token_ids = torch.randint(0, vocabulary, (tokens,), device=DEVICE)
+        self.both = (self.student_states, self.student_head, self.teacher_states, self.teacher_head)
+
+    def logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the whole vocabulary, at once."""
+        student = F.linear(self.student_states, self.student_head.weight)
+        teacher = F.linear(self.teacher_states, self.teacher_head.weight)
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        return student.to(dtype).log_softmax(-1), teacher.to(dtype).log_softmax(-1)
+
+
+def naive_sampled_token(problem: Problem) -> torch.Tensor:
+    logprobs, teacher_logprobs = (
+        each.gather(-1, problem.token_ids.unsqueeze(-1)).squeeze(-1) for each in problem.logprobs()
+    )
+    return sampled_token_loss(logprobs, logprobs.detach(), teacher_logprobs, **CLIPS)[0].sum()
+
+
+def sampled_token(problem: Problem) -> torch.Tensor:
+    logprobs, _ = token_logprobs(problem.student_states, problem.student_head, problem.token_ids)
+    with torch.no_grad():
+        teacher_logprobs, _ = token_logprobs(problem.teacher_states, problem.teacher_head, problem.token_ids)
+    return sampled_token_loss(logprobs, logprobs.detach(), teacher_logprobs, **CLIPS)[0].sum()
+
+
+def naive_divergence(problem: Problem, beta: float) -> torch.Tensor:
+    student, teacher = problem.logprobs()
+    if beta == 0.0:
+        return (teacher.exp() * (teacher - student)).sum()
+    if beta == 1.0:
+        return (student.exp() * (student - teacher)).sum()
+    mixture = torch.log(beta * teacher.exp() + (1 - beta) * student.exp())
+    from_teacher, from_student = teacher.exp() * (teacher - mixture), student.exp() * (student - mixture)
+    return (beta * from_teacher + (1 - beta) * from_student).sum()
+
+
+def naive_topk(problem: Problem) -> torch.Tensor:
+    student, teacher = problem.logprobs()
+    teacher, top_ids = teacher.topk(TOP_K, dim=-1)
+    student = student.gather(-1, top_ids)
+    divergence = (teacher.exp() * (teacher - student)).sum(-1)
+    rest_of_student, rest_of_teacher = (torch.log1p(-each.exp().sum(-1)) for each in (student, teacher))
+    return (divergence + rest_of_teacher.exp() * (rest_of_teacher - rest_of_student)).sum()
+
+
+Objective = Callable[[Problem], torch.Tensor]
+
+
+def objectives() -> dict[str, dict[str, Objective]]:
+    """Of each comparison the sides: the naive form, and what is compared to it."""
+    table: dict[str, dict[str, Objective]] = {
+        "sampled_token": {
+            "naive": naive_sampled_token,
+            "ours": sampled_token,
+            "TRL's divergence": lambda problem: full_divergence(*problem.both, beta=1.0)[0].sum(),
+        },
+        "topk_logits": {
+            "naive": naive_topk,
+            "ours": lambda problem: topk_divergence(*problem.both, k=TOP_K, beta=0.0)[0].sum(),
+        },
+    }
+    for beta in (0.0, 0.5, 1.0):
+        table[f"full_logits, beta {beta}"] = {
+            "naive": lambda problem, beta=beta: naive_divergence(problem, beta),
+            "TRL (our default)": lambda problem, beta=beta: full_divergence(*problem.both, beta=beta)[0].sum(),
+            "Liger (use_liger_kernel)": lambda problem, beta=beta: liger_divergence_sum(*problem.both, beta=beta),
+        }
+    return table
+
+
+def largest_error(objective: Objective, naive: Objective) -> float:
+    """Relative error of loss and gradient against the naive form in float64."""
+    errors = []
+    results = []
+    for function, dtype in ((objective, torch.float32), (naive, torch.float64)):
+        problem = Problem(96, 64, 5000, torch.float32)
+        if dtype == torch.float64:
+            problem.student_states = problem.student_states.detach().double().requires_grad_()
+            problem.teacher_states = problem.teacher_states.double()
+            problem.student_head = LMHead(problem.student_head.weight.double())
+            problem.teacher_head = LMHead(problem.teacher_head.weight.double())
+            problem.both = (
+                problem.student_states,
+                problem.student_head,
+                problem.teacher_states,
+                problem.teacher_head,
+            )
+        loss = function(problem)
+        loss.backward()
+        results.append((loss.detach().double(), problem.student_states.grad.double()))
+    for value, reference in zip(*results, strict=True):
+        errors.append(((value - reference).abs().max() / reference.abs().max()).item())
+    return max(errors)
+
+
+def run(quick: bool = False) -> dict[str, Any]:
+    problem = Problem(*((256, 256, 20000) if quick else (TOKENS, HIDDEN, VOCABULARY)), DTYPE)
+    rows = []
+    for name, sides in objectives().items():
+
+        def call(objective: Objective) -> None:
+            problem.student_states.grad = None
+            objective(problem).backward()
+
+        times = alternate({side: (lambda f=f: call(f)) for side, f in sides.items()}, repeats=2 if quick else 5)
+        for side, objective in sides.items():
+            row = {
+                "objective": name,
+                "side": side,
+                "seconds": median(times[side]),
+                "time_over_naive": ratio(times[side], times["naive"]),
+                "peak_bytes": peak_memory(lambda objective=objective: call(objective)),
+            }
+            if side != "naive" and not (name == "sampled_token" and side != "ours"):
+                row["error"] = largest_error(objective, sides["naive"])
+            rows.append(row)
+            print(
+                f"{name}, {side}: {row['seconds']:.2f} s ({row['time_over_naive']['median']:.2f} of naive), peak "
+                f"{row['peak_bytes'] / 2**20:.0f} MiB, error {row.get('error', 0):.1e}",
+                flush=True,
+            )
+    return {"tokens": len(problem.token_ids), "vocabulary": len(problem.student_head.weight), "rows": rows}
+
+
+def plot(results: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows = results["rows"]
+    labels = [f"{row['objective']}: {row['side']}" for row in rows]
+    colors = ["0.7" if row["side"] == "naive" else "C0" if row["side"] == "ours" else "C1" for row in rows]
+    left.barh(labels, [row["peak_bytes"] / 2**30 for row in rows], color=colors)
+    right.barh(labels, [row["seconds"] for row in rows], color=colors)
+    left.invert_yaxis()
+    left.set_xlabel("peak memory, GiB")
+    right.set_xlabel("seconds, forward + backward")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{results['tokens']:,} tokens, vocabulary {results['vocabulary']:,}")
+    return figure

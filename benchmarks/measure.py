@@ -1,0 +1,104 @@
+"""What all benchmarks share: alternating the sides, seconds, peak memory, and where results are written."""
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+import peft
+import torch
+import transformers
+import trl
+from matplotlib.figure import Figure
+
+
+matplotlib.use("Agg")
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # its tiny models
+
+RESULTS = Path(__file__).parent / "results"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IS_CUDA = DEVICE.type == "cuda"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    return {
+        "device": torch.cuda.get_device_name() if IS_CUDA else f"CPU ({platform.machine()}), {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        **{library.__name__: library.__version__ for library in (torch, transformers, trl, peft)},
+    }
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Time of one call, on a GPU by its own events."""
+    if IS_CUDA:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alternate(sides: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each side's calls. The sides take turns, each turn in the opposite order of the one before."""
+    times = {name: [] for name in sides}
+    for repeat in range(-warmup, repeats):
+        for name in list(sides) if repeat % 2 == 0 else reversed(sides):
+            elapsed = seconds(sides[name])
+            if repeat >= 0:
+                times[name].append(elapsed)
+    return times
+
+
+def peak_memory(function: Callable[[], Any]) -> int:
+    """Bytes that a call needs at its highest, over what is there before it."""
+    gc.collect()
+    if IS_CUDA:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # Give freed memory back first, or what is allocated next would come from it unseen
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak (VmHWM) to its present size
+    before = process_memory("VmRSS")
+    function()
+    return process_memory("VmHWM") - before
+
+
+def process_memory(field: str) -> int:
+    """Bytes of the process's memory, present (`"VmRSS"`) or at its highest (`"VmHWM"`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Median of the ratios of each pair of turns, with the lowest and the highest."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+
+
+def save(name: str, results: dict[str, Any], figure: Figure) -> None:
+    """Write `results/NAME.json` and `results/NAME.png`."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(
+        {"command": f"python benchmarks/run.py --only {name}", "machine": machine(), **results}, indent=2
+    )
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    figure.savefig(RESULTS / f"{name}.png", dpi=120, bbox_inches="tight")
+    print(f"Wrote {RESULTS / name}.json and .png", flush=True)

@@ -1,0 +1,38 @@
+"""
+All benchmarks, or one of them. Each writes a JSON file and a picture into `benchmarks/results`.
+
+    python benchmarks/run.py
+    python benchmarks/run.py --only loss
+
+They run on a GPU where there is one.
+"""
+
+import argparse
+import importlib
+import subprocess
+import sys
+
+from measure import save
+
+
+# Modules of this folder. Each has `run(quick) -> dict` and `plot(results) -> Figure`
+BENCHMARKS = ("cue_recovery", "loss", "vision_sharing", "step_time", "growth")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=BENCHMARKS, help="run this one alone")
+    parser.add_argument("--quick", action="store_true", help="few repeats: to see that it runs, not to measure")
+    arguments = parser.parse_args()
+    if arguments.only is None:
+        for name in BENCHMARKS:  # in a process of its own, so that none finds the memory of another
+            print(f"--- {name} ---", flush=True)
+            subprocess.run([sys.executable, __file__, "--only", name, *["--quick"] * arguments.quick], check=True)
+        return
+    benchmark = importlib.import_module(arguments.only)
+    results = benchmark.run(arguments.quick)
+    save(arguments.only, results, benchmark.plot(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""
+Training runs, each in a process of its own so that its peak memory is its own: what the benchmarks of whole steps
+share.
+
+As a script, this is one such run: it takes a `TrainingRun` as JSON and prints what it measured as JSON.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from measure import process_memory, ratio
+
+
+# Steps at the beginning that are not counted
+WARMUP_STEPS = 2
+# Text and vision configs over those of the tests' tiny Qwen3-VL
+MODELS = {
+    "tiny": dict(hidden_size=128),
+    # About 100M parameters, 78M of them the embeddings of the real vocabulary
+    "100M": dict(
+        hidden_size=512,
+        num_layers=8,
+        intermediate_size=1536,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [12, 10, 10],
+            "mrope_interleaved": True,
+        },
+        vocab_size=151936,
+        vision_config=dict(depth=4, hidden_size=256, intermediate_size=1024, num_heads=4),
+    ),
+    # Large enough that a step is more than its fixed costs
+    "growth": dict(
+        hidden_size=256, num_layers=6, vocab_size=16384, vision_config=dict(depth=4, hidden_size=128, num_heads=4)
+    ),
+    # The tower is more than half of a forward pass
+    "image-heavy": dict(
+        hidden_size=256, vision_config=dict(depth=8, hidden_size=384, intermediate_size=1536, num_heads=6)
+    ),
+}
+
+
+@dataclass
+class TrainingRun:
+    """
+    One run, as it can be sent to a process.
+
+    `trainer` is the name of the trainer's class; `arguments` are those of its config; `adapter` are the arguments of a
+    `CueRecoveryConfig` (of a `LoraConfig` for TRL's trainer), `None` trains the whole model; `teacher_copy` gives the
+    trainer a second copy of the model as teacher.
+    """
+
+    trainer: str
+    model: str = "tiny"
+    steps: int = 10
+    batch_size: int = 8
+    image_size: int = 96
+    num_images: int = 1
+    completion_length: int = 32
+    teacher_copy: bool = False
+    adapter: dict[str, Any] | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def measure(self) -> dict[str, float]:
+        """Run it in a process of its own."""
+        command = [sys.executable, "-W", "ignore", __file__, json.dumps(asdict(self))]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        return json.loads(output.splitlines()[-1])
+
+
+def alternate_runs(sides: dict[str, TrainingRun], repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Measurements of each side. The sides take turns, each turn in the opposite order of the one before."""
+    results = {name: [] for name in sides}
+    for repeat in range(repeats):
+        for name in list(sides) if repeat % 2 == 0 else reversed(sides):
+            results[name].append(sides[name].measure())
+            figures = ", ".join(f"{key} {value:.4g}" for key, value in results[name][-1].items())
+            print(f"{repeat + 1}/{repeats} {name}: {figures}", flush=True)
+    return results
+
+
+def compare(runs: dict[str, list[dict[str, float]]], ours: str) -> dict[str, Any]:
+    """Medians of each side, and our ratios to the others."""
+    sides = {side: {key: median(run[key] for run in results) for key in results[0]} for side, results in runs.items()}
+    ratios = {
+        side: {key: ratio([run[key] for run in runs[ours]], [run[key] for run in runs[side]]) for key in runs[ours][0]}
+        for side in runs
+        if side != ours
+    }
+    return {"sides": sides, "ratios": ratios, "runs": runs}
+
+
+def make_large_image_processor():
+    """The tests' processor, for images of up to 1,024 visual tokens."""
+    from tiny_models import make_processor
+
+    processor = make_processor()
+    processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 1024 * 1024}
+    return processor
+
+
+def train(run: TrainingRun) -> dict[str, float]:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tiny_models import make_image, make_qwen3_vl
+    from transformers import TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
+    from trl_vicur.trainer.vision_features import get_backbone
+
+    is_cuda = torch.cuda.is_available()
+
+    class Clock(TrainerCallback):
+        seconds: list[float] = []
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.start = self.now()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seconds.append(self.now() - self.start)
+
+        @staticmethod
+        def now() -> float:
+            if is_cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+    size = (run.image_size, run.image_size)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What is in picture {row}?"}],
+            "images": [make_image(run.num_images * row + i, size) for i in range(run.num_images)],
+            "cue": "noise in many colours, with no shape in it",
+        }
+        for row in range(64)
+    ]
+    trainer_class, config_class, adapter_class = {
+        "ViCuRTrainer": (ViCuRTrainer, ViCuRConfig, CueRecoveryConfig),
+        "DistillationTrainer": (DistillationTrainer, DistillationConfig, LoraConfig),
+    }[run.trainer]
+    arguments = dict(
+        output_dir="unused",
+        per_device_train_batch_size=run.batch_size,
+        gradient_accumulation_steps=2,
+        max_steps=run.steps + WARMUP_STEPS,
+        max_completion_length=run.completion_length,
+        generation_kwargs=dict(min_new_tokens=run.completion_length),  # of the same length in every run
+        bf16=is_cuda,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=10,
+    )
+    before = process_memory("VmRSS")
+    models = [make_qwen3_vl(**MODELS[run.model]) for _ in range(1 + run.teacher_copy)]
+    num_encoded = 0
+
+    def count(_, args, kwargs):
+        nonlocal num_encoded
+        num_encoded += len(kwargs["grid_thw"])
+
+    for model in models:
+        get_backbone(model).visual.register_forward_pre_hook(count, with_kwargs=True)
+    trainer = trainer_class(
+        model=models[0],
+        teacher_model=models[1] if run.teacher_copy else None,
+        args=config_class(**{**arguments, **run.arguments}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_large_image_processor(),
+        peft_config=None if run.adapter is None else adapter_class(**run.adapter),
+        callbacks=[clock := Clock()],
+    )
+    weights = {p for model in (trainer.model, trainer.teacher_model) if model is not None for p in model.parameters()}
+    trainer.train()
+    peak = torch.cuda.max_memory_allocated() if is_cuda else process_memory("VmHWM") - before
+    num_images = 2 * run.batch_size * run.num_images * trainer.state.global_step
+    return {
+        "seconds_per_step": median(clock.seconds[WARMUP_STEPS:]),
+        "peak_mib": peak / 2**20,
+        "weights_mib": sum(weight.numel() * weight.element_size() for weight in weights) / 2**20,
+        "encodings_per_image": num_encoded / num_images,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(train(TrainingRun(**json.loads(sys.argv[1])))))
