@@ -1,0 +1,306 @@
+"""
+A plan past this machine: what a ViCuR step of Qwen3-VL-8B costs on 8 H100, and the settings that follow.
+
+FLOPs, bytes and memory of each GPU come from the models' configs, for 128 prompts of 2,048 tokens (1,024 of them
+visual) and completions of 4,096. The counts are checked against torch's FLOP counter on the real architecture; and
+seconds, which are FLOPs over a machine's rate of matrix products, against decoder layers that are timed here.
+
+What it assumes of a GPU stands in `GPU`; of the run: bfloat16 weights, an adapter (the module alone) or full
+fine-tuning with AdamW, gradient checkpointing, sharded teacher and student, rollouts by vLLM beside the training in
+the same GPUs' memory, image features shared.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from cue_recovery import GRIDS, NUM_TEXT_TOKENS, forward, make_inputs, make_slice
+from matplotlib.figure import Figure
+from measure import DEVICE, IS_CUDA, alternate, ratio
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLTextConfig
+
+from trl_vicur import CueRecoveryConfig
+
+
+class GPU(NamedTuple):
+    """Of one GPU; `utilization` is the share of the peak that training reaches."""
+
+    flops: float = 989e12  # H100 SXM, bfloat16, dense
+    memory: float = 80e9
+    bandwidth: float = 3.35e12
+    link: float = 450e9  # NVLink, each direction
+    utilization: float = 0.4
+    bandwidth_utilization: float = 0.7
+
+
+NUM_GPUS = 8
+PROMPTS, PROMPT_TOKENS, VISUAL_TOKENS, CUE_TOKENS, COMPLETION_TOKENS = 128, 2048, 1024, 100, 4096
+BYTES = 2  # of a bfloat16
+VOCABULARY = 151936
+VISION_8B = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16)
+VISION_2B = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16)
+
+
+def make_config(hidden_size: int, layers: int, heads: int, intermediate_size: int, vision: dict, tied: bool):
+    return Qwen3VLConfig(
+        text_config=dict(
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=8,
+            head_dim=128,
+            intermediate_size=intermediate_size,
+            vocab_size=VOCABULARY,
+            tie_word_embeddings=tied,
+        ),
+        vision_config=dict(**vision, out_hidden_size=hidden_size, deepstack_visual_indexes=[5, 11, 17]),
+        tie_word_embeddings=tied,
+    )
+
+
+CONFIGS = {
+    "2B": make_config(2048, 28, 16, 6144, VISION_2B, tied=True),
+    "8B": make_config(4096, 36, 32, 12288, VISION_8B, tied=False),
+    "32B": make_config(5120, 64, 64, 25600, VISION_8B, tied=False),
+}
+
+
+@dataclass
+class Costs:
+    """Counts of one model. Matrix products are what costs; norms and activations are left out."""
+
+    config: Qwen3VLConfig
+
+    @property
+    def text(self) -> Qwen3VLTextConfig:
+        return self.config.text_config
+
+    @property
+    def parameters(self) -> int:
+        with torch.device("meta"):
+            model = Qwen3VLForConditionalGeneration(self.config)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    @property
+    def layer_parameters(self) -> int:
+        text = self.text
+        attention = 2 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+        return attention + 3 * text.hidden_size * text.intermediate_size
+
+    def attention_flops(self, tokens: int, causal: bool) -> float:
+        flops = 4 * self.text.num_attention_heads * self.text.head_dim * tokens**2
+        return flops / 2 if causal else flops
+
+    def decoder_flops(self, tokens: int, layers: int | None = None, causal: bool = True) -> float:
+        """Forward pass of a sequence through the decoder layers; without the language-model head."""
+        layers = self.text.num_hidden_layers if layers is None else layers
+        return layers * (2 * self.layer_parameters * tokens + self.attention_flops(tokens, causal))
+
+    def head_flops(self, tokens: int) -> float:
+        return 2 * self.text.hidden_size * VOCABULARY * tokens
+
+    def tower_flops(self, visual_tokens: int) -> float:
+        """The vision tower for one image; four patches are one visual token."""
+        vision, patches = self.config.vision_config, 4 * visual_tokens
+        layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+        merged = 4 * vision.hidden_size
+        mergers = 1 + len(vision.deepstack_visual_indexes)
+        merger = merged**2 + merged * vision.out_hidden_size
+        attention = 4 * vision.hidden_size * patches**2
+        return vision.depth * (2 * layer * patches + attention) + mergers * 2 * merger * visual_tokens
+
+    @property
+    def cache_bytes(self) -> int:
+        """KV cache of one token."""
+        return 2 * self.text.num_hidden_layers * self.text.num_key_value_heads * self.text.head_dim * BYTES
+
+    @property
+    def module_parameters(self) -> int:
+        """The recovery modules, at the default interval."""
+        carrying = len(range(1, self.text.num_hidden_layers, CueRecoveryConfig().layer_interval))
+        return carrying * (4 * self.text.hidden_size**2 + 2 * self.text.hidden_size)
+
+
+def plan(student: Costs, teacher: Costs | None, full: bool, gpu: GPU) -> dict[str, Any]:
+    """Seconds of each stage of a step, and bytes on each GPU. `teacher=None` is the student without its adapter."""
+    scorer = teacher or student
+    samples = PROMPTS / NUM_GPUS
+    sequence = PROMPT_TOKENS + COMPLETION_TOKENS
+    scored_sequence = sequence + CUE_TOKENS
+    compute = gpu.flops * gpu.utilization
+    bandwidth = gpu.bandwidth * gpu.bandwidth_utilization
+    student_bytes, teacher_bytes = student.parameters * BYTES, scorer.parameters * BYTES
+
+    # A decode step reads all weights once and the cache of each sample; on average half of the completion is there
+    cache = samples * (PROMPT_TOKENS + COMPLETION_TOKENS / 2) * student.cache_bytes
+    towers = samples * student.tower_flops(VISUAL_TOKENS) * (2 if full else 1)
+    if teacher is not None:
+        towers += samples * teacher.tower_flops(VISUAL_TOKENS)
+    # Backward is one more forward for the activations and one for the weights, checkpointing one for the recomputation
+    passes = 4 if full else 3
+    student_head = samples * student.head_flops(COMPLETION_TOKENS) * (4 if full else 3)
+    seconds = {
+        "images": towers / compute,
+        "rollout: prefill": samples * student.decoder_flops(PROMPT_TOKENS) / compute,
+        "rollout: decode": COMPLETION_TOKENS * (student_bytes + cache) / bandwidth,
+        "teacher": samples * (scorer.decoder_flops(scored_sequence) + scorer.head_flops(COMPLETION_TOKENS)) / compute,
+        "student": (samples * passes * student.decoder_flops(sequence) + student_head) / compute,
+    }
+    # Each pass over a micro-batch gathers the weights that other GPUs hold; what is not hidden behind the products
+    gathered = samples * (teacher_bytes + (passes - 1) * student_bytes) * (NUM_GPUS - 1) / NUM_GPUS / gpu.link
+    seconds["gathering weights"] = max(0.0, gathered - seconds["teacher"] - seconds["student"])
+
+    trained = student.parameters + student.module_parameters if full else student.module_parameters
+    text = student.text
+    memory = {
+        "student's weights (shard)": student_bytes / NUM_GPUS,
+        "teacher's weights (shard)": teacher_bytes / NUM_GPUS if teacher is not None or full else 0.0,
+        # Gradient and, in float32, master weight and AdamW's two moments
+        "gradients, optimizer (shard)": trained * (BYTES + 12) / NUM_GPUS,
+        "one gathered layer, twice": 2 * BYTES * max(student.layer_parameters, scorer.layer_parameters),
+        "checkpoints of a micro-batch": BYTES * text.num_hidden_layers * text.hidden_size * sequence,
+        "activations of one layer": BYTES
+        * sequence
+        * (8 * text.hidden_size + 4 * text.num_attention_heads * text.head_dim + 4 * text.intermediate_size),
+        "loss (logits of one chunk)": 2 * BYTES * COMPLETION_TOKENS * 32768,
+        # The tower's features of the generation batch: merged and DeepStack, pixels of the same order
+        "image features": samples * VISUAL_TOKENS * (4 * text.hidden_size + 4 * 1536) * BYTES,
+    }
+    rollout = {"weights": student_bytes, "KV cache": samples * sequence * student.cache_bytes}
+    # vLLM's own activations and graphs: about 3 GB
+    share = (sum(rollout.values()) + 3e9) / gpu.memory
+    left = gpu.memory * (1 - share)
+    per_prompt = memory["checkpoints of a micro-batch"] + memory["activations of one layer"]
+    micro_batch = max(1, int((0.9 * left - sum(memory.values())) / per_prompt) + 1)
+    return {
+        "seconds": seconds,
+        "seconds_per_step": sum(seconds.values()),
+        "memory": memory,
+        "memory_of_rollout": rollout,
+        "settings": {
+            "vllm_gpu_memory_utilization": round(share + 0.005, 2),
+            "per_device_train_batch_size": 1 << (min(micro_batch, int(samples)).bit_length() - 1),
+            "fits": sum(memory.values()) + share * gpu.memory < 0.95 * gpu.memory,
+        },
+    }
+
+
+def check_counts() -> dict[str, float]:
+    """Our counts over those of torch and of transformers."""
+    costs = Costs(CONFIGS["8B"])
+    tokens = 1024
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        decoder = Qwen3VLForConditionalGeneration(costs.config).model.language_model
+        decoder(inputs_embeds=torch.empty(1, tokens, costs.text.hidden_size))
+    with FlopCounterMode(display=False) as tower_counter:
+        tower = Qwen3VLForConditionalGeneration._from_config(small_tower()).model.visual
+        tower(torch.randn(256, 1536), grid_thw=torch.tensor([[1, 16, 16]]))
+    cache = DynamicCache(config=costs.text)
+    keys = torch.empty(1, costs.text.num_key_value_heads, tokens, costs.text.head_dim, dtype=torch.bfloat16)
+    for layer in range(costs.text.num_hidden_layers):
+        cache.update(keys, keys, layer)
+    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return {
+        "decoder_flops": costs.decoder_flops(tokens, causal=False) / counter.get_total_flops(),
+        "tower_flops": Costs(small_tower()).tower_flops(64) / tower_counter.get_total_flops(),
+        "cache_bytes": costs.cache_bytes * tokens / stored,
+    }
+
+
+def small_tower() -> Qwen3VLConfig:
+    """A tower of the 8B's widths with few layers, and hardly a decoder: one that this machine runs."""
+    vision = dict(VISION_8B, depth=3, deepstack_visual_indexes=[0, 1, 2])
+    return Qwen3VLConfig(
+        text_config=dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64, head_dim=16),
+        vision_config=dict(**vision, out_hidden_size=4096),
+    )
+
+
+@torch.no_grad()
+def check_seconds(repeats: int) -> list[dict[str, Any]]:
+    """Five decoder layers timed here over their FLOPs at this machine's rate of matrix products, taken in turns."""
+    rows = []
+    for size in ("2B", "8B"):
+        model, costs = make_slice(size), Costs(CONFIGS[size])
+        for visual_tokens in GRIDS if size == "2B" or IS_CUDA else (64, 256):
+            tokens = visual_tokens + NUM_TEXT_TOKENS
+            inputs = make_inputs(model, visual_tokens, batch_size=1)
+            text = costs.text
+            states = torch.randn(tokens, text.hidden_size, device=DEVICE, dtype=model.dtype)
+            weight = torch.randn(text.intermediate_size, text.hidden_size, device=DEVICE, dtype=model.dtype)
+            product_flops = 2 * states.numel() * text.intermediate_size
+            count = 8
+
+            def products(states=states, weight=weight, count=count):
+                for _ in range(count):
+                    torch.nn.functional.linear(states, weight)
+
+            def layers(model=model, inputs=inputs):
+                with model.disable_adapter():
+                    model.get_base_model().model(**inputs)
+
+            times = alternate({"layers": forward(layers), "products": forward(products)}, repeats)
+            flops = costs.decoder_flops(tokens, layers=5, causal=False)
+            rate = [count * product_flops / seconds for seconds in times["products"]]
+            predicted = [flops / each for each in rate]
+            rows.append(
+                {
+                    "model": size,
+                    "tokens": tokens,
+                    "rate_tflops": max(rate) / 1e12,
+                    "measured_over_predicted": ratio(times["layers"], predicted),
+                }
+            )
+    return rows
+
+
+def run(quick: bool = False) -> dict[str, Any]:
+    checks = {"counts": check_counts(), "seconds": check_seconds(repeats=1 if quick else 5)}
+    for name, value in checks["counts"].items():
+        print(f"{name}: ours over counted {value:.4f}")
+    for row in checks["seconds"]:
+        measured = row["measured_over_predicted"]["median"]
+        print(f"{row['model']}, {row['tokens']} tokens: measured {measured:.2f} of predicted seconds")
+    student = Costs(CONFIGS["8B"])
+    plans = {}
+    for name, teacher, full in (
+        ("adapter, own teacher", None, False),
+        ("full, frozen 8B teacher", Costs(CONFIGS["8B"]), True),
+        ("adapter, 32B teacher", Costs(CONFIGS["32B"]), False),
+        ("full, 32B teacher", Costs(CONFIGS["32B"]), True),
+    ):
+        plans[name] = plan(student, teacher, full, GPU())
+        total, settings = plans[name]["seconds_per_step"], plans[name]["settings"]
+        memory = sum(plans[name]["memory"].values()) / 1e9
+        print(f"{name}: {total:.0f} s per step, {memory:.0f} GB for training on each GPU, {settings}")
+        print("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in plans[name]["seconds"].items()))
+    return {"gpu": GPU()._asdict(), "checks": checks, "plans": plans}
+
+
+def plot(results: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    times, memory = figure.subplots(1, 2)
+    names = list(results["plans"])
+    for axes, stacks, unit in (
+        (times, [plan["seconds"] for plan in results["plans"].values()], 1.0),
+        (memory, [with_rollout(plan) for plan in results["plans"].values()], 1e9),
+    ):
+        left = [0.0] * len(names)
+        for part, color in zip(stacks[0], [f"C{index}" for index in range(10)] + ["0.6", "0.8"], strict=False):
+            widths = [stack[part] / unit for stack in stacks]
+            axes.barh(names, widths, left=left, label=part, color=color)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        axes.invert_yaxis()
+        axes.legend(fontsize=6)
+        axes.spines[["top", "right"]].set_visible(False)
+    times.set_xlabel("seconds per step (computed)")
+    memory.set_xlabel("GB on each GPU (computed)")
+    memory.axvline(results["gpu"]["memory"] / 1e9, color="black", linewidth=0.8)
+    memory.set_yticklabels([])
+    figure.suptitle("Qwen3-VL-8B on 8 H100, 128 prompts of 2,048 tokens, completions of 4,096")
+    return figure
+
+
+def with_rollout(plan: dict[str, Any]) -> dict[str, float]:
+    return {**plan["memory"], **{f"vLLM: {part}": size for part, size in plan["memory_of_rollout"].items()}}
