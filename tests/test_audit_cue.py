@@ -195,7 +195,7 @@ def test_any_text_is_audited(cue, question, answer, visible_text):
     assert audit.answer_leak in ("none", "possible", "leak")
 
 
-@pytest.mark.parametrize("text", ["\ud800 12", "$\\frac{1}{", "((((" * 200, "10^10^10", "1/0", "{" * 500 + "12"])
+@pytest.mark.parametrize("text", ["\ud800 12", "$\\frac{1}{", "((((" * 200, "10^10^10", "1/0", "{" * 500 + "12", "DD IL VX"])
 def test_hostile_text(text):
     audit_cue(text, text, "12", [text])
     audit_cue("12", "How long?", text)

@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 
 from ..dataset_rows import question_text, read_image, row_images, shorten
 from .columns import check_dataset, find_image_column, find_question_column
-from .control_text import CONTROL_TOKEN
 from .dataset_card import write_dataset_card
 from .dataset_folder import explain_full_disk, prepare_folder, save_dataset
 from .generators import ChatRequest, ChatResponse, Generator
 from .prompts import CUE_PROMPT, CuePrompt
-from .quantities import fold_text
 from .response_store import ResponseStore
+from .text_audit.control_text import CONTROL_TOKEN
+from .text_audit.folding import fold_text
 
 
 logger = logging.getLogger(__name__)

@@ -33,24 +33,26 @@ INSTRUCTION_NOUN = (
     r"|everything|anything|all (?:of )?(?:this|that|the)|question|image|picture|hints?|constraints|training)"
 )
 INSTRUCTION = re.compile(
-    rf"\b(?:ignore|disregard|forget|override|overrule|bypass|discard|skip|do not (?:follow|obey)|don't (?:follow|obey)"
-    rf"|stop following|pay no attention to)\b[^.!?\n]{{0,40}}?\b{INSTRUCTION_NOUN}\b"
-    r"|\byou are (?:now|no longer|an? (?:\w+\s){0,3}(?:assistant|ai|model|chatbot|bot))\b"
-    r"|\byou(?:r| must| should| will)(?: \w+)? (?:answer|respond|reply|output|say|obey|pretend|ignore"
+    rf"(?<!\w)(?:(?:ignore|disregard|forget|override|overrule|bypass|discard|skip|do not (?:follow|obey)"
+    rf"|don't (?:follow|obey)|stop following|pay no attention to)\b[^.!?\n]{{0,40}}?\b{INSTRUCTION_NOUN}\b"
+    r"|you are (?:now|no longer|an? (?:\w+\s){0,3}(?:assistant|ai|model|chatbot|bot))\b"
+    r"|you(?:r| must| should| will)(?: \w+)? (?:answer|respond|reply|output|say|obey|pretend|ignore"
     r"|task is|role is|instructions are|reveal)\b"
-    r"|\b(?:system|hidden|developer|initial) prompt\b|\b(?:reveal|print|repeat|leak|show|output|tell me) your "
-    r"(?:\w+ )?(?:prompt|instructions|rules|guidelines|secrets?)\b|\bpretend (?:to be|that you|you)\b|\broleplay\b"
-    r"|\bas an ai\b|\bjailbreak|\b(?:developer|god|debug|admin|dan) mode\b|\bfrom now on\b"
-    r"|\bnew (?:instructions?|task|rules)\s?:|\bend of (?:prompt|hint)"
-    r"|\b(?:reply|respond|answer) (?:only|just|exactly|nothing but)\b"
-    r"|\b(?:only|just|simply|always) (?:reply|respond)\b"
-    # Orders at the start of a sentence
-    r"|(?:^|[.!?:;,\n]\s?|\b(?:and|then|please|now|must|should|only|just|simply|always) )(?:"
-    r"(?:reply|respond|answer|output|say|write down|print out) (?:with|in|as|that|['\"]|\d|yes\b|no\b)"
+    r"|(?:system|hidden|developer|initial) prompt\b|(?:reveal|print|repeat|leak|show|output|tell me) your "
+    r"(?:\w+ )?(?:prompt|instructions|rules|guidelines|secrets?)\b|pretend (?:to be|that you|you)\b|roleplay\b"
+    r"|as an ai\b|jailbreak|(?:developer|god|debug|admin|dan) mode\b|from now on\b"
+    r"|new (?:instructions?|task|rules)\s?:|end of (?:prompt|hint)"
+    r"|(?:reply|respond|answer) (?:only|just|exactly|nothing but)\b|(?:only|just|simply|always) (?:reply|respond)\b"
+    r"|(?:dear|to the|hey|attention,?) (?:model|ai|llm|language model)\b|the model (?:should|must|has to)\b)",
+    re.IGNORECASE,
+)
+# At the start of a sentence, or of a part of it
+ORDER = re.compile(
+    r"(?:^|[.!?:;,\n]\s?|\b(?:and|then|please|now|must|should|only|just|simply|always) )(?:"
+    r"(?:reply|respond|answer|output|say|write down|print out) (?:with|in|as|that|only|['\"]|\d|yes\b|no\b)"
     r"|(?:act|behave) as (?:if you|an?\b))"
-    r"|(?:^|[.!?:;\n]\s?|\bplease )(?:do not|don't|never) (?:describe|mention|answer|use|look|tell|reveal"
-    r"|explain|respond)\b"
-    r"|\b(?:dear|to the|hey|attention,?) (?:model|ai|llm|language model)\b|\bthe model (?:should|must|has to)\b",
+    r"|(?:^|[.!?:;\n]\s?|\bplease )(?:do not|don't|never) (?:describe|mention|answer|use|look|tell|reveal|explain"
+    r"|respond)\b",
     re.IGNORECASE,
 )
 
@@ -82,6 +84,6 @@ def find_control_text(cue: str) -> list[str]:
     reasons = []
     if match := CONTROL_TOKEN.search(cue):
         reasons.append(f"the cue holds the control token or role header {match[0].strip()!r}")
-    if match := INSTRUCTION.search(cue):
+    if match := INSTRUCTION.search(cue) or ORDER.search(cue):
         reasons.append(f"the cue speaks to the model: {match[0].strip()!r}")
     return reasons

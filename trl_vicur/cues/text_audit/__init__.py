@@ -6,7 +6,7 @@ from typing import Literal
 
 from .answer_leak import find_answer_leak
 from .control_text import find_control_text, find_hidden_text
-from .quantities import fold_text
+from .folding import fold_text
 from .reasoning_leak import find_reasoning_leak
 
 

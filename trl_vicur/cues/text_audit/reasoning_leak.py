@@ -3,8 +3,10 @@
 import re
 from collections.abc import Iterator, Sequence
 
-from .answer_leak import is_announced, is_presented_as_written, is_read_off_scale, sentence_around
-from .quantities import EXPRESSION, find_quantities, is_calculation, is_same_quantity, number_words_to_digits
+from .expressions import EXPRESSION, is_calculation
+from .number_words import FILL, number_words_to_digits
+from .presentation import is_announced, is_presented_as_written, is_read_off_scale, sentence_around
+from .quantities import find_quantities, is_same_quantity
 
 
 # Everyday words that also name theorems and steps (power, law, formula, sum, product, solution, line, count) stand in
@@ -25,24 +27,30 @@ GENERAL_FACTS = (
     r"(?:alternate|vertical|opposite|corresponding|base|inscribed|interior|exterior|adjacent)(?: interior| exterior)? "
     r"(?:angles|sides) (?:of [\w ]{1,30} )?are (?:always )?(?:equal|congruent|supplementary|complementary)",
     r"angles? (?:of|in) (?:a|any|every) \w+ (?:always )?(?:sum|add|is|are)|(?:sums?|adds?|adding) (?:up )?to",
+    r"always (?:has|have|is|are|equals?|adds?)|in (?:the same|direct|inverse) proportion",
     r"the (?:squares?|square root|sum|product|quotient) of|the difference between|(?:are"
     r"|is) (?:inversely )?proportional",
+    r"(?:distance|rise|mass|force|work|change|opposite|adjacent|side) over (?:the )?(?:time|run|volume|area|mass"
+    r"|hypotenuse)",
+    r"(?:length|base|width|height|rate|speed|mass|time|radius|area|price|number|side|voltage|current) (?:times"
+    r"|multiplied by|divided by) (?:the |its )?\w+",
     r"half (?:of )?(?:the|its) (?:base|product|sum|perimeter|central|arc|difference|diameter|intercepted)",
     r"(?:tangents?|radii|chords|diagonals|medians) (?:from|of|to|in) (?:an?|any|every|one|the same) [^.;!?]{1,40}?"
     r"(?:equal|bisect|perpendicular|congruent)",
-    r"(?:equals|is) (?:\w+ ){1,3}?(?:times|divided by|multiplied by) (?:the )?[a-z]+",
+    r"(?:equals|is) (?:\w+ ){1,3}?(?:times(?! as\b)|divided by|multiplied by) (?:the )?[a-z]+",
 )
 STEP_VERB = (
     r"(?:add|subtract|multiply|divide|compute|calculate|solve|determine|compare|apply|substitute|plug|simplify"
     r"|rearrange|convert|evaluate|estimate|deduce|infer|recall|remember|consider|observe|use|find (?:the|x|out)"
-    r"|count (?:the|all|how)|sum (?:up|the|all)|set (?:up|the|both)|take (?:the|half|all)|square (?:both|the|each)"
-    r"|factor|let (?:\w|us)|equate|eliminate|combine|work (?:out|backwards)|read off|(?:start|begin) (?:by|with|from)"
-    r"|note that|notice that|check (?:whether|if|that|which)|draw (?:the|a)|extend the|look for"
+    r"|count (?:the|all|how|up|both)|sum (?:up|the|all)|set (?:up|the|both)|take (?:the|half|all)"
+    r"|square (?:both|the|each)|factor|let (?:\w|us)|equate|eliminate|combine|work (?:out|backwards)|read off"
+    r"|(?:start|begin) (?:by|with|from)"
+    r"|note that|notice that|check (?:whether|if|that|which)|draw (?:the|a)|extend the|look (?:at|for)|undo"
     r"|identify)\b(?!['\"]?\s(?:is|are|of|button|key)\b)"
 )
 STEP_GERUND = (
     r"(?:add|subtract|multiply|divid|summ|squar|equat|substitut|solv|simplify|comput|calculat|compar|count"
-    r"|convert|tak|us)ing"
+    r"|convert|tak|us|order|sort|arrang|halv|doubl|rearrang|cancell|factor|expand|isolat|plugg|insert)ing"
 )
 STEPS = (
     rf"(?:(?<=^)|(?<=[.!?:;\n,*-]\s)|(?<=\sand\s)|(?:first|then|next|finally|now|just|simply),?\s){STEP_VERB}",
@@ -55,8 +63,9 @@ STEPS = (
     r"(?:using|applying|apply|via) (?:the )?(?:fact|similar\w*|propert\w+|rule|law|formula|definition|symmetry|ratios?"
     r"|proportions?|equation|sine|cosine|tangent|trigonometry|congruen\w+)|(?:key|next|first) (?:step|idea|trick) is",
     rf"(?:by|after|when) {STEP_GERUND}|(?:(?<=^)|(?<=[.!?:;,\n]\s)){STEP_GERUND} [^.!?;]{{1,60}}?(?:gives?"
-    rf"|yields?|leaves?"
-    r"|results?|leads?|shows?|we)|setting [^.!?;]{1,40}?(?:equal|to zero|gives)",
+    rf"|yields?|leaves?|puts?|makes?|results?|leads?|shows?|we)"
+    r"|(?:(?<=^)|(?<=[.!?:;]\s))\w+ing [^.!?;,]{1,60}? (?:gives|yields|leaves|leads to|results in)"
+    r"|setting [^.!?;]{1,40}?(?:equal|to zero|gives)",
 )
 RESULT_NOUN = (
     r"(?:total|sum|area|force|length|angle|answer|result|value|current|speed|height|volume|ratio|difference"
@@ -69,18 +78,29 @@ CONCLUSIONS = (
     r"|equals)",
     r"[∴⇒⟹]|therefore|hence|thus(?! named| far)|consequently|(?:it|this) follows|as a result|in conclusion"
     r"|impl(?:ies|ying)",
+    r"because(?! of)|(?<=, )so(?! (?:that|far|called|as|on|much|many|to)\b)|(?<=, )that is,? (?:about )?-?\d+"
+    r"|i\.e\.,? \W?\d+|thereby|accordingly|as a consequence|for this reason"
+    r"|(?<=, )making (?:it|them|this|that|the|its)",
+    r"if [^.;!?]{1,60}, then",
     r"(?:this|that|which|it) (?:means|shows|proves|tells us|indicates) that|which makes|meaning that|that makes \d+",
-    r"must (?:be|equal|therefore)|ha(?:s|ve) to be|(?:gives?|yields?|results? in) (?:the \w+|us|\w{1,3} =|-?\d+)",
+    r"(?:must|ha(?:s|ve) to) (?:\w+ ){0,2}?(?:be|equal|match|agree|sum|add|total|have|lie|hold|cover|meet|measure|cost"
+    r"|weigh|contain)|must therefore|(?:gives?|yields?|results? in) (?:the \w+|us|\w{1,3} =|-?\d+)",
     rf"(?<!and )so,? (?:yes|no|we|it (?:must|is|equals)|they (?:are|must)|the (?:\w+ )?{RESULT_NOUN}"
     r"|\w{1,4} (?:=|must|equals|is (?:\d+|equal))|∠)",
 )
 RESULTS = (
-    r"(?:the|an?|its|their) (?:\w+ )?(?:total|sum|average|mean|median|product|ratio|remainder)(?: [^.;!?]{1,50}?)?"
+    r"(?:the|its|their) (?:\w+ )?(?:total|sum|average|mean|median|product|remainder)(?: [^.;!?]{1,50}?)?"
     r" (?:is|are|=|equals|comes to|amounts to) -?\d+|the average of [^.;!?]{1,50}? is",
+    r"(?:come|amount|add up|total|work out|sum up)s? to (?:about |exactly |just )?-?\W?\d+",
+    r"on average[^.;!?]{0,30}? is",
+    r"an? (?:difference|total|product|gap|surplus|remainder) of -?\W?\d+|leaves? an? remainder"
+    r"|(?:shared|divided|split) (?:equally |evenly )?among",
     r"(?:in total|altogether|combined),? (?:\w+ ){0,4}\d+|the (?:average|difference|total) is|\d+ (?:minus|plus"
     r"|times) \w+",
-    r"\d+(?:\.\d+)? (?:\w+ )?(?:more|less|fewer|greater|higher|lower|larger|longer|shorter|older|younger) than",
+    r"\d+(?:\.\d+)?\s{1,20}(?:\w+ )?(?:more|less|fewer|greater|higher|lower|larger|longer|shorter|older|younger)"
+    r" (?:\w+ ){0,3}than",
 )
+RESULT = "states the result of a calculation"
 WORDINGS = [
     (kind, re.compile(rf"(?<!\w)(?:{'|'.join(wordings)})(?!\w)", re.IGNORECASE))
     for kind, wordings in (
@@ -88,9 +108,13 @@ WORDINGS = [
         ("states a general fact", GENERAL_FACTS),
         ("gives a step of the solution", STEPS),
         ("draws a conclusion", CONCLUSIONS),
-        ("states the result of a calculation", RESULTS),
+        (RESULT, RESULTS),
     )
 ]
+# A portrait of Newton names no law
+DEPICTED = re.compile(r"\b(?:portrait|bust|statue|picture|poster|photo|name) of (?:\w+ )?$", re.IGNORECASE)
+# "The match ended 3-1" is no difference
+SCORE = re.compile(r"\b(?:scores?|match|game|won|wins?|lead|ended|beat|drew)\b", re.IGNORECASE)
 QUOTATION = re.compile(r"(?<![\w'])'[^'\n]{1,200}'(?!\w)|\"[^\"\n]{1,200}\"")
 EXPRESSIONS = re.compile(EXPRESSION)
 VARIABLE = re.compile(r"(?<![a-zA-Z\\])[a-zA-Zα-ορ-ω](?![a-zA-Z])")
@@ -102,7 +126,8 @@ READING = re.compile(r"(?:\b[A-Z∠△]{2,4}|\b(?:curve|line|graph|parabola|func
 # Formulas that no operator between numbers gives away: words, functions, products of letters (F = ma), degrees
 OTHER_FORMULAS = re.compile(
     r"\b[a-zA-Zθ]{2,} ?(?:=|equals) ?(?:\d+(?:/\d+)? ?[×*]? ?)?[a-z]{2,} ?[-+*/×⋅÷] ?[a-z]{2,}|\b(?:sin|cos|tan|log"
-    r"|ln)\s?\S{1,8}\s?=|\b[A-Z] ?= ?(?:[a-z]{2}|[A-Z]{2}|nRT)(?![a-zA-Z])|\d° ?[-+] ?\d+|\bequals? \d?\("
+    r"|ln)\s?\S{1,8}\s?=|\b\d?π[rd]\b|\b[A-Z] ?= ?(?:[a-z]{2}|[A-Z]{2}|nRT)(?![a-zA-Z])"
+    r"|\d° ?[-+] ?\d+|\bequals? \d?\("
 )
 STATED = re.compile(
     r"(?:\b(?:is|equals?|measures?|covers?|comes to|amounts to|has an? (?:\w+ )?(?:area|length|width|height"
@@ -130,10 +155,15 @@ def find_reasoning_leak(cue: str, question: str, visible_text: Sequence[str] = (
         return " " * len(match[0]) if is_presented_as_written(cue, match.start(), match.end()) else match[0]
 
     description = QUOTATION.sub(hide_if_written, cue)
+    in_digits = number_words_to_digits(description)
     labels, shown = " ; ".join(visible_text), " ; ".join([*visible_text, question])
     reasons = []
     for kind, wording in WORDINGS:
-        found = (match[0].strip() for match in wording.finditer(description))
+        found = (
+            description[match.start() : FILL.match(in_digits, match.end()).end()].strip()
+            for match in wording.finditer(in_digits if kind == RESULT else description)
+            if not DEPICTED.search(description[max(0, match.start() - 40) : match.start()])
+        )
         if piece := next((piece for piece in found if piece.lower() not in labels.lower()), None):
             reasons.append(f"the cue {kind}: {piece!r}")
     if piece := next(find_formulas(cue, shown, bool(visible_text)), None):
@@ -154,7 +184,7 @@ def find_formulas(cue: str, shown: str, has_visible_text: bool) -> Iterator[str]
             is_reading = not has_visible_text and READING.search(before)
             is_formula = (is_left_side or is_right_side and not is_reading) and re.search(r"\w\W*\w", match[0])
         elif limits := RANGE.fullmatch(match[0]):
-            is_formula = is_left_side or float(limits[1]) > float(limits[2])
+            is_formula = is_left_side or float(limits[1]) > float(limits[2]) and not SCORE.search(before)
         else:
             is_formula = is_calculation(match[0]) and not FORMAT.match(behind)
             is_formula = is_formula or is_left_side and re.search(r"\d[^\d.,]+\d", match[0])
