@@ -13,11 +13,10 @@ from trl_vicur.cues import audit_cue, audit_cues
 
 
 LABELLED = Path(__file__).parent / "labelled_cues"
-# (precision, recall) that each half must reach at least. The goal for answer leaks is 0.95 and 0.9. On the evaluation
-# half, which no rule was written by, the recall falls short of it; see the README.
+# (precision, recall) that each half must reach at least. No rule was written by looking at the evaluation half.
 FLOORS = {
     "tuning": {"answer_leak": (0.95, 0.9), "reasoning_leak": (0.95, 0.9), "control_text": (0.95, 0.9)},
-    "evaluation": {"answer_leak": (0.95, 0.85), "reasoning_leak": (0.9, 0.75), "control_text": (0.95, 0.9)},
+    "evaluation": {"answer_leak": (0.95, 0.9), "reasoning_leak": (0.95, 0.8), "control_text": (0.95, 0.9)},
 }
 
 
@@ -67,6 +66,21 @@ def test_halves_share_no_cue():
         ("The value increases.", "What is the trend?", "increasing"),
         ("ABC is isosceles.", "What kind of triangle is ABC?", "isosceles"),
         ("Yes, both are equal.", "Are they equal?", "yes"),
+        ("Six tennis balls lie there.", "How many balls are there?", "6"),
+        ("It was built in eighteen seventy-four.", "When was it built?", "1874"),
+        ("It is in chapter XIV.", "Which chapter is it?", "14"),
+        ("The lesson begins at 15:45.", "When does it begin?", "3:45 pm"),
+        ("It costs nineteen dollars and ninety-nine cents.", "What does it cost?", "$19.99"),
+        ("It has 12.5k inhabitants.", "How many inhabitants has it?", "12,500"),
+        ("One in four of them is grey.", "What share is grey?", "25%"),
+        ("A third of them are grey.", "What percentage is grey?", "33%"),
+        ("It is positive from 3 to 7.", "Where is it positive?", "[3, 7]"),
+        ("It is a right angle.", "What is the angle?", "90°"),
+        ("None of the lamps is lit.", "How many lamps are lit?", "0"),
+        ("He rides a brown horse.", "What is the man doing?", "riding a horse"),
+        ("The animals are mice.", "Which animal is it?", "mouse"),
+        ("Figure B is a net of it.", "Which is the net of the cube?\nA\nB\nC", "B"),
+        ("The lamp does not light up.", "Does the lamp light up?", "no"),
     ],
 )
 def test_answer_leaks(cue, question, answer):
@@ -99,6 +113,11 @@ def test_possible_leaks_are_usable(cue, question, answer, visible_text):
         ("Point B lies on a circle.", "Which one? (A) 10 (B) 12", "B"),
         ("There are no other chords.", "Do they meet?", "no"),
         ("A circle with a chord.", "Which one? (A) 10 (B) 12", "A"),
+        ("Figure B has a dotted line.", "Which is the net of the cube?\nA\nB\nC", "B"),
+        ("The tennis court is often empty.", "How many people are there?", "10"),
+        ("A flag on a fifty-foot pole.", "How many stars are there?", "50"),
+        ("A new sign for York.", "Which city is it?", "New York"),
+        ("The lines are not parallel.", "How do they run?", "parallel"),
         ("A circle with a chord.", "How long is it?", None),
         ("A circle with a chord.", "How long is it?", ""),
     ],
@@ -195,7 +214,9 @@ def test_any_text_is_audited(cue, question, answer, visible_text):
     assert audit.answer_leak in ("none", "possible", "leak")
 
 
-@pytest.mark.parametrize("text", ["\ud800 12", "$\\frac{1}{", "((((" * 200, "10^10^10", "1/0", "{" * 500 + "12", "DD IL VX"])
+@pytest.mark.parametrize(
+    "text", ["\ud800 12", "$\\frac{1}{", "((((" * 200, "10^10^10", "1/0", "{" * 500 + "12", "DD IL VX"]
+)
 def test_hostile_text(text):
     audit_cue(text, text, "12", [text])
     audit_cue("12", "How long?", text)

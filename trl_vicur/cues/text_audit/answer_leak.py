@@ -69,9 +69,12 @@ VERDICT = re.compile(
     r"(?=\W{0,3}(?:[,.;:!)\n]|$))",
     re.IGNORECASE,
 )
-DENIAL = re.compile(
-    r"\b(?:(?:does|do|did|can|could|will|would)(?: not|n't)|cannot)\s(?:\w+ly\s)?([\w-]+)", re.IGNORECASE
+AUXILIARY = re.compile(
+    r"\b(?:(?:does|do|did|can|could|will|would)(?P<not>n't| not|not)?\s(?:\w+ly\s)?(?P<verb>[\w-]+)"
+    r"|(?:they|it|he|she) (?:is|are|does|do|did)(?P<negated>n't| not)?(?=[.!]))",
+    re.IGNORECASE,
 )
+EXISTENCE = re.compile(r"\b(?:is|are) there (?:an?|any)\s([\w-]+)", re.IGNORECASE)
 YES_NO_QUESTION = re.compile(
     r"\b(?:is|are|was|were)\b[^?.\n]{3,200}?\b([\w-]+)(?:\s(?:to|with|of) [^?.\n]{1,40})?\?", re.IGNORECASE
 )
@@ -179,7 +182,9 @@ def read_answer(answer: str, stem: str, options: dict[str, str]) -> Answer:
     verdict = VERDICTS.get(text.lower().split(",")[0])
     quantities, is_text = read_quantities(text, stem)
     phrase = make_phrase(text, stem) if not verdict and (is_text or not quantities) else None
-    return Answer(quantities, labels, phrase, VISIBLE_ATTRIBUTE.fullmatch(text) is not None, verdict)
+    is_name = " " in text and text.istitle()
+    is_visible_attribute = not is_name and VISIBLE_ATTRIBUTE.fullmatch(text) is not None
+    return Answer(quantities, labels, phrase, is_visible_attribute, verdict)
 
 
 def read_quantities(text: str, stem: str) -> tuple[list[list[Quantity]], bool]:
@@ -270,14 +275,20 @@ def find_verdict(verdict: str, cue: str, stem: str) -> Iterator[tuple[int, int]]
     for match in VERDICT.finditer(cue):
         if VERDICTS[match[match.lastindex].lower()] == verdict:
             yield match.span(match.lastindex)
-    if verdict == "no":  # "Does it light up?" – "It does not light up"
-        asked_words = {token.base for token in read_tokens(stem)}
-        for match in DENIAL.finditer(cue):
-            if base_form(match[1]) in asked_words:
+    # "Does it light up?" is answered by "it does not light up", "they do", "there is no light"
+    asked_words = {token.base for token in read_tokens(stem)}
+    for match in AUXILIARY.finditer(cue):
+        is_denied = bool(match["not"] or match["negated"])
+        is_about_it = match["verb"] is None or base_form(match["verb"]) in asked_words
+        if is_about_it and is_denied == (verdict == "no"):
+            yield match.span()
+    if verdict == "no" and (thing := EXISTENCE.search(stem)):
+        for match in NONE_OF.finditer(cue):
+            if base_form(thing[1]) in {token.base for token in read_tokens(match[1])}:
                 yield match.span()
     # "Is ABC isosceles?" is answered by "ABC is isosceles" as well
     if asked := YES_NO_QUESTION.search(stem):
-        statement = rf"\b(?:is|are|was|were|looks?)\s(not\s)?(?:\w+\s){{0,2}}?{re.escape(asked[1])}\b"
+        statement = rf"\b(?:is|are|was|were|looks?)(n't|\snot)?\s(?:\w+\s){{0,2}}?{re.escape(asked[1])}\b"
         for match in re.finditer(statement, cue, re.IGNORECASE):
             if (verdict == "no") == bool(match[1]):
                 yield match.span()
@@ -290,11 +301,10 @@ def contains(text: str, answer: Answer) -> bool:
     """Whether a text carries the answer's value, all parts of it, or its phrase."""
     if answer.phrase and next(find_phrase(answer.phrase, text), None):
         return True
-    if not answer.quantities:
-        return False
-    carried = [*find_quantities(text), *find_other_readings(text)]
     return any(
-        all(any(is_same_quantity(part, other) for other in carried) for part in way) for way in answer.quantities
+        all(any(is_same_quantity(part, other) for other in read(text)) for part in way)
+        for read in (find_quantities, find_other_readings)
+        for way in answer.quantities
     )
 
 
@@ -314,11 +324,18 @@ def find_excuse(cue: str, question: str, mention: Mention, answer: Answer, has_v
         return None
     if is_read_off_scale(cue, start, end):
         return "the cue reads it off a scale"
-    if not has_visible_text and is_presented_as_written(cue, start, end):
-        return "the cue presents it as written in the image"
-    is_word = meaning == "quantity" and cue[start:end].isalpha()
-    if is_word and not ASKS_FOR_A_COUNT.search(question) and (counted := COUNTED.match(cue, end)):
-        asked_words = {token.base for token in read_tokens(question)}
-        if not any(token.base in asked_words for token in read_tokens(counted[1])):
+    counted = COUNTED.match(cue, end) if meaning == "quantity" else None
+    if ASKS_FOR_A_COUNT.search(question):
+        # "The letter bears three stamps" counts them, where "3" may be printed on it
+        is_count = counted is not None and cue[max(0, start - 1) : start] not in ("'", '"')
+    else:
+        is_count = False
+        if counted and cue[start:end].isalpha() and not share_a_word(counted[1], question):
             return "it counts something that the question does not ask about"
+    if not has_visible_text and not is_count and is_presented_as_written(cue, start, end):
+        return "the cue presents it as written in the image"
     return None
+
+
+def share_a_word(text: str, other: str) -> bool:
+    return not {token.base for token in read_tokens(text)}.isdisjoint(token.base for token in read_tokens(other))

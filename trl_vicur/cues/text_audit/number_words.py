@@ -47,7 +47,7 @@ SINGLE = re.compile(r"\ba single\b", re.IGNORECASE)
 DOZENS = re.compile(rf"(?:{DIGITS}|\b(half a|a)) (?:dozen\b|(score) of(?! \d))", re.IGNORECASE)
 SHARE = re.compile(rf"{DIGITS} (?:in|out of) (\d{{1,4}})(?![\w:]|\.\d)", re.IGNORECASE)
 FRACTION = re.compile(
-    rf"{DIGITS}(?:\s{{1,10}}|-)({'|'.join(PARTS)})s?\b|\ba ({'|'.join(PARTS)})(?= of\b)", re.IGNORECASE
+    rf"{DIGITS}(?:\s{{1,10}}|-)({'|'.join(PARTS)})s?\b|\ba ({'|'.join(PARTS)})(?= of\b|[.,;]|$)", re.IGNORECASE
 )
 PART_OF_A_POWER = re.compile(r"\b(\d{1,3}/[1-9]\d{0,2})\x1f{0,20} of a (10{2,12})\b", re.IGNORECASE)
 HALF = re.compile(r"\b(?:(\d{1,5})\s{1,20}and a |\d\s{1,10}|a )?half\b", re.IGNORECASE)

@@ -77,12 +77,12 @@ def _label_patterns(label: str, labels: tuple[str, ...]) -> tuple[re.Pattern, re
     """
     either_case = f"[{label}{label.lower()}]" if len(label) == 1 and label.isalpha() else label
     patterns = [
-        rf"(?i:\b{OPTION_NOUN}s?\b(?:\s(?:is|must be|letter))?\s?:?\s?)[(\['\"]?{either_case}\b",
+        rf"(?i:\b{OPTION_NOUN}s?\b(?:\s(?:is|must be|letter))?\s?[:=]?\s?)[(\['\"]?{either_case}\b",
         rf"(?i:\b(?:answer|it|letter|(?:correct|right|missing) \w+)\b.{{0,20}}?\b(?:is|be)\s|\b(?:choose|select"
-        rf"|pick)\s)[(\['\"]?{label}\b",
+        rf"|pick|go with|leaves|leaving)\s)[(\['\"]?{label}\b",
         rf"^\W{{0,3}}{label}\W{{0,3}}$|(?<!\w)(?<!\w\s)\({either_case}\)",
         rf"(?i:\b(?:fits?|match(?:es)?|it's|holds)\b.{{0,20}}?(?:\bis\b)?)\s[(\['\"]?{label}\b(?=\W*$|[.,;])",
-        rf"\b{label}\b\s(?:is|looks|seems|must be)\s(?:the\s)?(?:correct|right|best|true|answer)",
+        rf"\b{label}\b\)?\s(?:is|looks|seems|must be)\s(?:the\s)?(?:correct|right|best|true|answer)",
     ]
     if label in labels and labels.index(label) < len(ORDINALS):
         ordinal = ORDINALS[labels.index(label)] + ("|last" if label == labels[-1] else "")

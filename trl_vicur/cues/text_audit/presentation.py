@@ -8,14 +8,17 @@ CONTEXT_CHARS = 160
 
 # The cue presents something as the answer
 ANNOUNCED_BEFORE = re.compile(
-    r"(?:\banswers?\b[^.!?;]{0,30}?(?:\b(?:is|are|be|equals)\b|[:=])|\b(?:correct|right) (?:answer|option|choice|one"
-    r"|value|statement)\b.{0,15}?(?:\bis\b|:)|\bmust (?:be|equal)\b|\bboxed\b|####|<answer>)[^.!?;,]{0,25}$"
-    r"|\banswer $",
+    r"(?:\b(?:answers?|(?:final )?result|response)\b[^.!?;]{0,30}?(?:\b(?:is|are|be|equals)\b|[:=])"
+    r"|\b(?:correct|right) (?:answer|option|choice|one|value|statement)\b.{0,15}?(?:\bis\b|:)|\bmust (?:be|equal)\b"
+    r"|\bboxed\b|####|<answer>)[^.!?;,]{0,25}$|\banswer $"
+    r"|\b(?:(?:sought|wanted|requested|required|desired) \w+|asked (?:about|for))"
+    r" ?(?:is|are|=|:) ?$",
     re.IGNORECASE,
 )
 ANNOUNCED_BEHIND = re.compile(
     r"[^.!?;,]{0,25}?\b(?:is|are|was|as|be|fits)\s(?:\w+\s){0,2}"
-    r"(?:correct\b|right (?:answer|one|choice|option)|(?:final )?answer\b)",
+    r"(?:correct\b|right (?:answer|one|choice|option)|(?:final )?answer\b)"
+    r"|\s(?:as )?the (?:final |correct |right )?(?:result|answer|solution|response)\b",
     re.IGNORECASE,
 )
 # The cue presents something as written in the image …
@@ -59,6 +62,8 @@ def sentence_around(text: str, start: int, end: int) -> tuple[str, str]:
 def is_announced(text: str, start: int, end: int) -> bool:
     """Whether `text[start:end]` is presented as the answer."""
     before = text[max(0, start - CONTEXT_CHARS) : start]
+    if text[start].isdigit() and before.endswith("solution is "):  # that of a flask may be blue
+        return True
     return bool(ANNOUNCED_BEFORE.search(before) or ANNOUNCED_BEHIND.match(sentence_around(text, start, end)[1]))
 
 

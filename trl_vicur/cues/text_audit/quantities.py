@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .expressions import EXPRESSION, NUMBER, evaluate
 from .number_words import FILL, ROMAN_NUMERAL, number_words_to_digits, read_roman_numeral
-from .units import UNIT, UNIT_BEHIND, convert, read_unit
+from .units import UNIT_BEHIND, convert, read_unit
 
 
 # Parsing an expression takes milliseconds: longer ones, and more than this many in a text, are not read
@@ -289,14 +289,16 @@ READINGS: list[tuple[re.Pattern, Callable[[re.Match], Quantity | None]]] = [
     ),
     (
         re.compile(
-            rf"(?<![\w.])({NUMBER}){FILLED}(?:\s?({UNIT}))?\sbelow\s(?:0|zero|freezing|sea level)\b", re.IGNORECASE
+            rf"(?<![\w.])({NUMBER}){FILLED}(?:\s?(°\s?[CF]?|[a-z]{{1,12}}))?\sbelow\s(?:0|zero|freezing|sea level)\b",
+            re.IGNORECASE,
         ),
         read_below_zero,
     ),
     # An hour and a half, a century
     (
         re.compile(
-            r"\ban? (hour|day|week|month|year|decade|century|kilomet(?:er|re)|mile|kilogram|ton|lit(?:er|re))\b"
+            r"\ban? (hour|day|week|fortnight|month|year|decade|century|mile|ton|kilogram"
+            r"|kilomet(?:er|re)|lit(?:er|re))\b"
             r"(?: and (1/[24])\b)?"
         ),
         lambda match: Quantity(1 + Fraction(match[2] or 0), *match.span(), read_unit(match[1])),
@@ -334,6 +336,10 @@ def is_same_quantity(answer: Quantity, mention: Quantity) -> bool:
     if units == {None, "money_cent"}:  # 85 cents are 0.85, or 85
         in_cents, bare = (value, other) if answer.unit else (other, value)
         return bare in (in_cents, in_cents / 100)
+    if units == {None, "degree"}:  # π/4
+        degrees, bare = (value, other) if answer.unit else (other, value)
+        if isinstance(bare, float) and math.isclose(math.degrees(bare), degrees):
+            return True
     if None not in units and len(units) == 2 and "percent" not in units:
         converted = convert(float(value), answer.unit, mention.unit)
         return converted is not None and (

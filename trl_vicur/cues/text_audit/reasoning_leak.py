@@ -54,7 +54,7 @@ STEP_GERUND = (
 )
 STEPS = (
     rf"(?:(?<=^)|(?<=[.!?:;\n,*-]\s)|(?<=\sand\s)|(?:first|then|next|finally|now|just|simply),?\s){STEP_VERB}",
-    r"(?:we|one|you|let us) (?:needs?|must|have to|has to|should|can|could|get|obtain|know|find|use|want|conclude)"
+    r"(?:we|one|you|let us) (?:needs?|must|have to|has to|should|can|could|gets?|obtain|know|find|use|want|conclude)"
     r"(?! (?:also |only )?(?:see|read|spot))|let's|to (?:find|get|obtain|compute|calculate|solve"
     r"|work out) (?:the|x|y|its)",
     r"(?:can|could|may|must|should|needs? to|has to) be (?:\w+ly )?(?:found|computed|calculated|obtained|derived"
@@ -80,7 +80,7 @@ CONCLUSIONS = (
     r"|impl(?:ies|ying)",
     r"because(?! of)|(?<=, )so(?! (?:that|far|called|as|on|much|many|to)\b)|(?<=, )that is,? (?:about )?-?\d+"
     r"|i\.e\.,? \W?\d+|thereby|accordingly|as a consequence|for this reason"
-    r"|(?<=, )making (?:it|them|this|that|the|its)",
+    r"|(?<=, )making (?:it|them|this|that|the|its)|(?<=, )(?:giving|leaving|yielding) -?\W?\d+|which leaves",
     r"if [^.;!?]{1,60}, then",
     r"(?:this|that|which|it) (?:means|shows|proves|tells us|indicates) that|which makes|meaning that|that makes \d+",
     r"(?:must|ha(?:s|ve) to) (?:\w+ ){0,2}?(?:be|equal|match|agree|sum|add|total|have|lie|hold|cover|meet|measure|cost"
