@@ -21,6 +21,12 @@ from trl_vicur.trainer.losses import (
 BETAS = [0.0, 0.3, 0.5, 1.0]
 
 
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    """The few tokens of these tests come in chunks, too, the last of them smaller."""
+    monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", 16 * 70)
+
+
 def reference_divergence(student_logits, teacher_logits, beta):
     """Generalized JSD as in On-Policy Distillation (arXiv 2306.13649, Eq. 1)."""
     s, t = student_logits.softmax(-1), teacher_logits.softmax(-1)
@@ -90,6 +96,40 @@ def test_liger_divergence_is_the_same_sum(beta):
     )
 
 
+@pytest.mark.parametrize("objective", ["full, beta 0", "full, beta 0.3", "full, beta 1", "topk", "sampled"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("scale, softcapping", [(1.0, None), (0.5, 4.0)])
+def test_a_frozen_head_changes_neither_values_nor_gradients(objective, temperature, scale, softcapping):
+    """
+    On a CPU, a frozen head has its gradients computed with the values, in torch; one that trains has TRL's kernel (in
+    its torch form), as both have on a GPU.
+    """
+    results = []
+    for trains in (True, False):
+        student, student_head, teacher, teacher_head = make_pair()
+        student_head.weight.requires_grad_(trains)
+        student_head = student_head._replace(logit_scale=scale, softcapping=softcapping)
+        both = (student, student_head, teacher, teacher_head)
+        if objective == "topk":
+            values, entropy = topk_divergence(*both, 5, 0.5, temperature)
+        elif objective == "sampled":
+            values, entropy = token_logprobs(student, student_head, torch.arange(len(student)), temperature)
+        else:
+            values, entropy = full_divergence(*both, float(objective.split()[-1]), temperature)
+        (gradient,) = torch.autograd.grad((values * torch.arange(len(student))).sum(), student)
+        results.append([values, entropy, gradient])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_no_token_has_an_empty_loss(trains_head):
+    student, student_head, teacher, teacher_head = make_pair(tokens=0)
+    student_head.weight.requires_grad_(trains_head)
+    values, entropy = full_divergence(student, student_head, teacher, teacher_head, 0.5)
+    assert values.shape == entropy.shape == (0,)
+    values.sum().backward()
+
+
 def test_liger_divergence_of_no_token_is_zero():
     student, student_head, teacher, teacher_head = make_pair(tokens=0)
     assert liger_divergence_sum(student, student_head, teacher, teacher_head, 0.0) == 0
@@ -103,8 +143,7 @@ def test_liger_refuses_logits_that_it_does_not_know():
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("scale, softcapping", [(1.0, None), (0.5, 4.0)])
-def test_topk_divergence(beta, scale, softcapping, monkeypatch):
-    monkeypatch.setattr(losses, "TOKEN_CHUNK_SIZE", 16)
+def test_topk_divergence(beta, scale, softcapping):
     student, student_head, teacher, teacher_head = make_pair()
     student_head = student_head._replace(logit_scale=scale, softcapping=softcapping)
     divergence, entropy = topk_divergence(student, student_head, teacher, teacher_head, 5, beta, 0.7)
@@ -204,10 +243,12 @@ def test_sampled_token_loss_clips_as_ppo(log_ratio, advantage, expected_ratio, c
 
 
 @pytest.mark.parametrize("mode", ["full", "topk", "sampled"])
-def test_logits_never_exist_as_a_whole(mode):
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_logits_never_exist_as_a_whole(mode, trains_head):
     """No tensor of tokens × vocabulary is kept for backward."""
     tokens, vocab = 1024, 4000
     student, student_head, teacher, teacher_head = make_pair(tokens, vocab)
+    student_head.weight.requires_grad_(trains_head)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
         if mode == "full":

@@ -2,9 +2,13 @@
 The distillation objectives, per completion token.
 
 All of them take the last hidden states of the scored tokens and the two language-model heads, so that the logits of
-shape (tokens, vocabulary) never exist as a whole.
+shape (tokens, vocabulary) never exist as a whole. TRL's kernels do that, or Liger's. On a CPU with a frozen head, and
+for the top-k divergence, for which there is no kernel, it is torch over chunks of tokens: it takes three products with
+a head where the kernels take five, and less memory.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -17,12 +21,11 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
-# Tokens whose logits over the whole vocabulary exist at a time in `topk_divergence`
-TOKEN_CHUNK_SIZE = 256
-# Columns of the vocabulary projected at a time in `token_logprobs`. On a GPU as in TRL, where a kernel works on the
-# logits in place; on a CPU there are eight copies of them, so the chunks are narrower, which costs no time
+# Columns of the vocabulary that TRL's kernel projects at a time, as in TRL
 VOCAB_CHUNK_SIZE = 32768
-CPU_VOCAB_CHUNK_SIZE = 4096
+# Logits of a chunk of tokens. Small ones stay near a CPU's caches, large ones fill a GPU
+CPU_CHUNK_LOGITS = 2**23
+CHUNK_LOGITS = 2**26
 
 
 class LMHead(NamedTuple):
@@ -64,13 +67,23 @@ class LMHead(NamedTuple):
             scale = settings["logits_scaling"] ** (1 if config.model_type == "hyperclovax" else -1)
         return cls(head.weight, head.bias, scale, settings.get("final_logit_softcapping"))
 
+    @property
+    def trains(self) -> bool:
+        """Whether it gets gradients at present."""
+        return torch.is_grad_enabled() and any(
+            parameter is not None and parameter.requires_grad for parameter in (self.weight, self.bias)
+        )
+
     def logits(self, hidden_states: torch.Tensor, temperature: float) -> torch.Tensor:
         """Logits `(tokens, vocab)` in float32 at least; for a chunk of tokens."""
         logits = F.linear(hidden_states, self.weight.to(hidden_states.dtype), self.bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # Each of these would be another copy of the logits
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
         if self.softcapping is not None:
             logits = self.softcapping * torch.tanh(logits / self.softcapping)
-        return logits / temperature
+        return logits if temperature == 1.0 else logits / temperature
 
 
 def token_logprobs(
@@ -93,18 +106,25 @@ def token_logprobs(
         `tuple[torch.Tensor, torch.Tensor]`: Log-probabilities (in nats, differentiable) and entropies (without
             gradient), both `(tokens,)`.
     """
-    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
-        hidden_states,
-        head.weight,
-        head.bias,
-        token_ids,
-        temperature,
-        CPU_VOCAB_CHUNK_SIZE if hidden_states.device.type == "cpu" else VOCAB_CHUNK_SIZE,
-        head.softcapping,
-        head.logit_scale,
-        ("entropy",),
-    )
-    return logprobs, entropy.detach()
+    if hidden_states.device.type != "cpu" or head.trains:
+        logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
+            hidden_states,
+            head.weight,
+            head.bias,
+            token_ids,
+            temperature,
+            VOCAB_CHUNK_SIZE,
+            head.softcapping,
+            head.logit_scale,
+            ("entropy",),
+        )
+        return logprobs, entropy.detach()
+
+    def chunk_logprobs(states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs = head.logits(states, temperature).log_softmax(dim=-1)
+        return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), _entropy(logprobs)
+
+    return _over_token_chunks(chunk_logprobs, hidden_states, token_ids, heads=[head])
 
 
 def sampled_token_loss(
@@ -156,7 +176,7 @@ def full_divergence(
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Generalized Jensen-Shannon divergence over the whole vocabulary, by TRL's chunked kernel.
+    Generalized Jensen-Shannon divergence over the whole vocabulary.
 
     Args:
         student_states (`torch.Tensor` of shape `(tokens, hidden)`):
@@ -176,20 +196,29 @@ def full_divergence(
         `tuple[torch.Tensor, torch.Tensor]`: Divergence (in nats, differentiable in the student) and student's entropy
             (without gradient), both `(tokens,)`.
     """
-    return ChunkedDivergenceFunction.apply(
-        student_states,
-        student_head.weight,
-        student_head.bias,
-        teacher_states,
-        teacher_head.weight,
-        teacher_head.bias,
-        beta,
-        temperature,
-        student_head.logit_scale,
-        student_head.softcapping,
-        teacher_head.logit_scale,
-        teacher_head.softcapping,
-    )
+    if student_states.device.type != "cpu" or student_head.trains:
+        return ChunkedDivergenceFunction.apply(
+            student_states,
+            student_head.weight,
+            student_head.bias,
+            teacher_states,
+            teacher_head.weight,
+            teacher_head.bias,
+            beta,
+            temperature,
+            student_head.logit_scale,
+            student_head.softcapping,
+            teacher_head.logit_scale,
+            teacher_head.softcapping,
+        )
+
+    def chunk_divergence(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            teacher_logprobs = teacher_head.logits(teacher, temperature).log_softmax(dim=-1)
+        logprobs = student_head.logits(student, temperature).log_softmax(dim=-1)
+        return _generalized_jsd(logprobs, teacher_logprobs, beta), _entropy(logprobs)
+
+    return _over_token_chunks(chunk_divergence, student_states, teacher_states, heads=[student_head, teacher_head])
 
 
 def liger_divergence_sum(
@@ -248,28 +277,101 @@ def topk_divergence(
     [`full_divergence`]. Arguments and return values as there.
     """
 
-    def chunk_divergence(
-        student_chunk: torch.Tensor, teacher_chunk: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def chunk_divergence(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            teacher_logprobs = teacher_head.logits(teacher_chunk, temperature).log_softmax(dim=-1)
+            teacher_logprobs = teacher_head.logits(teacher, temperature).log_softmax(dim=-1)
             top_logprobs, top_ids = teacher_logprobs.topk(min(k, teacher_logprobs.shape[-1]), dim=-1)
-            teacher = _with_rest(top_logprobs)
-        logprobs = student_head.logits(student_chunk, temperature).log_softmax(dim=-1)
-        entropy = -(logprobs.exp() * logprobs).sum(dim=-1).detach()
-        return _generalized_jsd(_with_rest(logprobs.gather(-1, top_ids)), teacher, beta), entropy
+            teacher_logprobs = _with_rest(top_logprobs)
+        logprobs = student_head.logits(student, temperature).log_softmax(dim=-1)
+        return _generalized_jsd(_with_rest(logprobs.gather(-1, top_ids)), teacher_logprobs, beta), _entropy(logprobs)
 
-    # Checkpointed: backward computes each chunk's logits again instead of keeping them all
-    with maybe_gather_lm_head_ctx(student_head.weight, student_head.bias):
-        with maybe_gather_lm_head_ctx(teacher_head.weight, teacher_head.bias):
-            chunks = [
-                checkpoint(chunk_divergence, student_chunk, teacher_chunk, use_reentrant=False)
-                for student_chunk, teacher_chunk in zip(
-                    student_states.split(TOKEN_CHUNK_SIZE), teacher_states.split(TOKEN_CHUNK_SIZE), strict=True
-                )
-            ]
-    divergence, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return divergence, entropy
+    return _over_token_chunks(chunk_divergence, student_states, teacher_states, heads=[student_head, teacher_head])
+
+
+def _over_token_chunks(
+    function: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    states: torch.Tensor,
+    others: torch.Tensor,
+    heads: list[LMHead],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Apply a function of tokens to few of them at a time, so that only their logits exist.
+
+    Args:
+        function (`Callable`):
+            Gives a value, differentiable in the states and the first head, and an entropy for each token.
+        states (`torch.Tensor` of shape `(tokens, hidden)`):
+            Its first argument.
+        others (`torch.Tensor` of shape `(tokens, ...)`):
+            Its second argument, without gradient.
+        heads (`list[LMHead]`):
+            The heads that it uses.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Values and entropies, both `(tokens,)`.
+    """
+    chunk_logits = CPU_CHUNK_LOGITS if states.device.type == "cpu" else CHUNK_LOGITS
+    chunk_size = max(1, chunk_logits // heads[0].weight.shape[0])
+    chunks = list(zip(states.split(chunk_size), others.split(chunk_size), strict=True))
+    if heads[0].trains:
+
+        def gathered_function(*chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with _gathered(heads):
+                return function(*chunk)
+
+        # Backward computes each chunk's logits again: what a token adds to the head's gradient depends on the loss
+        results = [checkpoint(gathered_function, *chunk, use_reentrant=False) for chunk in chunks]
+    else:
+        with _gathered(heads):
+            if torch.is_grad_enabled() and states.requires_grad:
+                results = [_ValuesWithGradients.apply(function, *chunk) for chunk in chunks]
+            else:
+                results = [function(*chunk) for chunk in chunks]
+    values, entropy = (torch.cat(parts) for parts in zip(*results, strict=True))
+    return values, entropy
+
+
+@contextmanager
+def _gathered(heads: list[LMHead]) -> Iterator[None]:
+    """While active, heads that DeepSpeed ZeRO-3 has partitioned are whole."""
+    with ExitStack() as stack:
+        for head in heads:
+            stack.enter_context(maybe_gather_lm_head_ctx(head.weight, head.bias))
+        yield
+
+
+class _ValuesWithGradients(torch.autograd.Function):
+    """
+    Values of tokens, with their gradients computed at once, so that backward needs no logits.
+
+    A token's value depends on no other token's hidden state, so each row of their sum's gradient is one token's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        function: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        states: torch.Tensor,
+        others: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            states = states.detach().requires_grad_()
+            values, entropy = function(states, others)
+            (gradients,) = torch.autograd.grad(values.sum(), states)
+        ctx.save_for_backward(gradients)
+        ctx.mark_non_differentiable(entropy)
+        return values.detach(), entropy
+
+    @staticmethod
+    def backward(ctx, grad_values: torch.Tensor, _) -> tuple[None, torch.Tensor, None]:
+        (gradients,) = ctx.saved_tensors
+        return None, (grad_values.unsqueeze(-1) * gradients).to(gradients.dtype), None
+
+
+@torch.no_grad()
+def _entropy(logprobs: torch.Tensor) -> torch.Tensor:
+    """Entropy `(tokens,)` of log-probabilities `(tokens, vocab)`."""
+    return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
 def _with_rest(logprobs: torch.Tensor) -> torch.Tensor:
