@@ -13,6 +13,7 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom
 
 from .generate import THINKING
+from .text_audit.number_words import FILL_CHARACTER, number_words_to_digits
 
 
 # It warns of being called without its time limit, which is made of signals and works in the main thread only. What
@@ -50,11 +51,6 @@ NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|cannot)\b|n['’]t\b", re.
 FUNCTION_WORDS = frozenset(
     "a an the is are was were it its s this that there so therefore thus in on at of to".split()
 )
-NUMBER_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
-NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?%?(?![\w/^.:]*\d)")
 FORMULA = re.compile(r"\$([^$]+)\$")
 # Behind a number: a word, or a symbol that may stand close to it; "x" and "\pi" are none
@@ -206,22 +202,23 @@ def _is_same(text: str, answer: str) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", text.casefold())
-    words = [str(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else word for word in words]
+    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", _in_digits(text).casefold())
     return [word for word in words if word not in FUNCTION_WORDS] or words
 
 
+def _in_digits(text: str) -> str:
+    """The text with number words as digits."""
+    return number_words_to_digits(text).replace(FILL_CHARACTER, "")
+
+
 def _is_mathematics(answer: str) -> bool:
-    value = UNIT.sub("", answer)
-    if NUMBER_WORD.fullmatch(value):
-        return True
+    value = UNIT.sub("", _in_digits(answer))
     return bool(re.search(r"[\d\\√^=+<>]", value)) and not PLAIN_WORD.search(value) and not RANGE.fullmatch(value)
 
 
 def _to_latex(text: str) -> str:
     text = re.sub(r"\A\s*(?:approximately|about|around|roughly|exactly|equal to|≈|~)\s*", "", text.strip("$ "))
-    text = NUMBER_WORD.sub(lambda word: str(NUMBER_WORDS.index(word[0].lower())), text)
-    text = UNIT.sub("", text.rstrip(" .,;:!"))
+    text = UNIT.sub("", _in_digits(text).rstrip(" .,;:!"))
     text = re.sub(r"√\s*(\w+|\([^()]*\))", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![\w.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)
     return re.sub(r"(?<=\d)[eE]([-+]?\d+)", r"\\times 10^{\1}", text)
