@@ -279,7 +279,7 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 
 def plot(results: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
     times, memory = figure.subplots(1, 2)
     names = list(results["plans"])
     for axes, stacks, unit in (
@@ -292,7 +292,7 @@ def plot(results: dict[str, Any]) -> Figure:
             axes.barh(names, widths, left=left, label=part, color=color)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         axes.invert_yaxis()
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
         axes.spines[["top", "right"]].set_visible(False)
     times.set_xlabel("seconds per step (computed)")
     memory.set_xlabel("GB on each GPU (computed)")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from measure import DEVICE, IS_CUDA, alternate, ratio
+from measure import DEVICE, IS_CUDA, alternate, ratio, seconds
 from peft import PeftModel, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -154,7 +154,6 @@ def bytes_kept(function: Callable[[torch.Tensor], torch.Tensor], call: ModuleCal
 
 
 def run(quick: bool = False) -> dict[str, Any]:
-    repeats = 2 if quick else 7
     rows = []
     for size, batch_size, num_visual_tokens in (
         *(("2B", batch_size, tokens) for batch_size in (1, 4) for tokens in GRIDS),
@@ -178,21 +177,19 @@ def run(quick: bool = False) -> dict[str, Any]:
             ("forward", forward),
             ("forward_backward", lambda function, model=model: forward_backward(function, model)),
         ):
-            times = alternate(
-                {
-                    "without": wrap(without_module),
-                    "module": wrap(call),
-                    "with": wrap(with_module),
-                    "plain": wrap(call.plain),
-                },
-                repeats,
-            )
+            sides = {"without": wrap(without_module), "module": wrap(call), "plain": wrap(call.plain)}
+            if name == "forward":
+                sides["with"] = wrap(with_module)
+            warm_up = [seconds(function) for function in sides.values()]
+            repeats = 1 if quick else 9 if warm_up[0] < 1 else 5 if warm_up[0] < 6 else 2
+            times = alternate(sides, repeats, warmup=0)
             row[name] = {
                 "seconds": {side: median(values) for side, values in times.items()},
                 "share": ratio(times["module"], times["without"]),
-                "with_over_without": ratio(times["with"], times["without"]),
                 "speedup_over_plain": ratio(times["plain"], times["module"]),
             }
+            if name == "forward":
+                row[name]["with_over_without"] = ratio(times["with"], times["without"])
         with torch.no_grad():
             difference = (call() - call.plain()).abs().max() / (call() - call.hidden_states).abs().max()
         row["relative_difference_to_plain"] = difference.item()

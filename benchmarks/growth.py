@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from training_run import TrainingRun, alternate_runs
 
 
@@ -68,7 +69,10 @@ def plot(results: dict[str, Any]) -> Figure:
                 label_of_side = f"{name}, slope {results['slopes'][axis][name][key]:.2f}"
                 axes.loglog([p["value"] for p in points], [p[key] for p in points], "o-", label=label_of_side)
             axes.set_xticks(AXES[axis], [str(value) for value in AXES[axis]])
-            axes.minorticks_off()
+            axes.yaxis.set_major_formatter("{x:.4g}")
+            axes.yaxis.set_minor_formatter("{x:.4g}")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.tick_params(labelsize=7, which="both")
             axes.legend(fontsize=7)
             axes.set_ylabel(label if column == 0 else "")
             axes.spines[["top", "right"]].set_visible(False)
