@@ -511,7 +511,8 @@ def test_deepcopy_is_independent(processor):
     torch.testing.assert_close(logits(model, inputs), expected)
 
 
-def test_a_decoder_layer_compiles_without_graph_break(processor):
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_decoder_layer_compiles_without_graph_break(processor, trains):
     model = randomize(attach(make_qwen3_vl(), processor))
     decoder_layer = recovery_layers(model)[0].get_base_layer()
     calls = []
@@ -519,11 +520,18 @@ def test_a_decoder_layer_compiles_without_graph_break(processor):
     handle = decoder_layer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True, prepend=True
     )
-    logits(model, encode(processor, [user("What is this?", make_image(0))]))
+    inputs = encode(processor, [user("What is this?", make_image(0))])
+    logits(model, {**inputs, "use_cache": False})  # a cache would hold the first call's graph
     handle.remove()
-    args, kwargs = calls[0]
-    compiled = torch.compile(decoder_layer, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(*args, **kwargs), decoder_layer(*args, **kwargs))
+    (hidden_states, *args), kwargs = calls[0]
+    hidden_states = hidden_states.clone().requires_grad_(trains)
+    results = []
+    for call in (decoder_layer, torch.compile(decoder_layer, fullgraph=True, backend="aot_eager")):
+        with torch.set_grad_enabled(trains):
+            output = call(hidden_states, *args, **kwargs)
+        wanted = [hidden_states, *(p for p in decoder_layer.parameters() if p.requires_grad)]
+        results.append([output, *(torch.autograd.grad(output.tanh().sum(), wanted) if trains else [])])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_sink_that_is_a_visual_token_does_not_attend_to_itself(processor):
@@ -533,6 +541,10 @@ def test_a_sink_that_is_a_visual_token_does_not_attend_to_itself(processor):
     for attention in sink_attention(model, **inputs).values():
         assert (attention[0, :, first] == 0).all()
         torch.testing.assert_close(attention.sum(dim=-1), torch.ones(1, 4))
+    alone = encode(processor, [user("What is this?", make_image(0, (32, 32)))])
+    with record_positions(model) as positions:
+        logits(model, alone)
+    assert positions == [-1] * 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

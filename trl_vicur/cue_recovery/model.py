@@ -188,12 +188,14 @@ class CueRecoveryModel(LoraModel):
                     "images in one forward call: prefill the whole prompt at once (no `prefill_chunk_size`, no cache "
                     "that is continued with a new turn)."
                 )
-            sink_positions[name] = torch.where(has_visual, positions, -1)
+            sink_positions[name] = positions
         if is_continuation:
             return None  # several decoded tokens at once, as in assisted generation
         index = torch.arange(length, device=input_ids.device)
         for positions in sink_positions.values():
             visual_mask = visual_mask & (index != positions.unsqueeze(1))
+        has_evidence = visual_mask.any(dim=1)
+        sink_positions = {name: torch.where(has_evidence, each, -1) for name, each in sink_positions.items()}
         return args, {**kwargs, "cue_recovery_context": CueRecoveryContext(visual_mask, sink_positions)}
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
