@@ -40,7 +40,7 @@ def comparisons(model: str, steps: int) -> dict[str, dict[str, TrainingRun]]:
 
 def run(quick: bool = False) -> dict[str, Any]:
     results = {}
-    for model, steps, repeats in (("tiny", 12, 7), ("100M", 3, 3)):
+    for model, steps, repeats in (("tiny", 12, 5), ("100M", 2, 3)):
         for name, sides in comparisons(model, 1 if quick else steps).items():
             print(name, flush=True)
             results[name] = compare(alternate_runs(sides, 1 if quick else repeats), OURS)
