@@ -1,8 +1,8 @@
 """
 Generating cues at an endpoint: throughput against a plain sequential loop, and memory against the number of rows.
 
-    python benchmarks/cue_generation.py
-    python benchmarks/cue_generation.py --base_url http://localhost:8000/v1 --model NAME --memory_rows  # no memory
+    python benchmarks/run.py --only cue_generation
+    python benchmarks/cue_generation.py --base_url http://localhost:8000/v1 --model NAME  # at a real endpoint
 
 Without `--base_url`, a small server that answers after 50 ms, in a process of its own, stands for the endpoint. A real
 one should cache no prompts, because both sides send the same. The two sides take turns; medians are reported. Memory
@@ -21,8 +21,10 @@ from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value, disable_progress_bars, load_from_disk
+from matplotlib.figure import Figure
 from openai import OpenAI
 from PIL import Image as PILImage
 
@@ -68,7 +70,12 @@ def sequential_loop(dataset: Dataset, base_url: str, model: str, max_new_tokens:
 
 
 def measure_throughput(
-    num_rows: int, pairs: int, concurrency: int, base_url: str | None, model: str, max_new_tokens: int
+    num_rows: int,
+    pairs: int,
+    concurrency: int = 16,
+    base_url: str | None = None,
+    model: str = "m",
+    max_new_tokens: int = 64,
 ) -> dict:
     """Rows per second of both sides."""
     endpoint = scripted_endpoint() if base_url is None else nullcontext(base_url)
@@ -138,6 +145,31 @@ def measure_memory(counts: list[int]) -> dict:
     return results
 
 
+def run(quick: bool = False) -> dict[str, Any]:
+    disable_progress_bars()
+    throughput = measure_throughput(100 if quick else 400, pairs=1 if quick else 3)
+    print(f"{throughput['rows_per_second']}, ratio {throughput['median_ratio']:.1f}", flush=True)
+    memory = measure_memory([1_000] if quick else [1_000, 10_000, 100_000])
+    print(memory)
+    return {"throughput": throughput, "memory": memory}
+
+
+def plot(results: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rates = results["throughput"]["rows_per_second"]
+    left.bar_label(left.bar(list(rates), list(rates.values()), color=["C0", "0.7"]), fmt="{:.0f}")
+    left.set_title("rows per second", fontsize=10)
+    memory = {int(count): result["mebibytes"] for count, result in results["memory"].items()}
+    right.semilogx(list(memory), list(memory.values()), "o-")
+    right.set_ylim(bottom=0)
+    right.set_title("memory over that of the imports, MiB", fontsize=10)
+    right.set_xlabel("rows")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=400, help="rows of the throughput measurement")
@@ -146,7 +178,6 @@ def main() -> None:
     parser.add_argument("--base_url", help="address of a real endpoint")
     parser.add_argument("--model", default="m", help="the model's name there")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest text, in tokens")
-    parser.add_argument("--memory_rows", type=int, nargs="*", default=[1_000, 10_000, 100_000])
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     disable_progress_bars()
@@ -156,7 +187,7 @@ def main() -> None:
     throughput = measure_throughput(
         args.rows, args.pairs, args.concurrency, args.base_url, args.model, args.max_new_tokens
     )
-    print(json.dumps({"throughput": throughput, "memory": measure_memory(args.memory_rows)}, indent=2))
+    print(json.dumps(throughput, indent=2))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from measure import save
 
 
 # Modules of this folder. Each has `run(quick) -> dict` and `plot(results) -> Figure`
-BENCHMARKS = ("cue_recovery", "loss", "vision_sharing", "step_time", "growth", "cost_model")
+BENCHMARKS = ("cue_recovery", "loss", "vision_sharing", "step_time", "growth", "cost_model", "cue_generation")
 
 
 def main() -> None:
