@@ -31,7 +31,7 @@ def comparisons(model: str, steps: int) -> dict[str, dict[str, TrainingRun]]:
             "DistillationTrainer": TrainingRun(**trl),
         },
         f"{model}, as used": {
-            OURS: TrainingRun(trainer=OURS, adapter=dict(r=16), **sizes),
+            OURS: TrainingRun(trainer=OURS, adapter=dict(r=16, layer_interval=2), **sizes),
             "DistillationTrainer, LoRA": TrainingRun(adapter=lora, **trl),
             "DistillationTrainer, full": TrainingRun(**trl),
         },

@@ -23,8 +23,9 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 # Columns of the vocabulary that TRL's kernel projects at a time, as in TRL
 VOCAB_CHUNK_SIZE = 32768
-# Logits of a chunk of tokens. Small ones stay near a CPU's caches, large ones fill a GPU
-CPU_CHUNK_LOGITS = 2**23
+# Logits of a chunk of tokens. On a CPU 64 MiB, above what the C library's heap keeps for itself and fragments; a GPU
+# wants more to be busy
+CPU_CHUNK_LOGITS = 2**24
 CHUNK_LOGITS = 2**26
 
 
@@ -371,7 +372,7 @@ class _ValuesWithGradients(torch.autograd.Function):
 @torch.no_grad()
 def _entropy(logprobs: torch.Tensor) -> torch.Tensor:
     """Entropy `(tokens,)` of log-probabilities `(tokens, vocab)`."""
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
+    return -torch.linalg.vecdot(logprobs.exp(), logprobs)
 
 
 def _with_rest(logprobs: torch.Tensor) -> torch.Tensor:
