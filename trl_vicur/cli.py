@@ -23,19 +23,27 @@ def main(arguments: list[str] | None = None) -> int:
     # Their own parsers, which take long to import, tell about their arguments
     commands.add_parser("generate", help="let a model write a cue for every row of a dataset", add_help=False)
     commands.add_parser("audit", help="check whether cues may be used", add_help=False)
-    # The command is the second word
-    chosen = parser.parse_args(arguments[:2])
+    subjects.add_parser("heatmap", help="draw what the sink token looks at", add_help=False)
+    # The command is the first word, or the first two
+    chosen, _ = parser.parse_known_args(arguments[:2])
 
     from .cues import GeneratorUnavailableError
-    from .cues import commands as cue_commands
 
-    run = {"generate": cue_commands.generate, "audit": cue_commands.audit}[chosen.command]
     try:
-        run(arguments[2:])
+        if chosen.subject == "heatmap":
+            from .heatmap.command import heatmap
+
+            heatmap(arguments[1:])
+        else:
+            from .cues import commands as cue_commands
+
+            run = {"generate": cue_commands.generate, "audit": cue_commands.audit}[chosen.command]
+            run(arguments[2:])
     except KeyboardInterrupt:
-        print("\nInterrupted. What is done is kept; the same command goes on from there.", file=sys.stderr)
+        kept = "" if chosen.subject == "heatmap" else " What is done is kept; the same command goes on from there."
+        print(f"\nInterrupted.{kept}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, GeneratorUnavailableError) as error:
+    except (ValueError, OSError, ImportError, GeneratorUnavailableError) as error:
         # What a user can mend needs no traceback
         print(f"trl-vicur: {error}", file=sys.stderr)
         return 1

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .layer import CueRecoveryContext, CueRecoveryLayer, SinkCrossAttention
+from .layer import CueRecoveryContext, CueRecoveryLayer
 
 
 def _recovery_layers(model: nn.Module) -> dict[str, CueRecoveryLayer]:
@@ -65,23 +65,28 @@ def sink_attention(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.
 
     Returns:
         `dict[str, torch.Tensor]`: For each decoder layer with a module (`"layers.1"`) the attention weights of shape
-            `(batch, heads, seq)`, in float32; zero on all tokens that are not visual.
+            `(batch, heads, seq)`, in float32; zero on all tokens that are not visual, and in samples that have no sink
+            or no visual tokens. Of several active adapters, the last one's.
     """
     weights = {}
 
     def record(name: str):
-        def hook(attention: SinkCrossAttention, args: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-            sink, hidden_states, visual_mask = args
-            attended = attention.attention_weights(sink, hidden_states, visual_mask)
-            weights[name] = attended.masked_fill(~visual_mask.unsqueeze(1), 0.0)
+        def hook(layer: CueRecoveryLayer, args: tuple[torch.Tensor, CueRecoveryContext]) -> None:
+            hidden_states, context = args
+            samples = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+            visual_mask = context.visual_mask.to(hidden_states.device)
+            for adapter_name, positions in context.sink_positions.items():
+                if adapter_name not in layer.sink_attention:
+                    continue
+                positions = positions.to(hidden_states.device)
+                sink = hidden_states[samples, positions.clamp(min=0)]
+                attended = layer.sink_attention[adapter_name].attention_weights(sink, hidden_states, visual_mask)
+                is_seen = visual_mask & (positions >= 0).unsqueeze(1)
+                weights[name] = attended.masked_fill(~is_seen.unsqueeze(1), 0.0)
 
         return hook
 
-    handles = [
-        attention.register_forward_pre_hook(record(name))
-        for name, layer in _recovery_layers(model).items()
-        for attention in layer.sink_attention.values()
-    ]
+    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in _recovery_layers(model).items()]
     try:
         model(**inputs)
     finally:

@@ -1,0 +1,85 @@
+"""The command `trl-vicur heatmap`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from PIL import Image
+from rich.console import Console
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import TrlParser
+
+from ..cue_recovery import CueRecoveryConfig
+from ..dataset_rows import read_image
+from .plot import Figure, plot_sink_attention
+
+
+@dataclass
+class HeatmapArguments:
+    """Arguments of `trl-vicur heatmap`."""
+
+    model: str = field(metadata={"help": "Id or folder of the base model."})
+    adapter: str = field(metadata={"help": "Id or folder of its cue recovery adapter."})
+    question: str = field(metadata={"help": "What is asked about the images."})
+    output: str = field(metadata={"help": "File for the picture: .png, .pdf, .svg, …"})
+    revision: str | None = field(default=None, metadata={"help": "Revision of the base model."})
+    dtype: str = field(default="auto", metadata={"help": "Data type that the base model is loaded in."})
+
+
+def heatmap(arguments: list[str]) -> None:
+    """Runs `trl-vicur heatmap`."""
+    parser = TrlParser(
+        [HeatmapArguments],
+        prog="trl-vicur heatmap",
+        description="Draw what the sink token looks at: its attention over the images, at each layer that carries a "
+        "module and averaged over these layers, relative to a sink that looks everywhere alike.",
+    )
+    parser.add_argument(
+        "--image", action="append", required=True, help="File or URL of an image; several times for several images."
+    )
+    args, images = parser.parse_args_and_config(arguments)
+    # What needs no model is checked before one is loaded
+    output = Path(args.output)
+    formats = Figure().canvas.get_supported_filetypes()
+    if output.suffix[1:].lower() not in formats:
+        raise ValueError(f"`--output` is {args.output!r}, but must end in one of .{', .'.join(formats)}.")
+    images = [open_image(name) for name in images.image]
+    check_adapter(args.adapter)
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    processor = AutoProcessor.from_pretrained(args.model, revision=args.revision)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, revision=args.revision, dtype=args.dtype)
+    model = PeftModel.from_pretrained(model.to(device), args.adapter).eval()
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": args.question}]
+    figure = plot_sink_attention(model, processor, [{"role": "user", "content": content}])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150, bbox_inches="tight")
+    Console().print(f"The picture is in {output}", markup=False, soft_wrap=True)
+
+
+def open_image(name: str) -> Image.Image:
+    """
+    Raises:
+        `ValueError`: If the image cannot be read.
+    """
+    try:
+        return read_image(name)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"`--image {name}` cannot be read: {error}. Name an image file or its URL.") from error
+
+
+def check_adapter(name: str) -> None:
+    """
+    Raises:
+        `ValueError`: If there is no such adapter, or if it is none of cue recovery.
+    """
+    try:
+        config = PeftConfig.from_pretrained(name)
+    except ValueError as error:
+        raise ValueError(f"`--adapter {name}`: {error}. Name an adapter's folder or its id on the Hub.") from error
+    if not isinstance(config, CueRecoveryConfig):
+        raise ValueError(
+            f"`--adapter {name}` is an adapter of type {config.peft_type.value}, whose model has no sink token. Name "
+            f"one of type CUE_RECOVERY, as trained with `peft_config=CueRecoveryConfig()`."
+        )
