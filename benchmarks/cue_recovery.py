@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from measure import DEVICE, IS_CUDA, alternate, ratio, seconds
+from measure import DEVICE, IS_CUDA, alternate, ratio
 from peft import PeftModel, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -161,6 +161,8 @@ def run(quick: bool = False) -> dict[str, Any]:
     ):
         if not rows or rows[-1]["model"] != size:
             model = make_slice(size)
+            layers = model.get_base_model().get_decoder().layers
+            num_layer_parameters = sum(p.numel() for p in layers.parameters()) / len(layers)
         inputs = make_inputs(model, num_visual_tokens, batch_size)
         with torch.no_grad():
             call = ModuleCall(model, inputs)
@@ -180,8 +182,11 @@ def run(quick: bool = False) -> dict[str, Any]:
             sides = {"without": wrap(without_module), "module": wrap(call), "plain": wrap(call.plain)}
             if name == "forward":
                 sides["with"] = wrap(with_module)
-            warm_up = [seconds(function) for function in sides.values()]
-            repeats = 1 if quick else 9 if warm_up[0] < 1 else 5 if warm_up[0] < 6 else 2
+            for side in ("module", "plain"):
+                sides[side]()
+            flops = 10 * batch_size * (num_visual_tokens + NUM_TEXT_TOKENS) * num_layer_parameters
+            # Minutes on a CPU, so that not all are repeated as often
+            repeats = 1 if quick or flops > 3e12 and not IS_CUDA else 3 if flops > 5e11 and not IS_CUDA else 7
             times = alternate(sides, repeats, warmup=0)
             row[name] = {
                 "seconds": {side: median(values) for side, values in times.items()},

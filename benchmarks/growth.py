@@ -12,10 +12,10 @@ from training_run import TrainingRun, alternate_runs
 
 
 AXES = {
-    "completion_length": (16, 32, 64, 128),
-    "batch_size": (2, 4, 8, 16),
-    "image_size": (64, 128, 256, 512),
-    "num_images": (1, 2, 4, 8),
+    "completion_length": (32, 64, 128),
+    "batch_size": (4, 8, 16),
+    "image_size": (128, 256, 512),
+    "num_images": (1, 2, 4),
 }
 # The other quantities where one grows
 POINT = dict(model="growth", batch_size=4, completion_length=16, image_size=128)
@@ -37,13 +37,15 @@ def run(quick: bool = False) -> dict[str, Any]:
             for name, (figures,) in alternate_runs(sides, repeats=1).items():
                 rows.append({"axis": axis, "value": value, "side": name, **figures})
     slopes = {
-        axis: {name: {key: slope(rows, axis, name, key) for key in ("seconds_per_step", "peak_mib")} for name in SIDES}
+        axis: {
+            name: {key: slope(rows, axis, name, key) for key in ("cpu_seconds_per_step", "peak_mib")} for name in SIDES
+        }
         for axis in AXES
     }
     for axis, sides in slopes.items():
         for name, figures in sides.items():
             print(
-                f"{axis}, {name}: slope of time {figures['seconds_per_step']:.2f}, of memory {figures['peak_mib']:.2f}"
+                f"{axis}, {name}: slope of time {figures['cpu_seconds_per_step']:.2f}, of memory {figures['peak_mib']:.2f}"
             )
     return {"rows": rows, "slopes": slopes}
 
@@ -59,7 +61,7 @@ def plot(results: dict[str, Any]) -> Figure:
     panels = figure.subplots(2, len(AXES))
     for column, axis in enumerate(AXES):
         for row, (key, label) in enumerate(
-            (("seconds_per_step", "seconds per step"), ("peak_mib", "peak memory, MiB"))
+            (("cpu_seconds_per_step", "CPU seconds per step"), ("peak_mib", "peak memory, MiB"))
         ):
             axes = panels[row][column]
             for name in SIDES:

@@ -8,12 +8,22 @@ As a script, this is one such run: it takes a `TrainingRun` as JSON and prints w
 import json
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from measure import process_memory, ratio
+import torch
+from datasets import Dataset
+from measure import IS_CUDA, process_memory, ratio
+from peft import LoraConfig
+from tiny_models import make_image, make_processor, make_qwen3_vl
+from transformers import Qwen3VLProcessor, TrainerCallback
+from trl import DistillationConfig, DistillationTrainer
+
+from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
+from trl_vicur.trainer.vision_features import get_backbone
 
 
 # Steps at the beginning that are not counted
@@ -99,46 +109,85 @@ def compare(runs: dict[str, list[dict[str, float]]], ours: str) -> dict[str, Any
     return {"sides": sides, "ratios": ratios, "runs": runs}
 
 
-def make_large_image_processor():
+def make_large_image_processor() -> Qwen3VLProcessor:
     """The tests' processor, for images of up to 1,024 visual tokens."""
-    from tiny_models import make_processor
-
     processor = make_processor()
     processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 1024 * 1024}
     return processor
 
 
-def train(run: TrainingRun) -> dict[str, float]:
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from tiny_models import make_image, make_qwen3_vl
-    from transformers import TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
+class Clock:
+    """Seconds, and the process's CPU seconds, which other work on the machine disturbs less."""
 
-    from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
-    from trl_vicur.trainer.vision_features import get_backbone
+    def __init__(self):
+        self.seconds, self.cpu_seconds = [], []
 
-    is_cuda = torch.cuda.is_available()
+    def start(self) -> None:
+        self.started = self.now()
 
-    class Clock(TrainerCallback):
-        seconds: list[float] = []
-        cpu_seconds: list[float] = []
+    def stop(self) -> None:
+        (start, cpu_start), (end, cpu_end) = self.started, self.now()
+        self.seconds.append(end - start)
+        self.cpu_seconds.append(cpu_end - cpu_start)
 
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.start, self.cpu_start = self.now()
+    @staticmethod
+    def now() -> tuple[float, float]:
+        if IS_CUDA:
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
 
-        def on_step_end(self, args, state, control, **kwargs):
-            end, cpu_end = self.now()
-            self.seconds.append(end - self.start)
-            self.cpu_seconds.append(cpu_end - self.cpu_start)
 
-        @staticmethod
-        def now() -> tuple[float, float]:
-            if is_cuda:
-                torch.cuda.synchronize()
-            return time.perf_counter(), time.process_time()
+class StepClock(TrainerCallback):
+    """Times each optimizer step of a run, its rollouts included."""
 
+    def __init__(self):
+        self.clock = Clock()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.clock.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.clock.stop()
+
+
+class TurnTaker(TrainerCallback):
+    """Lets one of several runs in this process go on for a step at a time, and times it from one step to the next."""
+
+    def __init__(self):
+        self.turn = threading.Semaphore(0)
+        self.next: TurnTaker | None = None
+        self.clock = Clock()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step > 0:
+            self.clock.stop()
+            self.next.turn.release()
+        self.turn.acquire()
+        self.clock.start()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.next.turn.release()
+
+
+def interleave(runs: dict[str, TrainingRun]) -> dict[str, list[float]]:
+    """
+    Seconds of each step of runs that take turns step by step, in this process. Differences of a few percent show where
+    a machine's speed changes from minute to minute.
+    """
+    turns = {name: TurnTaker() for name in runs}
+    for taker, following in zip(turns.values(), [*list(turns.values())[1:], next(iter(turns.values()))], strict=True):
+        taker.next = following
+    trainers = [make_trainer(run, turns[name]) for name, run in runs.items()]
+    threads = [threading.Thread(target=trainer.train) for trainer in trainers]
+    for thread in threads:
+        thread.start()
+    next(iter(turns.values())).turn.release()
+    for thread in threads:
+        thread.join()
+    return {name: taker.clock.seconds[WARMUP_STEPS:] for name, taker in turns.items()}
+
+
+def make_trainer(run: TrainingRun, callback: TrainerCallback) -> DistillationTrainer:
     size = (run.image_size, run.image_size)
     rows = [
         {
@@ -159,15 +208,29 @@ def train(run: TrainingRun) -> dict[str, float]:
         max_steps=run.steps + WARMUP_STEPS,
         max_completion_length=run.completion_length,
         generation_kwargs=dict(min_new_tokens=run.completion_length),  # of the same length in every run
-        bf16=is_cuda,
+        bf16=IS_CUDA,
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         logging_steps=10,
     )
+    return trainer_class(
+        model=make_qwen3_vl(**MODELS[run.model]),
+        teacher_model=make_qwen3_vl(**MODELS[run.model]) if run.teacher_copy else None,
+        args=config_class(**{**arguments, **run.arguments}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_large_image_processor(),
+        peft_config=None if run.adapter is None else adapter_class(**run.adapter),
+        callbacks=[callback],
+    )
+
+
+def train(run: TrainingRun) -> dict[str, float]:
     before = process_memory("VmRSS")
-    models = [make_qwen3_vl(**MODELS[run.model]) for _ in range(1 + run.teacher_copy)]
+    trainer = make_trainer(run, callback := StepClock())
+    models = [model for model in (trainer.model, trainer.teacher_model) if model is not None]
+    weights = {parameter for model in models for parameter in model.parameters()}
     num_encoded = 0
 
     def count(_, args, kwargs):
@@ -176,23 +239,12 @@ def train(run: TrainingRun) -> dict[str, float]:
 
     for model in models:
         get_backbone(model).visual.register_forward_pre_hook(count, with_kwargs=True)
-    trainer = trainer_class(
-        model=models[0],
-        teacher_model=models[1] if run.teacher_copy else None,
-        args=config_class(**{**arguments, **run.arguments}),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_large_image_processor(),
-        peft_config=None if run.adapter is None else adapter_class(**run.adapter),
-        callbacks=[clock := Clock()],
-    )
-    weights = {p for model in (trainer.model, trainer.teacher_model) if model is not None for p in model.parameters()}
     trainer.train()
-    peak = torch.cuda.max_memory_allocated() if is_cuda else process_memory("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated() if IS_CUDA else process_memory("VmHWM") - before
     num_images = 2 * run.batch_size * run.num_images * trainer.state.global_step
     return {
-        "seconds_per_step": median(clock.seconds[WARMUP_STEPS:]),
-        # Less disturbed by other work on the machine
-        "cpu_seconds_per_step": median(clock.cpu_seconds[WARMUP_STEPS:]),
+        "seconds_per_step": median(callback.clock.seconds[WARMUP_STEPS:]),
+        "cpu_seconds_per_step": median(callback.clock.cpu_seconds[WARMUP_STEPS:]),
         "peak_mib": peak / 2**20,
         "weights_mib": sum(weight.numel() * weight.element_size() for weight in weights) / 2**20,
         "encodings_per_image": num_encoded / num_images,
