@@ -19,6 +19,7 @@ AXES = {
 }
 # The other quantities where one grows
 POINT = dict(model="growth", batch_size=4, completion_length=16, image_size=128)
+KEYS = {"cpu_seconds_per_step": "CPU seconds per step", "peak_mib": "peak memory, MiB"}
 SIDES = {
     "ViCuRTrainer": TrainingRun(trainer="ViCuRTrainer", adapter=dict(r=16, layer_interval=2)),
     "DistillationTrainer": TrainingRun(
@@ -44,9 +45,8 @@ def run(quick: bool = False) -> dict[str, Any]:
     }
     for axis, sides in slopes.items():
         for name, figures in sides.items():
-            print(
-                f"{axis}, {name}: slope of time {figures['cpu_seconds_per_step']:.2f}, of memory {figures['peak_mib']:.2f}"
-            )
+            seconds, memory = (figures[key] for key in KEYS)
+            print(f"{axis}, {name}: slope of time {seconds:.2f}, of memory {memory:.2f}")
     return {"rows": rows, "slopes": slopes}
 
 

@@ -39,7 +39,7 @@ def machine() -> dict[str, Any]:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Time of one call: on a GPU by its own events, on a CPU that of the process, which other processes disturb less."""
+    """Time of one call: on a GPU by its events; on a CPU the process's own, which other processes disturb less."""
     if IS_CUDA:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()

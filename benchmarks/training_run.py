@@ -171,8 +171,8 @@ class TurnTaker(TrainerCallback):
 
 def interleave(runs: dict[str, TrainingRun]) -> dict[str, list[float]]:
     """
-    Seconds of each step of runs that take turns step by step, in this process. Differences of a few percent show where
-    a machine's speed changes from minute to minute.
+    Seconds (on a CPU, the process's CPU seconds) of each step of runs that take turns step by step, in this process.
+    Differences of a few percent show where a machine's speed changes from minute to minute.
     """
     turns = {name: TurnTaker() for name in runs}
     for taker, following in zip(turns.values(), [*list(turns.values())[1:], next(iter(turns.values()))], strict=True):
@@ -184,7 +184,8 @@ def interleave(runs: dict[str, TrainingRun]) -> dict[str, list[float]]:
     next(iter(turns.values())).turn.release()
     for thread in threads:
         thread.join()
-    return {name: taker.clock.seconds[WARMUP_STEPS:] for name, taker in turns.items()}
+    clocks = {name: taker.clock for name, taker in turns.items()}
+    return {name: (c.seconds if IS_CUDA else c.cpu_seconds)[WARMUP_STEPS:] for name, c in clocks.items()}
 
 
 def make_trainer(run: TrainingRun, callback: TrainerCallback) -> DistillationTrainer:
