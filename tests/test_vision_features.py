@@ -142,8 +142,18 @@ def test_frozen_is_what_neither_trains_nor_belongs_to_an_adapter():
     assert not is_vision_frozen(model)
 
 
-def test_a_model_that_does_not_return_features_by_image_encodes_as_ever():
-    features = torch.zeros(3, 4, 8)
-    assert split_by_sample(BaseModelOutputWithPooling(pooler_output=features), [1, 0, 2]) is None
-    samples = split_by_sample(BaseModelOutputWithPooling(pooler_output=tuple(features)), [1, 0, 2])
-    assert [len(sample.pooler_output) for sample in samples] == [1, 0, 2]
+def test_features_are_cut_by_visual_tokens():
+    """Whatever a model returns: a tensor per image, of several sizes or none, or one tensor of all images."""
+    features = torch.randn(6, 8)
+    num_tokens = [2, 0, 4]
+    expected = features.split(num_tokens)
+    for sequence in (features.split([2, 1, 3]), list(features.split([2, 4])), [features[:0], features]):
+        samples = split_by_sample(BaseModelOutputWithPooling(pooler_output=sequence), num_tokens)
+        assert all(torch.equal(torch.cat(s.pooler_output), e) for s, e in zip(samples, expected, strict=True))
+    samples = split_by_sample(BaseModelOutputWithPooling(pooler_output=features.view(3, 2, 8)), num_tokens)
+    assert all(torch.equal(s.pooler_output, e) for s, e in zip(samples, expected, strict=True))
+
+
+def test_a_model_without_a_feature_for_each_visual_token_encodes_as_ever():
+    assert split_by_sample(BaseModelOutputWithPooling(pooler_output=torch.zeros(3, 4, 8)), [4, 0, 9]) is None
+    assert split_by_sample(BaseModelOutputWithPooling(), [4, 0, 8]) is None

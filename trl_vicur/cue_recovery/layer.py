@@ -290,7 +290,16 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
 
         Returns:
             `torch.Tensor` of shape `(batch, seq, hidden)`: The hidden states, changed at the sinks only.
+
+        Raises:
+            `ValueError`: If the decoder layer's input is not laid out like `input_ids` (Gemma 3n has four streams).
         """
+        if hidden_states.shape[:-1] != context.visual_mask.shape:
+            raise ValueError(
+                f"The input of a decoder layer with cue recovery has the shape {tuple(hidden_states.shape)}, but "
+                f"`input_ids` has {tuple(context.visual_mask.shape)}. Cue recovery needs one hidden state per token; "
+                "this model family is not supported."
+            )
         samples = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         updated = hidden_states
         kept = _KeptForBackward(hidden_states)

@@ -7,10 +7,14 @@ import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import CueRecoveryConfig
 from .layer import CueRecoveryContext, CueRecoveryLayer
+
+
+# Layers in which a token sees a limited number of the tokens before it, as transformers names them
+WINDOWED_LAYER_TYPES = ("sliding_attention", "chunked_attention", "conv")
 
 
 class CueRecoveryModel(LoraModel):
@@ -29,9 +33,9 @@ class CueRecoveryModel(LoraModel):
             The name of the adapter.
 
     Raises:
-        `ValueError`: If the model has no visual tokens, if `layer_interval` is larger than the model, if the sink
-            token has not been resolved, if the adapter was made for a model of another size, or if an adapter with
-            `train_base=True` would share the model with another one.
+        `ValueError`: If the model has no visual tokens among those of its decoder, if `layer_interval` is larger than
+            the model, if the sink token has not been resolved, if the adapter was made for a model of another size, or
+            if an adapter with `train_base=True` would share the model with another one.
 
     Example:
 
@@ -64,6 +68,12 @@ class CueRecoveryModel(LoraModel):
                 f"Cue recovery needs a model with visual tokens, but the config of {type(self.model).__name__} has "
                 "neither `image_token_id` nor `video_token_id`. Use a vision-language model."
             )
+        if self.model.config.is_encoder_decoder or "cross_attention_layers" in text_config.to_dict():
+            raise ValueError(
+                f"Cue recovery reads the image among the decoder's hidden states, but {type(self.model).__name__} "
+                "keeps it outside (encoder-decoder, or cross-attention to the image). Use a model whose image tokens "
+                "stand in the prompt, such as Qwen3-VL."
+            )
         for size in ("hidden_size", "num_hidden_layers"):
             expected, actual = getattr(peft_config, size), getattr(text_config, size)
             if expected not in (None, actual):
@@ -73,7 +83,7 @@ class CueRecoveryModel(LoraModel):
                     "or make a new `CueRecoveryConfig`."
                 )
             setattr(peft_config, size, actual)
-        if peft_config.layer_interval > text_config.num_hidden_layers or text_config.num_hidden_layers == 1:
+        if peft_config.layer_interval > text_config.num_hidden_layers or last_reading_layer(text_config) == 0:
             raise ValueError(
                 f"`layer_interval` is {peft_config.layer_interval}, but the model has only "
                 f"{text_config.num_hidden_layers} decoder layer(s), the last of which cannot carry a module. Choose "
@@ -110,8 +120,9 @@ class CueRecoveryModel(LoraModel):
         return peft_config.r > 0 and super()._check_target_module_exists(peft_config, key)
 
     def _carries_recovery(self, peft_config: CueRecoveryConfig, module: nn.Module) -> bool:
-        # The output of layer l after DeepStack is the input of layer l + 1; nothing follows the last layer
-        return any(module is layer for layer in self._decoder_layers()[1 :: peft_config.layer_interval])
+        # The output of layer l after DeepStack is the input of layer l + 1
+        end = last_reading_layer(self.model.config.get_text_config()) + 1
+        return any(module is layer for layer in self._decoder_layers()[1 : end : peft_config.layer_interval])
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if not self._carries_recovery(peft_config, target):
@@ -126,7 +137,7 @@ class CueRecoveryModel(LoraModel):
             peft_config,
             hidden_size=text_config.hidden_size,
             num_heads=peft_config.num_heads or text_config.num_attention_heads,
-            eps=text_config.rms_norm_eps,
+            eps=_norm_eps(text_config),
         )
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
@@ -144,9 +155,7 @@ class CueRecoveryModel(LoraModel):
 
     @cached_property
     def _visual_token_ids(self) -> list[int]:
-        config = self.model.config.to_dict()
-        ids = (config.get(name) for name in ("image_token_id", "video_token_id"))
-        return [token_id for token_id in ids if token_id is not None]
+        return visual_token_ids(self.model.config)
 
     # --- What a forward call sees ---
 
@@ -239,6 +248,34 @@ class CueRecoveryModel(LoraModel):
         if ".sink_attention." in key:
             return key.replace(f".sink_attention.{adapter_name}.", ".sink_attention.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def visual_token_ids(config: PreTrainedConfig) -> list[int]:
+    """Token ids that stand for pieces of images and videos in a model's input; empty for a text model."""
+    # Some families have them under another name, which only the attribute resolves (LLaVA's `image_token_index`)
+    ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return [token_id for token_id in ids if token_id is not None]
+
+
+def last_reading_layer(text_config: PreTrainedConfig) -> int:
+    """
+    Index of the last decoder layer through which a token far behind the sink can read the sink's hidden state. A
+    module that stands behind it could not be heard, and would hardly learn.
+
+    It is the last layer of all, but for layers that look back over a window only (Gemma, LFM2) or use keys and values
+    of earlier layers (Gemma 4). Where all layers do, the window is what there is.
+    """
+    settings = text_config.to_dict()
+    with_own_keys = text_config.num_hidden_layers - (settings.get("num_kv_shared_layers") or 0)
+    layer_types = (settings.get("layer_types") or [])[:with_own_keys]
+    reading = [i for i, layer_type in enumerate(layer_types) if layer_type not in WINDOWED_LAYER_TYPES]
+    return reading[-1] if reading else with_own_keys - 1
+
+
+def _norm_eps(text_config: PreTrainedConfig) -> float:
+    """Epsilon of the text model's norms, by the name that its family has for it."""
+    settings = text_config.to_dict()
+    return next(settings[name] for name in ("rms_norm_eps", "norm_eps", "layer_norm_eps") if name in settings)
 
 
 def _has_recovery_layer(decoder_layer: nn.Module) -> bool:

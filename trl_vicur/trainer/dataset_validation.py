@@ -1,9 +1,11 @@
 """Checks of the datasets before training, so that no bad row costs a training run."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
@@ -60,12 +62,7 @@ class RowChecker:
         self._check_length(teacher_prompt, [size for size in sizes if size is not None])
 
     def _check_length(self, prompt: list[dict[str, Any]], image_sizes: list[tuple[int, int]]) -> None:
-        num_image_tokens = 0
-        if image_sizes:
-            sizes = [[height, width] for width, height in image_sizes]
-            num_image_tokens = sum(
-                self.processing_class._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
-            )
+        num_image_tokens = self._num_image_tokens(image_sizes)
         # A text has at most as many tokens as bytes, so most rows need not be tokenized
         text_bound = sum(len(text.encode("utf-8", "replace")) + 64 for text in message_texts(prompt))
         if num_image_tokens + text_bound <= self.max_prompt_length:
@@ -83,6 +80,21 @@ class RowChecker:
                 f"`max_completion_length={self.args.max_completion_length}` it exceeds the model's context of "
                 f"{self.max_length} tokens. Shorten it, shrink its images, or remove the row."
             )
+
+    def _num_image_tokens(self, image_sizes: list[tuple[int, int]]) -> int:
+        if not image_sizes:
+            return 0
+        if hasattr(self.processing_class, "_get_num_multimodal_tokens"):
+            sizes = [[height, width] for width, height in image_sizes]
+            return sum(self.processing_class._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+        # SmolVLM's and LFM2-VL's processors cannot tell without an image
+        return sum(map(self._num_tokens_of_blank_image, image_sizes))
+
+    @cache  # noqa: B019  (there are few sizes, and the checker is short-lived)
+    def _num_tokens_of_blank_image(self, size: tuple[int, int]) -> int:
+        prompt = prepare_multimodal_messages([{"role": "user", "content": ""}], images=[Image.new("RGB", size)])
+        inputs = self.processing_class.apply_chat_template(prompt, tokenize=True, return_dict=True)
+        return len(inputs["input_ids"][0])
 
 
 def check_dataset(

@@ -27,6 +27,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import get_config_model_id, pad
 
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
+from ..cue_recovery.model import visual_token_ids
 from ..dataset_rows import row_images
 from ..teacher_prompt import add_privilege, hint_marker
 from .dataset_validation import RowChecker, check_dataset, with_row_number
@@ -209,10 +210,11 @@ class ViCuRTrainer(DistillationTrainer):
         processing_class: ProcessorMixin,
         recovery_configs: list[CueRecoveryConfig],
     ) -> None:
-        if not isinstance(processing_class, ProcessorMixin) or "image_token_id" not in config.to_dict():
+        has_visual_tokens = bool(visual_token_ids(config))
+        if not isinstance(processing_class, ProcessorMixin) or not has_visual_tokens:
             raise ValueError(
                 f"ViCuRTrainer trains vision-language models, but got a model of type '{config.model_type}' "
-                f"{'without' if 'image_token_id' not in config.to_dict() else 'with'} visual tokens and a "
+                f"{'with' if has_visual_tokens else 'without'} visual tokens and a "
                 f"{type(processing_class).__name__}. Use a vision-language model with its processor, or "
                 "`trl.DistillationTrainer` for text."
             )
@@ -273,6 +275,19 @@ class ViCuRTrainer(DistillationTrainer):
                     )
         return inputs
 
+    def _tokenize_prompts(self, prompts: list):
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        # Gemma 4's processor pads unasked, and TRL would take the padding for a part of the prompts
+        pad_token_id = self._tokenizer.pad_token_id
+        starts = [next((i for i, token in enumerate(ids) if token != pad_token_id), 0) for ids in prompt_ids]
+        if any(starts):
+            prompt_ids = [ids[start:] for ids, start in zip(prompt_ids, starts, strict=True)]
+            for name in ("token_type_ids", "mm_token_type_ids"):
+                if name in multimodal_fields:
+                    types = zip(multimodal_fields[name], starts, strict=True)
+                    multimodal_fields[name] = [list(row[start:]) for row, start in types]
+        return prompt_ids, images, multimodal_fields
+
     def _generate(self, prompts: list):
         prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
         if images is not None:
@@ -295,6 +310,13 @@ class ViCuRTrainer(DistillationTrainer):
         recording = record_image_features(student, self.accelerator.autocast) if rolls_out else nullcontext([])
         with recording as recorded:
             output = super()._generate_and_score_completions(inputs)
+        if "pixel_values" in output:
+            token_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # tools return images, too
+            output["num_image_tokens"] = (token_ids == self.model.config.image_token_id).sum(dim=1).tolist()
+            if "pixel_attention_mask" in output and "spatial_shapes" not in output:
+                # Pixels of Idefics and SmolVLM have a row per sample. TRL sees it by the number of rows, and would cut
+                # them by image where there are as many images as samples
+                del output["num_images"]
         self._note_image_features(recorded, output)
         if self.args.privilege != "none":
             output.update(self._teacher_prompts(inputs, output))
@@ -364,18 +386,17 @@ class ViCuRTrainer(DistillationTrainer):
 
     def _note_image_features(self, recorded: list[ModelOutput], inputs: dict[str, Any]) -> None:
         """Add them to a batch, by sample, so that they are shuffled, split and freed with it."""
-        if len(recorded) == 1 and (samples := split_by_sample(recorded[0], inputs["num_images"])) is not None:
+        if len(recorded) == 1 and (samples := split_by_sample(recorded[0], inputs["num_image_tokens"])) is not None:
             inputs["image_features"] = samples
 
     # --- Hidden states of student and teacher at the same completion tokens ---
 
     def _multimodal_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        multimodal_inputs = {key: inputs[key] for key in self._multimodal_keys if key in inputs}
-        if "pixel_values" in multimodal_inputs and multimodal_inputs["pixel_values"].numel() == 0:
-            # All rows of this micro-batch are text-only, though the generation batch had images
-            for key in ("pixel_values", "image_grid_thw"):
-                multimodal_inputs.pop(key, None)
-        return multimodal_inputs
+        keys = [key for key in self._multimodal_keys if key in inputs]
+        if not any(inputs.get("num_image_tokens", [])):
+            # All rows of this micro-batch are text-only, though the generation batch may have had images
+            keys = [key for key in keys if key.endswith("token_type_ids")]
+        return {key: inputs[key] for key in keys}
 
     def _student_hidden_states(self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Hidden states that predict the completion tokens, `(batch, completion, hidden)`."""

@@ -5,13 +5,13 @@ A pass asks its backbone's `get_image_features`, be it a forward call or `genera
 lent, that method is another one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
-from itertools import accumulate, chain, pairwise
+from itertools import chain
 
 import torch
-from accelerate.utils import is_peft_model
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 def get_backbone(model: nn.Module) -> nn.Module:
     """The part of a transformers model, or of a PEFT model around one, that turns tokens and pixels into states."""
-    return (model.base_model.model if is_peft_model(model) else model).base_model
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
 
 
 def is_vision_frozen(model: nn.Module) -> bool:
@@ -72,42 +72,59 @@ def lend_image_features(model: nn.Module, samples: list[ModelOutput]) -> Abstrac
         samples (`list[ModelOutput]`):
             The features of each sample of the batch, from [`split_by_sample`].
     """
-    features = {"pooler_output": tuple(chain.from_iterable(sample.pooler_output for sample in samples))}
+    features = {"pooler_output": _join([sample.pooler_output for sample in samples])}
     if "deepstack_features" in samples[0]:
         levels = zip(*(sample.deepstack_features for sample in samples), strict=True)
-        features["deepstack_features"] = [tuple(chain.from_iterable(level)) for level in levels]
+        features["deepstack_features"] = [_join(level) for level in levels]
     joined = type(samples[0])(**features)
     return _image_features_by(lambda encode, *args, **kwargs: joined, model)
 
 
-def split_by_sample(output: ModelOutput, num_images: list[int]) -> list[ModelOutput] | None:
+def split_by_sample(output: ModelOutput, num_tokens: list[int]) -> list[ModelOutput] | None:
     """
     Cut a batch's image features into those of each sample, so that they can be shuffled and split with the batch.
+
+    Models return them by image (Qwen-VL), by sample (Idefics), by tile (InternVL), as one tensor (Gemma 3); in the
+    order of the prompts' visual tokens in any case, one for each, by which they are cut.
 
     Args:
         output (`ModelOutput`):
             What the model's `get_image_features` returned.
-        num_images (`list[int]`):
-            Number of images of each sample.
+        num_tokens (`list[int]`):
+            Number of visual tokens of each sample.
 
     Returns:
         `list[ModelOutput]` or `None`: The features that a forward call reads, for each sample; `None` for a model that
-            does not return one tensor per image.
+            does not return one for each visual token.
     """
-
-    def is_by_image(value) -> bool:
-        return isinstance(value, tuple | list) and len(value) == sum(num_images)
-
     levels = output.get("deepstack_features")
-    if not is_by_image(output.get("pooler_output")) or not all(map(is_by_image, levels or [])):
+    parts = [_cut(value, num_tokens) for value in (output.get("pooler_output"), *(levels or []))]
+    if None in parts:
         return None
     samples = []
-    for start, end in pairwise([0, *accumulate(num_images)]):
-        features = {"pooler_output": tuple(output.pooler_output[start:end])}
+    for pooler_output, *deepstack_features in zip(*parts, strict=True):
+        features = {"pooler_output": pooler_output}
         if levels is not None:
-            features["deepstack_features"] = [tuple(level[start:end]) for level in levels]
+            features["deepstack_features"] = deepstack_features
         samples.append(type(output)(**features))
     return samples
+
+
+def _cut(features: torch.Tensor | Sequence[torch.Tensor] | None, num_tokens: list[int]) -> list | None:
+    """Features of each sample, `(tokens, hidden)`, in a tuple where the model returned a sequence of tensors."""
+    if features is None:
+        return None
+    is_tensor = isinstance(features, torch.Tensor)
+    flat = torch.cat([part.flatten(0, -2) for part in ([features] if is_tensor else features)])
+    if len(flat) != sum(num_tokens):
+        return None
+    parts = flat.split(num_tokens)
+    return list(parts) if is_tensor else [(part,) for part in parts]
+
+
+def _join(parts: Sequence) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """The opposite of [`_cut`]."""
+    return torch.cat(list(parts)) if isinstance(parts[0], torch.Tensor) else tuple(chain.from_iterable(parts))
 
 
 @contextmanager
