@@ -27,15 +27,16 @@ class CueRecoveryModel(LoraModel):
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The vision-language model to be adapted.
-        config ([`CueRecoveryConfig`]):
-            The configuration of the adapter.
+        config (`dict[str, CueRecoveryConfig]`):
+            The configuration of the adapter by its name, as [`~peft.PeftModel`] passes it.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             The name of the adapter.
 
     Raises:
         `ValueError`: If the model has no visual tokens among those of its decoder, if `layer_interval` is larger than
             the model, if the sink token has not been resolved, if the adapter was made for a model of another size, or
-            if an adapter with `train_base=True` would share the model with another one.
+            if an adapter with `train_base=True` would share the model with another one; and if transformers attaches
+            it by itself, without PEFT's model around.
 
     Example:
 
@@ -54,8 +55,17 @@ class CueRecoveryModel(LoraModel):
     # Both kinds of layers of this method, the recovery layer and LoRA's
     tuner_layer_cls = BaseTunerLayer
 
-    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        super().__init__(model, *args, **kwargs)
+    def __init__(
+        self, model: PreTrainedModel, config: dict[str, CueRecoveryConfig], *args: Any, **kwargs: Any
+    ) -> None:
+        if not isinstance(config, dict):
+            # From `inject_adapter_in_model`, with which transformers loads adapters by itself
+            raise ValueError(
+                "Cue recovery is attached with `peft.get_peft_model` and loaded with "
+                "`PeftModel.from_pretrained(base_model, ...)`. `load_adapter`, `add_adapter` and `from_pretrained` of "
+                "transformers do not know the names of its weights, and would leave the module untrained."
+            )
+        super().__init__(model, config, *args, **kwargs)
         # The backbone, not the head model: trainers with fused losses call it directly
         self._context_hook = model.base_model.register_forward_pre_hook(self._add_context, with_kwargs=True)
 

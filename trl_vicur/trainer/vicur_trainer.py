@@ -5,6 +5,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ from .losses import (
     sampled_token_loss,
     token_logprobs,
     topk_divergence,
+)
+from .model_card import (
+    complete_model_card,
+    hub_dataset_name,
+    hub_model_name,
+    ignore_training_files,
+    remove_local_base_model,
+    training_settings,
 )
 from .privilege import get_privilege
 from .vicur_config import ViCuRConfig
@@ -184,6 +193,7 @@ class ViCuRTrainer(DistillationTrainer):
             tools=tools,
         )
 
+        self._is_self_distilled = self.teacher_model is None
         self.ema_teacher = None
         if self.teacher_model is None and args.teacher_model_kind == "ema":
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -558,7 +568,55 @@ class ViCuRTrainer(DistillationTrainer):
         for index in range(NUM_SEGMENTS):
             self._diagnose(f"logprob_gap/segment_{index + 1}", gap[segment == index])
 
-    # --- Checkpoints ---
+    # --- Checkpoints and the Hub ---
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ):
+        dataset_name = hub_dataset_name(self.train_dataset, dataset_name)
+        super().create_model_card(model_name, dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        peft_config = self.model.peft_config[self.model.active_adapter] if is_peft_model(self.model) else None
+        is_recovery = isinstance(peft_config, CueRecoveryConfig)
+        if is_recovery:
+            names = ("layer_interval", "sink_token", "r", "train_base")
+            what_trains = {f"`{name}`": getattr(peft_config, name) for name in names}
+        else:
+            what_trains = {"trained": "all weights" if peft_config is None else peft_config.peft_type.value}
+        if self._is_self_distilled:
+            teacher = {"base": "the student as it was", "live": "the student itself", "ema": "the student's average"}
+            teacher = teacher[self.args.teacher_model_kind]
+        else:
+            teacher = hub_model_name(get_config_model_id(self.teacher_model.config)) or "another model"
+        complete_model_card(
+            os.path.join(self.args.output_dir, "README.md"),
+            model_name=model_name,
+            model_id=self.hub_model_id or self.args.hub_model_id,
+            base_model=hub_model_name(get_config_model_id(self.model.config)),
+            dataset_name=dataset_name,
+            settings=training_settings(self.args, teacher, what_trains),
+            is_adapter=peft_config is not None,
+            is_recovery=is_recovery,
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if self.is_world_process_zero():
+            remove_local_base_model(output_dir)
+            # In place of the form that PEFT leaves there to be filled in
+            self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
+            card = Path(self.args.output_dir, "README.md")
+            Path(output_dir, "README.md").write_bytes(card.read_bytes())
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        super().init_hf_repo(token, private)
+        if self.is_world_process_zero():
+            ignore_training_files(self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)

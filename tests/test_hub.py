@@ -1,0 +1,274 @@
+"""What others get: the files and the card of a trained model, on disk and on the Hub."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_trainer import ADAPTER, make_config, make_trainer, weights
+from tiny_models import make_image, make_processor, make_qwen3_vl, make_rows
+from transformers import AutoModelForImageTextToText
+
+from trl_vicur import CueRecoveryConfig, ViCuRTrainer
+from trl_vicur.trainer.model_card import hub_dataset_name
+
+
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+def load_card(directory: Path) -> ModelCard:
+    return ModelCard.load(directory / "README.md")
+
+
+def code_of(card: ModelCard) -> str:
+    """The card's example."""
+    return re.search(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[1]
+
+
+def with_base(model, name: str):
+    """A model that came from the Hub."""
+    model.config._name_or_path = model.name_or_path = name
+    return model
+
+
+# --- The card ---
+
+
+def test_card_of_an_adapter(tmp_path, processor):
+    trainer = make_trainer(
+        tmp_path / "Tiny-ViCuR",
+        processor,
+        model=with_base(make_qwen3_vl(), "Qwen/Qwen3-VL-2B-Instruct"),
+        peft_config=CueRecoveryConfig(**ADAPTER, r=4, sink_token="assistant"),
+    )
+    trainer.hub_model_id = "me/Tiny-ViCuR"
+    trainer.create_model_card(model_name="Tiny-ViCuR", dataset_name="me/geometry-with-cues", tags="geometry")
+    card = load_card(tmp_path / "Tiny-ViCuR")
+    data = card.data.to_dict()
+    assert data["base_model"] == "Qwen/Qwen3-VL-2B-Instruct"
+    assert data["datasets"] == "me/geometry-with-cues"
+    assert data["library_name"] == "peft"
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert data["tags"] == ["generated_from_trainer", "geometry", "peft", "trl", "vicur"]
+    text = card.text
+    assert "adapter for [Qwen/Qwen3-VL-2B-Instruct](https://huggingface.co/Qwen/Qwen3-VL-2B-Instruct)" in text
+    assert "[me/geometry-with-cues](https://huggingface.co/datasets/me/geometry-with-cues)" in text
+    assert "pip install trl-vicur" in text
+    assert "KeyError: 'CUE_RECOVERY'" in text
+    assert "import trl_vicur" in code_of(card)
+    assert 'PeftModel.from_pretrained(base_model, "me/Tiny-ViCuR")' in code_of(card)
+    for row in (
+        "| privilege of the teacher | cue |",
+        "| teacher | the student as it was |",
+        "| `distillation_mode` | sampled_token |",
+        "| `layer_interval` | 1 |",
+        "| `sink_token` | assistant |",
+        "| `r` | 4 |",
+        "| learning rate | 0.01 |",
+        "| prompts per step | 4 |",
+        "| training | 2 steps |",
+    ):
+        assert row in text
+    assert text.count("tian2026vicur") == text.count("vonwerra2020trl") == 1
+    assert "https://huggingface.co/papers/2606.05718" in text
+    assert "text-generation" not in text and "time machine" not in text  # TRL's example
+    headings = re.findall(r"^#+ .*", text, flags=re.MULTILINE)
+    assert headings == [
+        "# Model Card for Tiny-ViCuR",
+        "## Quick start",
+        "## Training procedure",
+        "### Settings",
+        "### Framework versions",
+        "## Citations",
+    ]
+
+
+@pytest.mark.parametrize(
+    "peft_config, teacher, arguments, expected",
+    [
+        (CueRecoveryConfig(**ADAPTER), "Qwen/Qwen3-VL-8B-Instruct", {}, "| teacher | Qwen/Qwen3-VL-8B-Instruct |"),
+        (CueRecoveryConfig(**ADAPTER), "/home/me/teacher", {}, "| teacher | another model |"),
+        (None, None, {"distillation_mode": "full_logits"}, "| `beta` | "),
+        (None, None, {}, "| trained | all weights |"),
+        (LoraConfig(target_modules=["q_proj"]), None, {"teacher_model_kind": "ema"}, "| trained | LORA |"),
+    ],
+)
+def test_card_says_what_was_trained(tmp_path, processor, peft_config, teacher, arguments, expected):
+    teacher = None if teacher is None else with_base(make_qwen3_vl(seed=5), teacher)
+    trainer = make_trainer(tmp_path, processor, teacher_model=teacher, peft_config=peft_config, **arguments)
+    trainer.create_model_card(model_name="x")
+    card = load_card(tmp_path)
+    assert expected in card.text
+    assert card.data.library_name == ("transformers" if peft_config is None else "peft")
+    assert ("import trl_vicur" in card.text) == isinstance(peft_config, CueRecoveryConfig)
+    assert ("PeftModel" in card.text) == (peft_config is not None)
+    compile(code_of(card), "card", "exec")
+
+
+def test_dataset_name_is_found_in_the_dataset():
+    dataset = Dataset.from_list(make_rows(2))
+    assert hub_dataset_name(dataset) is None
+    assert hub_dataset_name(None) is None
+    dataset.info.download_checksums = {"hf://datasets/me/cues@0123abc/data/train.parquet": {"num_bytes": 1}}
+    assert hub_dataset_name(dataset) == "me/cues"
+    assert hub_dataset_name(dataset, "you/cues") == "you/cues"
+    dataset.info.download_checksums = {"/home/me/cues.parquet": {"num_bytes": 1}}
+    assert hub_dataset_name(dataset) is None
+    assert hub_dataset_name(dataset, __file__) is None
+
+
+# --- What lies in a folder ---
+
+
+@pytest.mark.parametrize(
+    "peft_config", [CueRecoveryConfig(**ADAPTER), CueRecoveryConfig(**ADAPTER, train_base=True), None]
+)
+def test_saved_folders_hold_no_path_of_this_machine(tmp_path, processor, peft_config):
+    """The base model, its processor, the dataset and the output are local; checkpoint and `save_model`."""
+    base = tmp_path / "base"
+    make_qwen3_vl().save_pretrained(base)
+    processor.save_pretrained(base)
+    Dataset.from_list(make_rows(8)).save_to_disk(tmp_path / "data")
+    trainer = ViCuRTrainer(
+        model=str(base),
+        args=make_config(tmp_path / "out", save_strategy="steps", save_steps=1, max_steps=1),
+        train_dataset=Dataset.load_from_disk(tmp_path / "data"),
+        peft_config=peft_config,
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    file = "model" if peft_config is None else "adapter_model"
+    for directory in (tmp_path / "saved", tmp_path / "out" / "checkpoint-1"):
+        names = {path.name for path in directory.iterdir()}
+        configs = {"config.json"} if peft_config is None else {"adapter_config.json"}
+        assert names >= {f"{file}.safetensors", "README.md", "tokenizer.json", "chat_template.jinja", *configs}
+        assert load_card(directory).text == load_card(tmp_path / "out").text
+        assert "More Information Needed" not in load_card(directory).text  # PEFT's form
+        for path in directory.rglob("*"):
+            if path.is_file() and path.suffix not in {".safetensors", *PICKLES}:
+                text = path.read_text(encoding="utf-8")
+                for secret in (str(tmp_path), str(Path.home()), os.getcwd()):
+                    assert secret not in text, path.name
+    assert {path.name for path in (tmp_path / "saved").iterdir() if path.suffix in PICKLES} <= {"training_args.bin"}
+    if peft_config is None:
+        reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    else:
+        reloaded = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "saved")
+    torch.testing.assert_close(weights(reloaded), weights(trainer.model), rtol=0, atol=0)
+
+
+# --- Loading ---
+
+
+def test_without_the_import_peft_names_the_method(tmp_path):
+    """As the card says. PEFT looks it up in a table before it reads anything else that is ours."""
+    get_peft_model(make_qwen3_vl(), CueRecoveryConfig(**ADAPTER)).save_pretrained(tmp_path)
+    code = f"import peft; peft.PeftConfig.from_pretrained({str(tmp_path)!r})"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 1 and process.stderr.rstrip().endswith("KeyError: 'CUE_RECOVERY'")
+
+
+def test_loading_without_peft_is_refused(tmp_path):
+    """transformers would leave the module with the random weights that it starts with."""
+    make_qwen3_vl().save_pretrained(tmp_path / "base")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    get_peft_model(model, CueRecoveryConfig(**ADAPTER)).save_pretrained(tmp_path / "adapter")
+    for load in (make_qwen3_vl().load_adapter, AutoModelForImageTextToText.from_pretrained):
+        with pytest.raises(ValueError, match=r"loaded with `PeftModel.from_pretrained\(base_model, ...\)`"):
+            load(str(tmp_path / "adapter"))
+
+
+# --- The Hub ---
+
+TRAIN = """
+import sys
+sys.path.insert(0, {tests!r})
+from datasets import Dataset
+from test_trainer import make_config
+from tiny_models import make_rows
+from trl_vicur import CueRecoveryConfig, ViCuRTrainer
+
+trainer = ViCuRTrainer(
+    model="me/base",
+    args=make_config(
+        "out",
+        hub_model_id="me/adapter",
+        push_to_hub=True,
+        hub_strategy="checkpoint",
+        save_strategy="steps",
+        save_steps=1,
+        report_to="tensorboard",
+    ),
+    train_dataset=Dataset.from_list(make_rows(8)),
+    peft_config=CueRecoveryConfig(layer_interval=1),
+)
+trainer.train()
+trainer.push_to_hub(dataset_name="me/cues")
+"""
+
+
+def test_a_stranger_can_use_what_was_pushed(tmp_path):
+    """Training on a base model of the Hub pushes an adapter; its card's example loads and runs it elsewhere."""
+    make_qwen3_vl().save_pretrained(tmp_path / "base")
+    make_processor().save_pretrained(tmp_path / "base")
+    image = io.BytesIO()
+    make_image(0).save(image, format="PNG")
+    repos = {
+        "me/base": {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()},
+        "me/images": {"image.png": image.getvalue()},
+    }
+    with HubServer(repos) as hub:
+
+        def run(code: str, home: Path) -> str:
+            home.mkdir()
+            environment = {
+                **os.environ,
+                "HF_HOME": str(home / "cache"),
+                "HF_ENDPOINT": hub.url,
+                "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_TOKEN": "hf_secret",
+            }
+            process = subprocess.run(
+                [sys.executable, "-c", code], cwd=home, env=environment, capture_output=True, text=True
+            )
+            assert process.returncode == 0, process.stderr
+            return process.stdout
+
+        run(TRAIN.format(tests=str(Path(__file__).parent)), tmp_path / "author")
+        files = hub.repos["me/adapter"]
+        assert files.keys() >= {
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "processor_config.json",
+            "chat_template.jinja",
+        }
+        at_the_top = [name for name in files if "/" not in name]
+        assert not {name for name in at_the_top if Path(name).suffix in PICKLES}
+        # What was asked for by `hub_strategy="checkpoint"`; still without arguments and events
+        assert "last-checkpoint/optimizer.pt" in files
+        assert not [name for name in files if "training_args" in name or "tfevents" in name]
+        for name, content in files.items():
+            assert str(tmp_path).encode() not in content and b"hf_secret" not in content, name
+
+        card = files["README.md"].decode()
+        metadata = yaml.safe_load(card.split("---")[1])
+        assert metadata["base_model"] == "me/base" and metadata["datasets"] == "me/cues"
+        assert {"vicur", "trl", "peft"} <= set(metadata["tags"])
+        code = code_of(ModelCard(card)).replace("max_new_tokens=512", "max_new_tokens=4")
+        code = re.sub(r'image = ".*"', f'image = "{hub.url}/me/images/resolve/main/image.png"', code)
+        # Nothing may be unpickled, and no code of a repository may run
+        guard = "import pickle, torch\ndef refuse(*_, **__): raise AssertionError\npickle.load = torch.load = refuse\n"
+        run(guard + code + "assert type(model).__name__ == 'PeftModel'\n", tmp_path / "stranger")
