@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_trainer import logprobs_alone, make_rows, make_trainer, row_of, train_logs, weights
+from test_trainer import logprobs_alone, make_config, make_rows, make_trainer, row_of, train_logs, weights
 from tiny_families import FAMILIES, HIDDEN
 from tiny_models import encode, make_image, randomize, user
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration, PreTraine
 from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import CueRecoveryContext, CueRecoveryLayer
 from trl_vicur.cue_recovery.model import last_reading_layer
+from trl_vicur.trainer.dataset_validation import RowChecker
 from trl_vicur.trainer.losses import LMHead, token_logprobs
 
 
@@ -173,7 +174,24 @@ def test_teacher_and_student_score_the_same_tokens(tmp_path, family, share):
             torch.testing.assert_close(teacher, alone, rtol=1e-3, atol=1e-4)
 
 
+@every_family
+@pytest.mark.parametrize("size", [(64, 64), (32, 64), (200, 40)])
+def test_images_are_counted_before_training(tmp_path, family, size):
+    """With what stands around them where the processor cannot tell; never too few."""
+    model, processor = FAMILIES[family]()
+    counted = RowChecker(make_config(tmp_path), processor, max_length=2048)._num_image_tokens([size])
+    input_ids = encode(processor, [user("", make_image(0, size))])["input_ids"]
+    assert (input_ids == model.config.image_token_id).sum() <= counted <= input_ids.numel()
+
+
 # --- What does not work says so ---
+
+
+def test_a_prompt_that_is_too_long_is_refused_where_the_processor_cannot_count(tmp_path):
+    model, processor = FAMILIES["smolvlm"]()
+    model.config.text_config.max_position_embeddings = 120
+    with pytest.raises(ValueError, match=r"Row 1 of train_dataset: .* exceeds the model's context of 120 tokens"):
+        make_trainer(tmp_path, processor, model=model, rows=[{**make_rows(4)[i], "cue": "a" * 20} for i in (2, 0)])
 
 
 def test_llava_onevision_needs_shared_features_for_several_images(tmp_path):
