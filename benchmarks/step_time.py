@@ -7,12 +7,13 @@ teacher, on cues, by the sampled token; against TRL with a LoRA student, and wit
 copy of the model as teacher.
 """
 
+import json
 from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
 from measure import ratio
-from training_run import TrainingRun, alternate_runs, compare, interleave
+from training_run import TrainingRun, interleave
 
 
 OURS = "ViCuRTrainer"
@@ -42,48 +43,47 @@ def as_used(model: str, steps: int) -> dict[str, TrainingRun]:
 
 
 def run(quick: bool = False) -> dict[str, Any]:
-    results = {"switched_off": {}, "as_used": {}}
-    for model, steps in (("tiny", 40), ("100M", 5)):
-        # Step by step, because the ratio is near one
-        times = interleave(switched_off(model, 2 if quick else steps))
-        ratios = ratio(times[OURS], times["DistillationTrainer"])
-        results["switched_off"][model] = {
-            "seconds_per_step": {side: median(values) for side, values in times.items()},
-            "ratio": ratios,
-            "ratio_of_medians": median(times[OURS]) / median(times["DistillationTrainer"]),
-            "steps": times,
-        }
-        print(f"{model}, switched off: {results['switched_off'][model]['seconds_per_step']}, {ratios}", flush=True)
-    for model, steps, repeats in (("tiny", 12, 3), ("100M", 2, 3)):
-        runs = alternate_runs(as_used(model, 1 if quick else steps), 1 if quick else repeats)
-        results["as_used"][model] = compare(runs, OURS)
-        for side, ratios in results["as_used"][model]["ratios"].items():
-            figures = ", ".join(f"{key} {value['median']:.3f}" for key, value in ratios.items())
-            print(f"{model}, as used: ours over {side}: {figures}", flush=True)
-    return results
+    results = {}
+    for model, steps in (("tiny", 30), ("100M", 4)):
+        for comparison in (switched_off, as_used):
+            # Seconds from steps that take turns in one process, memory from a short run of each side in its own
+            times = interleave(comparison(model, 2 if quick else steps))
+            runs = {side: run.measure() for side, run in comparison(model, steps=1).items()}
+            name = f"{model}, {comparison.__name__.replace('_', ' ')}"
+            results[name] = {
+                "sides": {side: {"seconds_per_step": median(times[side])} | memory(runs[side]) for side in runs},
+                "ratios": {
+                    side: {
+                        "seconds_per_step": ratio(times[OURS], times[side]),
+                        **{key: value / memory(runs[side])[key] for key, value in memory(runs[OURS]).items()},
+                    }
+                    for side in runs
+                    if side != OURS
+                },
+                "steps": times,
+            }
+            print(f"{name}: {json.dumps(results[name]['sides'])}\n  {json.dumps(results[name]['ratios'])}", flush=True)
+    return {"comparisons": results}
+
+
+def memory(run: dict[str, float]) -> dict[str, float]:
+    return {key: run[key] for key in ("weights_mib", "peak_mib")}
 
 
 def plot(results: dict[str, Any]) -> Figure:
-    keys = {
-        "cpu_seconds_per_step": "CPU seconds per step",
-        "weights_mib": "weights, MiB",
-        "peak_mib": "peak memory, MiB",
-    }
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    panels = figure.subplots(2, 1 + len(keys))
-    for row, (model, comparison) in enumerate(results["as_used"].items()):
-        off = results["switched_off"][model]["seconds_per_step"]
-        columns = {"switched off: seconds per step": off} | {
-            f"as used: {label}": {side: figures[key] for side, figures in comparison["sides"].items()}
-            for key, label in keys.items()
-        }
-        for axes, (title, values) in zip(panels[row], columns.items(), strict=True):
-            sides = [side.replace("Trainer", "\nTrainer").replace(", ", ",\n") for side in values]
-            bars = axes.bar(sides, list(values.values()), color=["C0" if side == OURS else "0.7" for side in values])
+    keys = {"seconds_per_step": "seconds per step", "weights_mib": "weights, MiB", "peak_mib": "peak memory, MiB"}
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    panels = figure.subplots(len(keys), len(results["comparisons"]))
+    for column, (name, comparison) in enumerate(results["comparisons"].items()):
+        panels[0][column].set_title(name, fontsize=10)
+        for row, (key, label) in enumerate(keys.items()):
+            axes = panels[row][column]
+            sides = [side.replace("Trainer", "\nTrainer").replace(", ", ",\n") for side in comparison["sides"]]
+            colors = ["C0" if side == OURS else "0.7" for side in comparison["sides"]]
+            bars = axes.bar(sides, [figures[key] for figures in comparison["sides"].values()], color=colors)
             axes.bar_label(bars, fmt="{:.3g}", fontsize=8)
             axes.tick_params(labelsize=7)
-            axes.set_title(title if row == 0 else "", fontsize=9)
+            axes.set_ylabel(label if column == 0 else "")
             axes.spines[["top", "right"]].set_visible(False)
             axes.margins(y=0.15)
-        panels[row][0].set_ylabel(f"{model} model")
     return figure
