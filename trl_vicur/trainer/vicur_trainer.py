@@ -613,8 +613,8 @@ class ViCuRTrainer(DistillationTrainer):
             card = Path(self.args.output_dir, "README.md")
             Path(output_dir, "README.md").write_bytes(card.read_bytes())
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        super().init_hf_repo(token, private)
+    def init_hf_repo(self, *args, **kwargs) -> None:  # transformers 5.16 has no `private` yet
+        super().init_hf_repo(*args, **kwargs)
         if self.is_world_process_zero():
             ignore_training_files(self.args.output_dir)
 
