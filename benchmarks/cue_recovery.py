@@ -221,7 +221,7 @@ def plot(results: dict[str, Any]) -> Figure:
     rows = results["rows"]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    labels = [f"{row['model']}, batch {row['batch']}\n{row['visual_tokens']}" for row in rows]
+    labels = [f"{row['model']}\n{row['batch']}\n{row['visual_tokens']}" for row in rows]
     for offset, (name, label) in enumerate((("forward", "forward"), ("forward_backward", "forward + backward"))):
         places = [index + 0.4 * (offset - 0.5) for index in range(len(rows))]
         left.bar(places, [100 * row[name]["share"]["median"] for row in rows], width=0.38, label=label)

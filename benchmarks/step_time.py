@@ -81,7 +81,7 @@ def plot(results: dict[str, Any]) -> Figure:
             sides = [side.replace("Trainer", "\nTrainer").replace(", ", ",\n") for side in comparison["sides"]]
             colors = ["C0" if side == OURS else "0.7" for side in comparison["sides"]]
             bars = axes.bar(sides, [figures[key] for figures in comparison["sides"].values()], color=colors)
-            axes.bar_label(bars, fmt="{:.3g}", fontsize=8)
+            axes.bar_label(bars, fmt="{:,.4g}", fontsize=8)
             axes.tick_params(labelsize=7)
             axes.set_ylabel(label if column == 0 else "")
             axes.spines[["top", "right"]].set_visible(False)
