@@ -187,8 +187,9 @@ class CueRecoveryModel(LoraModel):
         # Compared one by one: a tensor of the ids would have to be copied to the device, which waits for it
         visual_mask = reduce(torch.logical_or, [input_ids == token_id for token_id in self._visual_token_ids])
         has_visual = visual_mask.any(dim=1)
-        past_key_values = kwargs.get("past_key_values")
-        is_continuation = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
+        # Backbones call it `cache` since transformers 5.24, and still take the old name
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        is_continuation = cache is not None and int(cache.get_seq_length()) > 0
         sink_positions = {}
         for name in adapters:
             config = self.peft_config[name]
