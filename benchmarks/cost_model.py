@@ -11,6 +11,7 @@ the same GPUs' memory, image features shared.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ class Costs:
     def text(self) -> Qwen3VLTextConfig:
         return self.config.text_config
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         with torch.device("meta"):
             model = Qwen3VLForConditionalGeneration(self.config)
