@@ -23,16 +23,17 @@ def attach(model, processor, sink_token="first", layer_interval=1, **config):
     return get_peft_model(model, config.resolve_sink_token(processor)).eval()
 
 
-def batch(processor):
+def conversations():
     """Prompts of different lengths: one image, two images, none."""
-    return encode(
-        processor,
-        [
-            user("What is this?", make_image(0)),
-            user("Which of the two is larger, and why?", make_image(1), make_image(2, (32, 64))),
-            user("Hello."),
-        ],
-    )
+    return [
+        user("What is this?", make_image(0)),
+        user("Which of the two is larger, and why?", make_image(1), make_image(2, (32, 64))),
+        user("Hello."),
+    ]
+
+
+def batch(processor):
+    return encode(processor, conversations())
 
 
 @torch.no_grad()

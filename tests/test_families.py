@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from test_cue_recovery import batch, conversations, logits
 from test_trainer import logprobs_alone, make_config, make_rows, make_trainer, row_of, train_logs, weights
 from tiny_families import FAMILIES, HIDDEN
 from tiny_models import encode, make_image, randomize, user
@@ -34,24 +35,10 @@ def attach(model, **config):
     return get_peft_model(model, CueRecoveryConfig(layer_interval=1, **config)).eval()
 
 
-def conversations():
-    """Prompts of different lengths: one image, two images, none."""
-    return [
-        user("What is this?", make_image(0)),
-        user("Which of the two is larger, and why?", make_image(1), make_image(2, (32, 64))),
-        user("Hello."),
-    ]
-
-
-@torch.no_grad()
-def logits(model, inputs):
-    return model(**inputs).logits
-
-
 @every_family
 def test_identity_at_birth_and_off_means_off(family):
     model, processor = FAMILIES[family]()
-    inputs = encode(processor, conversations())
+    inputs = batch(processor)
     expected = logits(model, inputs)
     model = attach(model, r=2)
     assert torch.equal(logits(model, inputs), expected)
@@ -65,7 +52,7 @@ def test_identity_at_birth_and_off_means_off(family):
 @every_family
 def test_the_module_changes_samples_with_images_only(family):
     model, processor = FAMILIES[family]()
-    inputs = encode(processor, conversations())
+    inputs = batch(processor)
     expected = logits(model, inputs)
     changed = (logits(randomize(attach(model)), inputs) != expected)[:, -1].any(dim=1)
     assert changed.tolist() == [True, True, False]
@@ -75,7 +62,7 @@ def test_the_module_changes_samples_with_images_only(family):
 def test_each_sample_alone(family):
     model, processor = FAMILIES[family]()
     model = randomize(attach(model))
-    together = logits(model, encode(processor, conversations()))
+    together = logits(model, batch(processor))
     for conversation, padded in zip(conversations(), together, strict=True):
         alone = logits(model, encode(processor, [conversation]))[0]
         torch.testing.assert_close(padded[-len(alone) :], alone, rtol=1e-3, atol=1e-4)
@@ -85,7 +72,7 @@ def test_each_sample_alone(family):
 def test_cache_and_no_cache_agree(family):
     model, processor = FAMILIES[family]()
     model = randomize(attach(model))
-    inputs = encode(processor, conversations())
+    inputs = batch(processor)
     arguments = dict(max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
     cached = model.generate(**inputs, **arguments, use_cache=True)
     uncached = model.generate(**inputs, **arguments, use_cache=False)
@@ -98,7 +85,7 @@ def test_cache_and_no_cache_agree(family):
 def test_every_trainable_parameter_gets_a_gradient(family):
     model, processor = FAMILIES[family]()
     model = randomize(attach(model))
-    model(**encode(processor, conversations())).logits[:, -1].square().mean().backward()
+    model(**batch(processor)).logits[:, -1].square().mean().backward()
     without = [
         name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
@@ -129,7 +116,7 @@ def test_training_saving_reloading_generating(tmp_path, family):
 
     trainer.save_model(tmp_path / "adapter")
     reloaded = PeftModel.from_pretrained(FAMILIES[family]()[0], tmp_path / "adapter").eval()
-    inputs = encode(processor, conversations())
+    inputs = batch(processor)
     assert torch.equal(logits(reloaded, inputs), logits(trainer.model.eval(), inputs))
     arguments = dict(max_new_tokens=4, do_sample=False)
     assert torch.equal(reloaded.generate(**inputs, **arguments), trainer.model.generate(**inputs, **arguments))
