@@ -2,9 +2,9 @@
 Whole training steps against TRL's `DistillationTrainer`: the same model, data and generation settings.
 
 Switched off: `ViCuRTrainer` with nothing of its own (`privilege="none"`, `distillation_mode="full_logits"`, a copy as
-teacher, no module), which is what the trainer itself costs. As used: an adapter of module and LoRA that is its own
-teacher, on cues, by the sampled token; against TRL with a LoRA student, and with full fine-tuning, both with a second
-copy of the model as teacher.
+teacher, no module), which is what the trainer itself costs. As used: an adapter (the module alone, as by default, or
+module and LoRA) that is its own teacher, on cues, by the sampled token; against TRL with a LoRA student, and with full
+fine-tuning, both with a second copy of the model as teacher.
 """
 
 import json
@@ -32,11 +32,19 @@ def switched_off(model: str, steps: int) -> dict[str, TrainingRun]:
     }
 
 
-def as_used(model: str, steps: int) -> dict[str, TrainingRun]:
+def module_alone(model: str, steps: int) -> dict[str, TrainingRun]:
+    return as_used(model, steps, adapter={})
+
+
+def module_and_lora(model: str, steps: int) -> dict[str, TrainingRun]:
+    return as_used(model, steps, adapter=dict(r=16))
+
+
+def as_used(model: str, steps: int, adapter: dict[str, Any]) -> dict[str, TrainingRun]:
     sizes = dict(model=model, batch_size=BATCH_SIZES[model], steps=steps)
     trl = dict(trainer="DistillationTrainer", teacher_copy=True, **sizes)
     return {
-        OURS: TrainingRun(OURS, adapter=dict(r=16, layer_interval=2), **sizes),
+        OURS: TrainingRun(OURS, adapter=adapter, **sizes),
         "DistillationTrainer, LoRA": TrainingRun(adapter=dict(r=16, target_modules="all-linear"), **trl),
         "DistillationTrainer, full": TrainingRun(**trl),
     }
@@ -45,7 +53,7 @@ def as_used(model: str, steps: int) -> dict[str, TrainingRun]:
 def run(quick: bool = False) -> dict[str, Any]:
     results = {}
     for model, steps in (("tiny", 30), ("100M", 4)):
-        for comparison in (switched_off, as_used):
+        for comparison in (switched_off, module_alone, module_and_lora):
             # Seconds from steps that take turns in one process, memory from a short run of each side in its own
             times = interleave(comparison(model, 2 if quick else steps))
             runs = {side: run.measure() for side, run in comparison(model, steps=1).items()}
@@ -72,7 +80,7 @@ def memory(run: dict[str, float]) -> dict[str, float]:
 
 def plot(results: dict[str, Any]) -> Figure:
     keys = {"seconds_per_step": "seconds per step", "weights_mib": "weights, MiB", "peak_mib": "peak memory, MiB"}
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(16, 6), layout="constrained")
     panels = figure.subplots(len(keys), len(results["comparisons"]))
     for column, (name, comparison) in enumerate(results["comparisons"].items()):
         panels[0][column].set_title(name, fontsize=10)

@@ -33,6 +33,7 @@ from ..dataset_rows import row_images
 from ..teacher_prompt import add_privilege, hint_marker
 from .dataset_validation import RowChecker, check_dataset, with_row_number
 from .ema_teacher import EMATeacherCallback
+from .image_processing import images_processed_once
 from .losses import (
     LMHead,
     full_divergence,
@@ -318,8 +319,11 @@ class ViCuRTrainer(DistillationTrainer):
         self._vision_is_frozen = is_vision_frozen(student)
         rolls_out = not self.use_vllm and (self._shares_features() or self._shares_features(of_teacher=True))
         recording = record_image_features(student, self.accelerator.autocast) if rolls_out else nullcontext([])
-        with recording as recorded:
-            output = super()._generate_and_score_completions(inputs)
+        with images_processed_once(self.processing_class.image_processor):
+            with recording as recorded:
+                output = super()._generate_and_score_completions(inputs)
+            if self.args.privilege != "none":
+                output.update(self._teacher_prompts(inputs, output))
         if "pixel_values" in output:
             token_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # tools return images, too
             output["num_image_tokens"] = (token_ids == self.model.config.image_token_id).sum(dim=1).tolist()
@@ -328,8 +332,6 @@ class ViCuRTrainer(DistillationTrainer):
                 # them by image where there are as many images as samples
                 del output["num_images"]
         self._note_image_features(recorded, output)
-        if self.args.privilege != "none":
-            output.update(self._teacher_prompts(inputs, output))
         self._log_hint_leakage(output["completion_ids"])
         return output
 

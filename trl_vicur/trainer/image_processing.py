@@ -1,0 +1,43 @@
+"""Pixels of a batch's images, made once for all that ask for them: the rollout, the loss, the teacher's prompt."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+
+import torch
+from transformers import BaseImageProcessor, BatchFeature
+from transformers.image_utils import ImageInput
+
+
+@contextmanager
+def images_processed_once(image_processor: BaseImageProcessor) -> Iterator[None]:
+    """
+    While active, for the same images and arguments the image processor returns what it returned before.
+
+    Args:
+        image_processor ([`~transformers.BaseImageProcessor`]):
+            The processor's `image_processor`.
+    """
+    preprocess = image_processor.preprocess
+    calls = []
+
+    @wraps(preprocess)
+    def preprocess_once(images: ImageInput, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+        for earlier_images, earlier_tensors, earlier_kwargs, output in calls:
+            # What has no lists is the same with and without `return_tensors="pt"`
+            is_same_type = return_tensors == earlier_tensors or (
+                {return_tensors, earlier_tensors} == {None, "pt"}
+                and all(isinstance(value, torch.Tensor) for value in output.values())
+            )
+            if is_same_type and kwargs == earlier_kwargs and images == earlier_images:
+                break
+        else:
+            output = preprocess(images, return_tensors=return_tensors, **kwargs)
+            calls.append((images, return_tensors, kwargs, output))
+        return BatchFeature({**output})  # processors take things out of it
+
+    image_processor.preprocess = preprocess_once
+    try:
+        yield
+    finally:
+        del image_processor.preprocess
