@@ -30,7 +30,7 @@ from trl_vicur.trainer.vision_features import get_backbone
 WARMUP_STEPS = 2
 # Text and vision configs over those of the tests' tiny Qwen3-VL
 MODELS = {
-    "tiny": dict(hidden_size=128),
+    "tiny": dict(hidden_size=128, num_layers=6),
     # About 100M parameters, 78M of them the embeddings of the real vocabulary
     "100M": dict(
         hidden_size=512,
