@@ -1,7 +1,74 @@
 """The command `trl-vicur`."""
 
 import argparse
+import importlib
 import sys
+from importlib.metadata import version
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """
+    One of the commands. Its module, which takes long to import, has a parser that tells about its arguments.
+
+    Args:
+        name (`str`):
+            What follows `trl-vicur` on the command line, one word or several.
+        summary (`str`):
+            What it does, in a line.
+        example (`str`):
+            Arguments of a typical call.
+        function (`str`):
+            The function that runs it, as `"module:name"` within this package. It takes the list of arguments.
+        resumes (`bool`, *optional*, defaults to `False`):
+            Whether the same command goes on where it was interrupted.
+    """
+
+    name: str
+    summary: str
+    example: str
+    function: str
+    resumes: bool = False
+
+
+COMMANDS = [
+    Command(
+        "cues generate",
+        "let a model write a visual cue for every row of a dataset",
+        "--dataset me/geometry --output geometry-cues --model Qwen/Qwen3-VL-8B-Instruct",
+        "cues.commands:generate",
+        resumes=True,
+    ),
+    Command(
+        "cues audit",
+        "check whether cues may be used: leaks, control text, recoverability, usefulness",
+        "geometry-cues --html report.html",
+        "cues.commands:audit",
+        resumes=True,
+    ),
+    Command(
+        "heatmap",
+        "draw what the sink token looks at",
+        "--model Qwen/Qwen3-VL-2B-Instruct --adapter me/Qwen3-VL-2B-ViCuR --image diagram.png "
+        '--question "How long is AB?" --output heatmap.png',
+        "heatmap.command:heatmap",
+    ),
+]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the first words, whose help lists all commands."""
+    lines = [f"  {each.name:<15}{each.summary}\n{'':17}trl-vicur {each.name} {each.example}" for each in COMMANDS]
+    parser = argparse.ArgumentParser(
+        prog="trl-vicur",
+        usage="%(prog)s COMMAND …",
+        description="Visual-cue-recovery distillation (ViCuR) of vision-language models.",
+        epilog="\n".join(["commands, each with a typical call:", *lines, "", "trl-vicur COMMAND --help tells more."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"trl-vicur {version('trl-vicur')}")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,31 +83,23 @@ def main(arguments: list[str] | None = None) -> int:
         `int`: The exit status: 0, 1 after an error, or 130 when interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="trl-vicur", description="Visual-cue-recovery distillation (ViCuR).")
-    subjects = parser.add_subparsers(dest="subject", required=True)
-    cues = subjects.add_parser("cues", help="generate visual cues and audit them")
-    commands = cues.add_subparsers(dest="command", required=True)
-    # Their own parsers, which take long to import, tell about their arguments
-    commands.add_parser("generate", help="let a model write a cue for every row of a dataset", add_help=False)
-    commands.add_parser("audit", help="check whether cues may be used", add_help=False)
-    subjects.add_parser("heatmap", help="draw what the sink token looks at", add_help=False)
-    # The command is the first word, or the first two
-    chosen, _ = parser.parse_known_args(arguments[:2])
+    words = {command: command.name.split() for command in COMMANDS}
+    command = next((each for each in COMMANDS if arguments[: len(words[each])] == words[each]), None)
+    if command is None:
+        parser = make_parser()
+        parser.parse_known_args(arguments)  # --help, --version and nothing at all end here
+        parser.error(
+            f"there is no command {' '.join(arguments[:2])!r}, only {', '.join(each.name for each in COMMANDS)}"
+        )
 
     from .cues import GeneratorUnavailableError
 
     try:
-        if chosen.subject == "heatmap":
-            from .heatmap.command import heatmap
-
-            heatmap(arguments[1:])
-        else:
-            from .cues import commands as cue_commands
-
-            run = {"generate": cue_commands.generate, "audit": cue_commands.audit}[chosen.command]
-            run(arguments[2:])
+        module, _, function = command.function.partition(":")
+        run = getattr(importlib.import_module(f".{module}", __package__), function)
+        run(arguments[len(words[command]) :])
     except KeyboardInterrupt:
-        kept = "" if chosen.subject == "heatmap" else " What is done is kept; the same command goes on from there."
+        kept = " What is done is kept; the same command goes on from there." if command.resumes else ""
         print(f"\nInterrupted.{kept}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, GeneratorUnavailableError) as error:

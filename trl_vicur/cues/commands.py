@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from rich.console import Console
-from trl import TrlParser
 
+from ..command_parser import CommandParser
+from ..dataset_loading import load_split
 from .audit import audit_cues
 from .audit_summary import summarize_audit
 from .columns import check_columns
 from .dataset_card import write_dataset_card
-from .dataset_folder import STATE, prepare_folder, save_dataset
+from .dataset_folder import prepare_folder, save_dataset
 from .generate import STORE_NAME, generate_cues
 from .generators import Generator, OpenAIGenerator, TransformersGenerator
 from .privilege_gap import measure_privilege_gap
@@ -153,15 +153,26 @@ class AuditArguments:
 
 def generate(arguments: list[str]) -> None:
     """Runs `trl-vicur cues generate`."""
-    parser = TrlParser(
+    parser = CommandParser(
         [GenerateArguments, DatasetArguments, GeneratorArguments],
         prog="trl-vicur cues generate",
-        description="Let a vision-language model write a cue for every row of a dataset. After an interruption, the "
-        "same command goes on where it stopped.",
+        usage="--dataset DATASET --output FOLDER --model MODEL [options]",
+        description="Let a vision-language model write a cue for every row of a dataset: what its image shows of use "
+        "to the question, neither the answer nor how to get it. After an interruption, the same command goes on where "
+        "it stopped.",
+        examples="""
+            # with a model that is loaded here
+            trl-vicur cues generate --dataset me/geometry --output geometry-cues --model Qwen/Qwen3-VL-8B-Instruct
+            # at an OpenAI-compatible endpoint (vLLM, SGLang, a hosted API); its key comes from OPENAI_API_KEY
+            trl-vicur cues generate --dataset rows.jsonl --output cues --model Qwen/Qwen3-VL-32B-Instruct \\
+                --base_url http://localhost:8000/v1 --concurrency 64
+            # once more the rows that failed
+            trl-vicur cues generate --dataset rows.jsonl --output cues --model … --retry_failed
+        """,
     )
     args, dataset_args, generator_args = parser.parse_args_and_config(arguments)
     dataset = generate_cues(
-        load(args.dataset, dataset_args),
+        load_split(args.dataset, dataset_args.config_name, dataset_args.split),
         generator_args.make_generator(),
         args.output,
         prompt=generator_args.make_prompt(),
@@ -183,11 +194,21 @@ def generate(arguments: list[str]) -> None:
 
 def audit(arguments: list[str]) -> None:
     """Runs `trl-vicur cues audit`."""
-    parser = TrlParser(
+    parser = CommandParser(
         [AuditArguments, DatasetArguments, GeneratorArguments],
         prog="trl-vicur cues audit",
+        usage="DATASET [options]",
         description="Check whether the cues of a dataset may be used: they must neither leak the answer nor the "
         "solution, nor hold control text. With a model, measure also how recoverable and useful they are.",
+        examples="""
+            # what the text alone tells, with the images beside it in a page for the browser
+            trl-vicur cues audit geometry-cues --html report.html
+            # ask again where a cue is missing or not usable, then leave out what still is not
+            trl-vicur cues audit geometry-cues --fix regenerate --model Qwen/Qwen3-VL-8B-Instruct
+            trl-vicur cues audit geometry-cues --drop
+            # can the student see what the cue says, and does it help the teacher?
+            trl-vicur cues audit geometry-cues --model Qwen/Qwen3-VL-8B-Instruct --recoverability 4 --privilege_gap
+        """,
     )
     parser.add_argument("dataset", help="Folder that `cues generate` made, or any dataset with the column `cue`.")
     args, dataset_args, generator_args, positional = parser.parse_args_and_config(arguments)
@@ -210,7 +231,7 @@ def audit(arguments: list[str]) -> None:
         )
     else:
         output = None  # only the summary and the report
-    dataset = load(positional.dataset, dataset_args)
+    dataset = load_split(positional.dataset, dataset_args.config_name, dataset_args.split)
     check_columns(dataset, cue_column="cue")
     if output is not None:
         prepare_folder(output, STORE_NAME, AUDIT_NAME)
@@ -262,29 +283,3 @@ def audit(arguments: list[str]) -> None:
     if (folder / STORE_NAME).exists():
         write_dataset_card(output, read_settings(folder / STORE_NAME), dataset, summary)
     console.print(f"{len(dataset):,} rows are in {output}", markup=False, soft_wrap=True)
-
-
-def load(name: str, args: DatasetArguments) -> Dataset:
-    """
-    Load a dataset from the Hub, from a folder of `save_to_disk`, or from a file.
-
-    Raises:
-        `ValueError`: If there is no such dataset or split.
-    """
-    path = Path(name)
-    if (path / STORE_NAME).exists() and not (path / STATE).exists():
-        raise ValueError(f"The generation of cues in {name!r} has not finished. Run its command again to finish it.")
-    if (path / STATE).exists() or (path / "dataset_dict.json").exists():
-        dataset = load_from_disk(name)
-    elif path.is_file():
-        formats = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-        if path.suffix not in formats:
-            raise ValueError(f"{name!r} is none of the kinds of files that can be read: {', '.join(formats)}.")
-        return load_dataset(formats[path.suffix], data_files=name, split="train")
-    else:
-        return load_dataset(name, args.config_name, split=args.split)
-    if isinstance(dataset, DatasetDict):
-        if args.split not in dataset:
-            raise ValueError(f"{name!r} has no split {args.split!r}, only {list(dataset)}. Choose one with `--split`.")
-        dataset = dataset[args.split]
-    return dataset

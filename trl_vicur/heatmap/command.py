@@ -8,8 +8,8 @@ from peft import PeftConfig, PeftModel
 from PIL import Image
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import TrlParser
 
+from ..command_parser import CommandParser
 from ..cue_recovery import CueRecoveryConfig
 from ..dataset_rows import read_image
 from .plot import Figure, plot_sink_attention
@@ -29,11 +29,16 @@ class HeatmapArguments:
 
 def heatmap(arguments: list[str]) -> None:
     """Runs `trl-vicur heatmap`."""
-    parser = TrlParser(
+    parser = CommandParser(
         [HeatmapArguments],
         prog="trl-vicur heatmap",
+        usage="--model MODEL --adapter ADAPTER --image IMAGE --question QUESTION --output FILE [options]",
         description="Draw what the sink token looks at: its attention over the images, at each layer that carries a "
         "module and averaged over these layers, relative to a sink that looks everywhere alike.",
+        examples="""
+            trl-vicur heatmap --model Qwen/Qwen3-VL-2B-Instruct --adapter me/Qwen3-VL-2B-ViCuR \\
+                --image diagram.png --question "How long is the chord AB?" --output heatmap.png
+        """,
     )
     parser.add_argument(
         "--image", action="append", required=True, help="File or URL of an image; several times for several images."
