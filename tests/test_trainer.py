@@ -528,6 +528,7 @@ def test_logged_metrics(tmp_path, processor):
     trainer.train()
     logs = train_logs(trainer)
     expected = {"advantage/mean", "advantage/abs_mean", "clip_fraction", "hint_leakage", "completions/mean_length"}
+    expected |= {"hint_leakage/occurrences"}
     expected |= {"logprob_gap/mean", *(f"logprob_gap/segment_{i}" for i in range(1, 5))}
     expected |= {f"cue_recovery/layers.{i}/update_ratio" for i in (1, 2, 3)}
     assert len(logs) == 2 and all(expected <= log.keys() for log in logs)
@@ -550,10 +551,11 @@ def test_gap_of_other_modes_is_logged_in_logged_steps(tmp_path, processor):
 def test_hint_leakage_counts_completions_that_speak_of_the_hint(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor)
     trainer.model.train()
-    texts = ["The Hint says so", "no", "nohint", "a [Hint]: b"]
+    texts = ["The Hint says so, so does the Hint", "no", "nohint", "a [Hint]: b"]
     ids = processor.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
     trainer._log_hint_leakage(ids)
     assert trainer._metrics["train"]["hint_leakage"] == [0.5]
+    assert trainer._metrics["train"]["hint_leakage/occurrences"] == [0.75]
 
 
 def test_evaluation_completions_and_tensorboard(tmp_path, processor):

@@ -31,6 +31,7 @@ from ..cue_recovery import CueRecoveryConfig, record_update_ratios
 from ..cue_recovery.model import visual_token_ids
 from ..dataset_rows import row_images
 from ..teacher_prompt import add_privilege, hint_marker
+from .collapse import CollapseCallback
 from .dataset_validation import RowChecker, check_dataset, with_row_number
 from .ema_teacher import EMATeacherCallback
 from .image_processing import images_processed_once
@@ -51,6 +52,7 @@ from .model_card import (
     training_settings,
 )
 from .privilege import get_privilege
+from .trackers import log_histogram
 from .vicur_config import ViCuRConfig
 from .vision_features import is_vision_frozen, lend_image_features, record_image_features, split_by_sample
 
@@ -211,6 +213,9 @@ class ViCuRTrainer(DistillationTrainer):
         self._multimodal_keys = list(inspect.signature(self._get_last_hidden_state).parameters)[4:]
         # Sums and counts of the current `compute_loss` call
         self._diagnostics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Advantages before their clip, `(tokens,)` each, of the micro-batches that the next histogram is made of
+        self._advantages: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
+        self.add_callback(CollapseCallback(self))
 
     def _check_arguments(
         self,
@@ -361,13 +366,18 @@ class ViCuRTrainer(DistillationTrainer):
         return teacher
 
     def _log_hint_leakage(self, completion_ids: torch.Tensor) -> None:
-        """Share of the completions that speak of the hint, which the student never saw (ViCuR, Table 8)."""
+        """
+        Share of the completions that speak of the hint, which the student never saw, and how often a completion does
+        so (ViCuR, Table 8: samples and occurrences).
+        """
         if not self._hint_marker:
             return
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        leaks = torch.tensor([float(self._hint_marker in text) for text in texts], device=completion_ids.device)
+        counts = torch.tensor([float(text.count(self._hint_marker)) for text in texts], device=completion_ids.device)
+        counts = self.accelerator.gather(counts)
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["hint_leakage"].append(self.accelerator.gather(leaks).mean().item())
+        self._metrics[mode]["hint_leakage"].append((counts > 0).float().mean().item())
+        self._metrics[mode]["hint_leakage/occurrences"].append(counts.mean().item())
 
     # --- Image features: computed once for all passes that have the same vision weights ---
 
@@ -490,7 +500,8 @@ class ViCuRTrainer(DistillationTrainer):
             totals = torch.stack([torch.stack([s.float(), n.float()]) for s, n in self._diagnostics.values()])
             totals = self.accelerator.reduce(totals, reduction="sum").tolist()
             for name, (total, count) in zip(self._diagnostics, totals, strict=True):
-                self._metrics[mode][name].append(total / count if count else float("nan"))
+                if count:  # short completions have no token in some of their segments
+                    self._metrics[mode][name].append(total / count)
         return output
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
@@ -525,7 +536,8 @@ class ViCuRTrainer(DistillationTrainer):
             self._diagnose("advantage/mean", advantages)
             self._diagnose("advantage/abs_mean", advantages.abs())
             self._diagnose("clip_fraction", is_clipped)
-            self._diagnose_gap(teacher_logprobs - logprobs.detach(), mask)
+            gap = teacher_logprobs - logprobs.detach()
+            self._diagnose_gap(gap, mask)
         elif args.distillation_mode == "topk_logits":
             per_token_loss, entropy = topk_divergence(*both, args.distillation_topk, self.beta, self.temperature)
         elif self.use_liger_loss:
@@ -539,7 +551,9 @@ class ViCuRTrainer(DistillationTrainer):
                 with torch.no_grad():
                     logprobs, entropy = token_logprobs(student_states, student_head, token_ids, self.temperature)
                     teacher_logprobs, _ = token_logprobs(teacher_states, teacher_head, token_ids, self.temperature)
-                self._diagnose_gap(teacher_logprobs - logprobs, mask)
+                gap = teacher_logprobs - logprobs
+                self._diagnose_gap(gap, mask)
+            self._advantages["train" if self.model.training else "eval"].append(gap)
             for layer, ratios in update_ratios.items():
                 self._diagnose(f"cue_recovery/{layer}/update_ratio", ratios)
 
@@ -556,6 +570,19 @@ class ViCuRTrainer(DistillationTrainer):
             num_items = num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = total / torch.as_tensor(num_items, device=device)
         return loss, entropy.sum(), num_tokens
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        mode = "train" if self.model.training else "eval"
+        if self._advantages[mode]:
+            advantages = torch.cat(self._advantages[mode])
+            self._advantages[mode].clear()
+            advantages = self.accelerator.pad_across_processes(advantages, pad_index=float("nan"))
+            advantages = self.accelerator.gather(advantages)
+            advantages = advantages[~advantages.isnan()]
+            if self.is_world_process_zero() and len(advantages):
+                name = f"{mode}/advantage/histogram"
+                log_histogram(self.callback_handler.callbacks, name, advantages, self.state.global_step)
 
     def _diagnose(self, name: str, values: torch.Tensor) -> None:
         """Note values whose mean over all processes `compute_loss` logs."""

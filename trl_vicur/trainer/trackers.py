@@ -1,0 +1,66 @@
+"""What `report_to` cannot carry as a scalar: histograms and alerts, in TensorBoard, wandb and trackio."""
+
+import torch
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+
+NUM_BINS = 64
+
+
+def log_histogram(callbacks: list[TrainerCallback], name: str, values: torch.Tensor, step: int) -> None:
+    """
+    Show a histogram in every tracker that the trainer reports to, each in its own form.
+
+    Args:
+        callbacks (`list[TrainerCallback]`):
+            The trainer's callbacks, which have logged scalars before.
+        name (`str`):
+            Name of the metric, e.g. `"train/advantage/histogram"`.
+        values (`torch.Tensor`):
+            The values that are to be counted.
+        step (`int`):
+            Optimizer steps so far.
+    """
+    values = values.float().cpu().numpy()
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.tb_writer.add_histogram(name, values, step, bins=NUM_BINS)
+            callback.tb_writer.flush()
+        elif isinstance(callback, WandbCallback):
+            import wandb
+
+            wandb.log({name: wandb.Histogram(values, num_bins=NUM_BINS), "train/global_step": step})
+        elif isinstance(callback, TrackioCallback):
+            import trackio
+
+            histogram = trackio.Histogram(values, num_bins=NUM_BINS)
+            trackio.log({name: histogram, "train/global_step": step}, step=step)
+
+
+def alert(callbacks: list[TrainerCallback], title: str, text: str, step: int) -> None:
+    """
+    Show an alert in every tracker that the trainer reports to: as a text in TensorBoard, as an alert in the others.
+
+    Args:
+        callbacks (`list[TrainerCallback]`):
+            The trainer's callbacks, which have logged scalars before.
+        title (`str`):
+            What happened.
+        text (`str`):
+            The figures, and what to try.
+        step (`int`):
+            Optimizer steps so far.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.tb_writer.add_text(title, text, step)
+            callback.tb_writer.flush()
+        elif isinstance(callback, WandbCallback):
+            import wandb
+
+            wandb.run.alert(title, text, level="WARN")
+        elif isinstance(callback, TrackioCallback):
+            import trackio
+
+            trackio.alert(title, text)
