@@ -12,6 +12,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from rich.console import Console
 
+from trl_vicur import html_page
 from trl_vicur.cues import report
 from trl_vicur.cues.audit_summary import VERDICTS, summarize_audit
 from trl_vicur.cues.report import print_summary, write_html_report
@@ -217,7 +218,7 @@ def test_rows_beyond_max_rows_are_counted(tmp_path):
 
 def test_only_images_of_shown_rows_are_read(tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(report, "read_image", lambda image: read.append(image) or Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(html_page, "read_image", lambda image: read.append(image) or Image.new("RGB", (8, 8)))
     write(tmp_path, make_dataset(*[{}] * 50), max_rows=2)
     assert len(read) == 2
 
@@ -292,7 +293,7 @@ def test_policy_allows_the_script_of_the_page_only(tmp_path):
     html = (tmp_path / "report.html").read_text()
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
     (policy,) = [meta["content"] for meta in page.attributes("meta") if "http-equiv" in meta]
-    assert f"script-src '{report.content_hash(script)}'" in policy
+    assert f"script-src '{html_page.content_hash(script)}'" in policy
     assert "default-src 'none'" in policy
 
 
@@ -407,7 +408,7 @@ def test_page_size_is_bounded(tmp_path):
         "cue_reasons": ["'" * 10**5] * 1000,
     }
     page = write(tmp_path, make_dataset(row))
-    assert len(page.attributes("img")) == report.MAX_IMAGES_PER_ROW
+    assert len(page.attributes("img")) == html_page.MAX_IMAGES_PER_ROW
     assert "14 more images are not shown." in page.cards[0]
     assert "980 more" in page.cards[0]
     assert "996,000 more characters" in page.cards[0]

@@ -53,6 +53,14 @@ COMMANDS = [
         '--question "How long is AB?" --output heatmap.png',
         "heatmap.command:heatmap",
     ),
+    Command(
+        "compare",
+        "show the test questions on which a base model and its students disagree",
+        "--model Qwen/Qwen3-VL-2B-Instruct --adapter OPSD=me/Qwen3-VL-2B-OPSD --adapter "
+        "ViCuR=me/Qwen3-VL-2B-ViCuR --dataset me/geometry --output comparison",
+        "comparison.command:compare",
+        resumes=True,
+    ),
 ]
 
 

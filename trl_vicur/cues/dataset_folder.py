@@ -1,13 +1,13 @@
 """A folder that holds a dataset and what the next run needs beside it. The dataset appears whole or not at all."""
 
-import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, load_from_disk
+
+from ..full_disk import explain_full_disk
 
 
 UNFINISHED = "unfinished"  # folder within the folder, where a dataset is before it is whole
@@ -82,22 +82,3 @@ def save_dataset(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return load_from_disk(str(folder))
-
-
-@contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
-    """
-    Raises:
-        `OSError`: If the disk gets full; says what to do.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OSError(
-            error.errno,
-            f"The disk is full ({error.strerror}). Everything up to here is kept; free some space and run the same "
-            "again",
-            str(folder),
-        ) from error

@@ -15,9 +15,10 @@ from datasets import Dataset, Image, List, Value
 from tqdm.auto import tqdm
 
 from ..dataset_rows import question_text, read_image, row_images, shorten
+from ..full_disk import explain_full_disk
 from .columns import check_dataset, find_image_column, find_question_column
 from .dataset_card import write_dataset_card
-from .dataset_folder import explain_full_disk, prepare_folder, save_dataset
+from .dataset_folder import prepare_folder, save_dataset
 from .generators import ChatRequest, ChatResponse, Generator
 from .prompts import CUE_PROMPT, CuePrompt
 from .response_store import ResponseStore

@@ -1,42 +1,27 @@
 """An audited dataset for people to look at: an HTML page with the images, and a table in the terminal."""
 
-import base64
-import hashlib
 import heapq
 import re
 from collections import Counter
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
 
-from ..dataset_rows import question_text, read_image, row_images
+from ..dataset_rows import question_text, row_images
+from ..html_page import check_page_path, readable, show_images, write_page
 from .audit_summary import MEASURES, VERDICTS, Measure, iterate_verdicts, summarize_audit
 from .columns import find_question_column
-from .dataset_folder import explain_full_disk
 
 
-TEMPLATE_NAME = "report.html.jinja"
-MAX_IMAGE_SIZE = 320  # pixels, of the longer side
-# What a single row may take of the page, of memory and of time
-MAX_IMAGES_PER_ROW = 6
-MAX_TEXT_LENGTH = 4000
+# What a single row may take of the page
 MAX_REASON_LENGTH = 500
 MAX_REASONS_PER_ROW = 20
 
-# Text that a reader would not see, or that would change how the text around it reads: controls, zero-width spaces,
-# overrides of the writing direction, and tag characters, which smuggle whole prompts. Joiners and direction marks
-# stay: emoji, Persian and Hebrew need them.
-INVISIBLE = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060-\u2069\ufeff\U000e0000-\U000e007f]"
-)
 # What a reason quotes of the cue, in whichever quotation marks
 QUOTED = re.compile(r"""(?<!\w)(?:'(.+?)'|"(.+?)"|“(.+?)”)(?!\w)""", re.DOTALL)
 
@@ -76,9 +61,7 @@ def write_html_report(
             less than 1.
         `OSError`: If the file cannot be written.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"`path` is {str(path)!r}, which is a folder. Name a file in it.")
+    path = check_page_path(path)
     if max_rows < 1:
         raise ValueError(f"`max_rows` must be at least 1, got {max_rows}.")
     summary = summarize_audit(dataset, cue_column)
@@ -90,30 +73,17 @@ def write_html_report(
     # The worst, and of equally bad ones the first; only as many as are shown are in memory
     chosen = {number: verdicts for _, number, verdicts in heapq.nsmallest(max_rows, ranked)}
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters["content_hash"] = content_hash
-    page = environment.get_template(TEMPLATE_NAME).stream(
+    num_shown_by_verdict = Counter(verdict for verdicts in chosen.values() for verdict in verdicts)
+    write_page(
+        Path(__file__).with_name("report.html.jinja"),
+        path,
         summary=summary,
         verdicts=VERDICTS,
         measures=select_measures(summary),
         rows=read_rows(dataset, chosen, question_column, cue_column, answer_column),
+        groups=[(name, verdict.label, num_shown_by_verdict[name]) for name, verdict in VERDICTS.items()],
         num_shown=len(chosen),
-        num_shown_by_verdict=Counter(verdict for verdicts in chosen.values() for verdict in verdicts),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with explain_full_disk(path), unfinished.open("wb") as file:
-            page.dump(file, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def print_summary(dataset: Dataset, console: Console) -> None:
@@ -181,8 +151,7 @@ def read_rows(
         yield {
             "number": number,
             "verdicts": verdicts,
-            "images": [show_image(image) for image in images[:MAX_IMAGES_PER_ROW]],
-            "num_images": len(images),
+            **show_images(images),
             "question": readable(question_text(row[question_column] or "")),
             "cue": None if cue is None else mark_evidence(readable(cue), quotes),
             "error": readable(row.get("cue_error") or ""),
@@ -190,43 +159,6 @@ def read_rows(
             "reasons": [mark_quotes(reason) for reason in reasons],
             "num_reasons": len(all_reasons),
         }
-
-
-def show_image(image: Image.Image | dict | str | None) -> dict[str, Any]:
-    """A thumbnail as data URL with its size and the image's, or the error why there is none."""
-    source = image["path"] if isinstance(image, dict) and image.get("bytes") is None else image
-    if source is None:
-        return {"error": "The dataset has neither its bytes nor its path."}
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        # A report would otherwise fetch whatever a dataset names, and wait for it
-        return {"error": f"It is not in the dataset, and a report downloads nothing: {readable(source, 200)}"}
-    try:
-        thumbnail = read_image(image)
-        size = thumbnail.size
-        thumbnail.info = {}  # a file's comment and colour profile, of any length, would be saved again
-        thumbnail.thumbnail((MAX_IMAGE_SIZE, MAX_IMAGE_SIZE))
-        # Drawings are smaller as PNG, and sharp; photographs as JPEG
-        encoded = min(encode(thumbnail, "PNG"), encode(thumbnail, "JPEG"), key=len)
-    except FileNotFoundError as error:
-        return {"error": f"There is no file {readable(str(error.filename), 200)}"}
-    except UnidentifiedImageError:  # whose message is a memory address
-        return {"error": "It is no image, or of an unknown format."}
-    except Exception as error:
-        return {"error": readable(f"{type(error).__name__}: {error}", 200)}
-    return {"url": encoded, "size": thumbnail.size, "original_size": size}
-
-
-def encode(image: Image.Image, image_format: str) -> str:
-    """The image as data URL."""
-    buffer = BytesIO()
-    image.save(buffer, image_format, quality=85, optimize=True)
-    return f"data:image/{image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def readable(text: str, max_length: int = MAX_TEXT_LENGTH) -> str:
-    """The text with invisible characters spelt out, and not longer than a reader would read."""
-    shown = INVISIBLE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", text[:max_length])
-    return shown if len(text) <= max_length else f"{shown}… ({len(text) - max_length:,} more characters)"
 
 
 def mark_quotes(reason: str) -> Markup:
@@ -249,8 +181,3 @@ def mark(text: str, spans: list[tuple[int, int]]) -> Markup:
         markup += escape(text[end:start]) + Markup("<mark>{}</mark>").format(text[start:stop])
         end = stop
     return markup + escape(text[end:])
-
-
-def content_hash(text: str) -> str:
-    """The hash by which a content security policy allows a script."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

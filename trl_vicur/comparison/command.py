@@ -1,0 +1,132 @@
+"""The command `trl-vicur compare`."""
+
+import argparse
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..command_parser import CommandParser
+from ..cues.generators import TransformersGenerator
+from ..dataset_loading import load_split
+from .compare import compare_models
+from .report import verdicts_by_row, write_html_comparison
+
+
+PAGE_NAME = "comparison.html"
+
+
+@dataclass
+class CompareArguments:
+    """Arguments of `trl-vicur compare`."""
+
+    model: str = field(metadata={"help": "Id or folder of the base model, which is called `base`."})
+    dataset: str = field(
+        metadata={
+            "help": "Test questions with `images` or `image` and answers: id on the Hub, folder of `save_to_disk`, or "
+            "a file of JSON lines, CSV or Parquet."
+        }
+    )
+    output: str = field(
+        metadata={"help": f"Folder for the page, {PAGE_NAME}, and for going on after an interruption."}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    split: str = field(default="test", metadata={"help": "Split, where the dataset has some."})
+    num_rows: int | None = field(default=None, metadata={"help": "Ask only about so many rows, the first ones."})
+    question_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with the questions, strings or conversational prompts; else `prompt`, `question`."},
+    )
+    cue_column: str = field(default="cue", metadata={"help": "Column with the cues, which the page shows."})
+    answer_column: str = field(default="answer", metadata={"help": "Column with the reference answers."})
+    max_rows: int = field(
+        default=50, metadata={"help": "Questions on the page of those that the same models answer rightly."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of the base model."})
+    dtype: str = field(default="auto", metadata={"help": "Data type that models are loaded in."})
+    batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
+    max_new_tokens: int = field(
+        default=2048, metadata={"help": "Longest completion, in tokens; longer ones are wrong."}
+    )
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+
+
+def named_path(text: str) -> tuple[str, str]:
+    """Splits `NAME=PATH`."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
+    return name, path
+
+
+def compare(arguments: list[str]) -> None:
+    """Runs `trl-vicur compare`."""
+    parser = CommandParser(
+        [CompareArguments],
+        prog="trl-vicur compare",
+        usage="--model MODEL --adapter NAME=PATH … --dataset DATASET --output FOLDER [options]",
+        description="Let a base model and its students answer test questions, and show those on which they disagree: "
+        "image, cue, all completions, and who is right. After an interruption, the same command goes on where it "
+        "stopped.",
+        examples="""
+            trl-vicur compare --model Qwen/Qwen3-VL-2B-Instruct --dataset me/geometry --output comparison \\
+                --adapter OPSD=me/Qwen3-VL-2B-OPSD --adapter ViCuR=me/Qwen3-VL-2B-ViCuR
+        """,
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=named_path,
+        metavar="NAME=PATH",
+        help="Name of a student, and id or folder of its adapter to the base model; several times for several.",
+    )
+    parser.add_argument(
+        "--student",
+        action="append",
+        default=[],
+        type=named_path,
+        metavar="NAME=PATH",
+        help="Name of a student that is a whole model, and its id or folder; several times for several.",
+    )
+    args, students = parser.parse_args_and_config(arguments)
+    names = ["base", *(name for name, _ in students.adapter + students.student)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Every model needs a name of its own, got {names}.")
+    load = partial(
+        TransformersGenerator,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+    )
+    models = {"base": partial(load, args.model, revision=args.revision)}
+    models |= {
+        name: partial(load, args.model, adapter=path, revision=args.revision) for name, path in students.adapter
+    }
+    models |= {name: partial(load, path) for name, path in students.student}
+    dataset = load_split(args.dataset, args.config_name, args.split)
+    if args.num_rows is not None:
+        dataset = dataset.select(range(min(args.num_rows, len(dataset))))
+    columns = {"question_column": args.question_column, "answer_column": args.answer_column}
+    dataset = compare_models(dataset, models, args.output, seed=args.seed, **columns)
+
+    names, verdicts = verdicts_by_row(dataset)
+    table = Table(title=f"{len(verdicts):,} questions", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    table.add_column("right", justify="right")
+    table.add_column("share", justify="right")
+    for index, name in enumerate(names):
+        num_right = sum(verdict[index] for verdict in verdicts.values())
+        table.add_row(name, f"{num_right:,}", f"{num_right / len(verdicts):.1%}")
+    console = Console()
+    console.print(table)
+    page = Path(args.output) / PAGE_NAME
+    write_html_comparison(dataset, page, cue_column=args.cue_column, max_rows=args.max_rows, **columns)
+    num_disagreements = sum(len(set(verdict)) > 1 for verdict in verdicts.values())
+    console.print(f"They disagree on {num_disagreements:,} questions, shown in {page}", markup=False, soft_wrap=True)

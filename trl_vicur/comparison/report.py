@@ -1,0 +1,136 @@
+"""A page of the questions that some models answer rightly and others wrongly."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..cues.columns import check_columns, check_dataset, find_question_column
+from ..dataset_rows import question_text, row_images
+from ..html_page import check_page_path, readable, show_images, write_page
+
+
+Verdict = tuple[bool, ...]  # whether each model is right, in their order
+
+
+def write_html_comparison(
+    dataset: Dataset,
+    path: str | Path,
+    question_column: str | None = None,
+    cue_column: str = "cue",
+    answer_column: str = "answer",
+    max_rows: int = 50,
+) -> None:
+    """
+    Write a page of what [`compare_models`] found: how many questions each model answers rightly, and the questions on
+    which they disagree, with image, cue, all completions, and who is right.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The result of [`compare_models`].
+        path (`str` or `Path`):
+            The file, which loads nothing from elsewhere. It appears, or replaces the one that is there, when it is
+            whole.
+        question_column (`str`, *optional*):
+            Column with the questions. By default `prompt` or, if there is none, `question`.
+        cue_column (`str`, *optional*, defaults to `"cue"`):
+            Column with the cues, if there is one.
+        answer_column (`str`, *optional*, defaults to `"answer"`):
+            Column with the reference answers.
+        max_rows (`int`, *optional*, defaults to `50`):
+            Most questions to show of those that the same models answer rightly.
+
+    Raises:
+        `TypeError`: If `dataset` is not a map-style dataset of one split.
+        `ValueError`: If a column is missing, if `path` is a folder, or if `max_rows` is less than 1.
+        `OSError`: If the file cannot be written.
+    """
+    path = check_page_path(path)
+    if max_rows < 1:
+        raise ValueError(f"`max_rows` must be at least 1, got {max_rows}.")
+    check_dataset(dataset)
+    check_columns(dataset, answer_column=answer_column)
+    if "correct" not in dataset.column_names:
+        raise ValueError("The dataset has no column 'correct': let models answer its questions with `compare_models`.")
+    question_column = find_question_column(dataset, question_column)
+    names, verdicts = verdicts_by_row(dataset)
+    counts = Counter(verdicts.values())
+    # The first ones of each kind, in the order of the dataset
+    num_shown: Counter[Verdict] = Counter()
+    chosen = {}
+    for number, verdict in verdicts.items():
+        if len(set(verdict)) > 1 and num_shown[verdict] < max_rows:
+            num_shown[verdict] += 1
+            chosen[number] = verdict
+    ranked = sorted(counts, key=lambda verdict: (-sum(verdict), [not is_right for is_right in verdict]))
+    write_page(
+        Path(__file__).with_name("comparison.html.jinja"),
+        path,
+        names=names,
+        num_rows=len(verdicts),
+        num_right=[sum(verdict[index] for verdict in verdicts.values()) for index in range(len(names))],
+        num_disagreements=sum(count for verdict, count in counts.items() if len(set(verdict)) > 1),
+        verdicts=[(verdict, counts[verdict]) for verdict in ranked],
+        groups=[(group_id(verdict), label(verdict, names), num_shown[verdict]) for verdict in ranked],
+        num_shown=len(chosen),
+        rows=read_rows(dataset, chosen, names, question_column, cue_column, answer_column),
+    )
+
+
+def verdicts_by_row(dataset: Dataset) -> tuple[list[str], dict[int, Verdict]]:
+    """The models' names, and who is right, by the numbers of the rows that were asked about."""
+    correct = dataset.select_columns(["correct"]).with_format(None)["correct"]
+    names = list(dataset.features["correct"])
+    return names, {
+        number: tuple(each[name] for name in names)
+        for number, each in enumerate(correct)
+        if each is not None and None not in each.values()
+    }
+
+
+def group_id(verdict: Verdict) -> str:
+    """What the page's filter calls the questions with this verdict."""
+    return "right-" + "".join("01"[is_right] for is_right in verdict)
+
+
+def label(verdict: Verdict, names: list[str]) -> str:
+    """Who is right, in words."""
+    right = [name for name, is_right in zip(names, verdict, strict=True) if is_right]
+    return ("only " if len(right) == 1 else "") + " and ".join(right)
+
+
+def read_rows(
+    dataset: Dataset,
+    chosen: dict[int, Verdict],
+    names: list[str],
+    question_column: str,
+    cue_column: str,
+    answer_column: str,
+) -> Iterator[dict[str, Any]]:
+    """The rows with the given numbers and verdicts, one after the other, as the template wants them."""
+    wanted = [question_column, cue_column, answer_column, "completions", "completion_errors"]
+    wanted += ["images" if "images" in dataset.column_names else "image"]
+    # In Arrow's format images are not decoded, so that one that cannot be read does not take its row along
+    rows = dataset.select_columns([column for column in wanted if column in dataset.column_names]).with_format("arrow")
+    for number, verdict in chosen.items():
+        row = rows[number].to_pylist()[0]
+        cue = row.get(cue_column)
+        yield {
+            "number": number,
+            "group": group_id(verdict),
+            **show_images(row_images(row)),
+            "question": readable(question_text(row[question_column])),
+            "cue": None if cue is None else readable(cue),
+            "answer": readable(str(row[answer_column])),
+            "completions": [
+                {
+                    "name": name,
+                    "is_right": is_right,
+                    "text": None if row["completions"][name] is None else readable(row["completions"][name].strip()),
+                    "error": readable(row["completion_errors"][name] or ""),
+                }
+                for name, is_right in zip(names, verdict, strict=True)
+            ],
+        }

@@ -1,0 +1,120 @@
+"""A page of HTML that shows rows of a dataset: one file, which loads nothing and trusts no text."""
+
+import base64
+import hashlib
+import re
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image, UnidentifiedImageError
+
+from ..dataset_rows import read_image
+from ..full_disk import explain_full_disk
+
+
+MAX_IMAGE_SIZE = 320  # pixels, of the longer side
+# What a single row may take of the page, of memory and of time
+MAX_IMAGES_PER_ROW = 6
+MAX_TEXT_LENGTH = 4000
+
+# Text that a reader would not see, or that would change how the text around it reads: controls, zero-width spaces,
+# overrides of the writing direction, and tag characters, which smuggle whole prompts. Joiners and direction marks
+# stay: emoji, Persian and Hebrew need them.
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060-\u2069\ufeff\U000e0000-\U000e007f]"
+)
+
+
+def check_page_path(path: str | Path) -> Path:
+    """
+    Raises:
+        `ValueError`: If the path is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"`path` is {str(path)!r}, which is a folder. Name a file in it.")
+    return path
+
+
+def write_page(template: Path, path: Path, **variables: Any) -> None:
+    """
+    Write a page. It can be read without JavaScript, which only filters.
+
+    Args:
+        template (`Path`):
+            Jinja template that extends `page.html.jinja`.
+        path (`Path`):
+            The file. It appears, or replaces the one that is there, when it is whole.
+        variables:
+            Variables of the template. Iterators are drawn as the page is written, so that one row's images are in
+            memory at a time.
+
+    Raises:
+        `OSError`: If the file cannot be written.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["content_hash"] = content_hash
+    page = environment.get_template(template.name).stream(**variables)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with explain_full_disk(path), unfinished.open("wb") as file:
+            page.dump(file, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def show_images(images: list) -> dict[str, Any]:
+    """The images of a row, as the macro `row_images` wants them."""
+    return {"images": [show_image(image) for image in images[:MAX_IMAGES_PER_ROW]], "num_images": len(images)}
+
+
+def show_image(image: Image.Image | dict | str | None) -> dict[str, Any]:
+    """A thumbnail as data URL with its size and the image's, or the error why there is none."""
+    source = image["path"] if isinstance(image, dict) and image.get("bytes") is None else image
+    if source is None:
+        return {"error": "The dataset has neither its bytes nor its path."}
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        # A report would otherwise fetch whatever a dataset names, and wait for it
+        return {"error": f"It is not in the dataset, and a report downloads nothing: {readable(source, 200)}"}
+    try:
+        thumbnail = read_image(image)
+        size = thumbnail.size
+        thumbnail.info = {}  # a file's comment and colour profile, of any length, would be saved again
+        thumbnail.thumbnail((MAX_IMAGE_SIZE, MAX_IMAGE_SIZE))
+        # Drawings are smaller as PNG, and sharp; photographs as JPEG
+        encoded = min(encode(thumbnail, "PNG"), encode(thumbnail, "JPEG"), key=len)
+    except FileNotFoundError as error:
+        return {"error": f"There is no file {readable(str(error.filename), 200)}"}
+    except UnidentifiedImageError:  # whose message is a memory address
+        return {"error": "It is no image, or of an unknown format."}
+    except Exception as error:
+        return {"error": readable(f"{type(error).__name__}: {error}", 200)}
+    return {"url": encoded, "size": thumbnail.size, "original_size": size}
+
+
+def encode(image: Image.Image, image_format: str) -> str:
+    """The image as data URL."""
+    buffer = BytesIO()
+    image.save(buffer, image_format, quality=85, optimize=True)
+    return f"data:image/{image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def readable(text: str, max_length: int = MAX_TEXT_LENGTH) -> str:
+    """The text with invisible characters spelt out, and not longer than a reader would read."""
+    shown = INVISIBLE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", text[:max_length])
+    return shown if len(text) <= max_length else f"{shown}… ({len(text) - max_length:,} more characters)"
+
+
+def content_hash(text: str) -> str:
+    """The hash by which a content security policy allows a script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
