@@ -582,43 +582,6 @@ def test_evaluation_completions_and_tensorboard(tmp_path, processor):
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize(
-    "arguments, config",
-    [
-        ({}, dict(**ADAPTER)),
-        ({}, dict(**ADAPTER, train_base=True)),
-        ({"teacher_model_kind": "ema"}, dict(**ADAPTER, r=2)),
-        ({"teacher_model_kind": "ema"}, None),
-        ({"num_iterations": 2}, None),
-    ],
-    ids=["module", "train_base", "ema-adapter", "ema-full", "iterations"],
-)
-def test_resume_continues_the_run(tmp_path, processor, arguments, config):
-    """A run stopped at step 2 and resumed ends with the weights of the run that was not stopped."""
-
-    def run(directory, resume, max_steps):
-        trainer = make_trainer(
-            directory,
-            processor,
-            rows=make_rows(16),  # one epoch: TRL's sampler forgets its order between epochs
-            peft_config=CueRecoveryConfig(**config) if config else None,
-            max_steps=max_steps,
-            save_strategy="steps",
-            save_steps=2,
-            **arguments,
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer
-
-    whole = run(tmp_path / "whole", None, 4)
-    run(tmp_path / "parts", None, 2)
-    resumed = run(tmp_path / "parts", str(tmp_path / "parts" / "checkpoint-2"), 4)
-    torch.testing.assert_close(weights(resumed.model), weights(whole.model), rtol=1e-5, atol=1e-6)
-    if resumed.ema_teacher is not None:
-        torch.testing.assert_close(resumed.ema_teacher.average, whole.ema_teacher.average, rtol=1e-5, atol=1e-6)
-    assert train_logs(resumed)[-1]["loss"] == pytest.approx(train_logs(whole)[-1]["loss"], rel=1e-3, abs=1e-6)
-
-
 def test_checkpoint_is_an_adapter_with_a_card(tmp_path, processor):
     trainer = make_trainer(
         tmp_path, processor, peft_config=CueRecoveryConfig(**ADAPTER), save_strategy="steps", save_steps=2

@@ -1,6 +1,7 @@
 import copy
 import inspect
 import os
+import shutil
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ModelOutput
 from trl import DistillationTrainer
 from trl.data_utils import prepare_multimodal_messages
@@ -31,6 +34,7 @@ from ..cue_recovery import CueRecoveryConfig, record_update_ratios
 from ..cue_recovery.model import visual_token_ids
 from ..dataset_rows import row_images
 from ..teacher_prompt import add_privilege, hint_marker
+from .checkpoints import check_adapter, check_checkpoint, get_last_checkpoint, write_file_list
 from .collapse import CollapseCallback
 from .dataset_validation import RowChecker, check_dataset, with_row_number
 from .ema_teacher import EMATeacherCallback
@@ -170,6 +174,7 @@ class ViCuRTrainer(DistillationTrainer):
         # All rows are checked before the model is even loaded
         self._row_checker = RowChecker(args, processing_class, config.get_text_config().max_position_embeddings)
         self._num_streamed_rows = 0
+        self._train_sampler = None
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 check_dataset(dataset, name, self._row_checker, args)
@@ -270,9 +275,9 @@ class ViCuRTrainer(DistillationTrainer):
     # --- Rollouts: the student's prompt, its completion, and the teacher's prompt ---
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        sampler = super()._get_train_sampler(dataset)
-        sampler.repeat_count *= self.args.num_iterations
-        return sampler
+        self._train_sampler = super()._get_train_sampler(dataset)
+        self._train_sampler.repeat_count *= self.args.num_iterations
+        return self._train_sampler
 
     def _prepare_inputs(self, generation_batch: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
         if not self.model.training or self.args.num_iterations == 1:
@@ -647,13 +652,79 @@ class ViCuRTrainer(DistillationTrainer):
         if self.is_world_process_zero():
             ignore_training_files(self.args.output_dir)
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        Train, as [`~transformers.Trainer.train`] does.
+
+        A run that was killed at any moment goes on with `resume_from_checkpoint=True` from the newest checkpoint that
+        is whole, to the same weights as if it had not been killed (on the same machine and, for bits, on a CPU).
+
+        Raises:
+            `ValueError`: If the checkpoint is not whole or does not fit what is trained.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint=True`, but {self.args.output_dir!r} holds no checkpoint that is whole. "
+                    "Train without it to start anew."
+                )
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        run_dir = self._get_output_dir(trial=trial)
+        directory = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            # Written last, it seals the checkpoint; that of an earlier run must not seal a part of this one
+            (directory / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            error.add_note(
+                f"{directory} could not be saved; its disk has {shutil.disk_usage(run_dir).free:,} bytes left. The "
+                f"newest whole checkpoint is {get_last_checkpoint(run_dir)}; `train(resume_from_checkpoint=True)` "
+                "goes on from there."
+            )
+            raise
+
+    def _save_rng_state(self, output_dir):
+        # Trainer's last file but the one that seals the checkpoint
+        super()._save_rng_state(output_dir)
         if self.ema_teacher is not None and self.args.should_save:
-            directory = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            self.ema_teacher.save(directory)
+            self.ema_teacher.save(output_dir)
+        if self._step % (self.args.gradient_accumulation_steps * self.args.num_iterations) != 0:
+            torch.save(self._buffered_inputs, self._rollouts_path(output_dir))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_file_list(output_dir)
+
+    def _rollouts_path(self, checkpoint: str) -> str:
+        """File with this process's generation batch, in checkpoints between two steps on the same rollouts."""
+        return os.path.join(checkpoint, f"rollouts_{self.args.process_index}.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_adapter(resume_from_checkpoint, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema_teacher is not None:
             self.ema_teacher.load(resume_from_checkpoint)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        epochs_trained, steps_trained_in_current_epoch = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        # TRL starts counting anew, with no rollouts, and its sampler with the order of the first epoch
+        accumulation_steps = self.args.gradient_accumulation_steps
+        self._step = self.state.global_step * accumulation_steps
+        self._num_streamed_rows = self._step * self.args.per_device_train_batch_size
+        self._buffered_inputs = None
+        if self._step % (accumulation_steps * self.args.num_iterations) != 0:
+            path = self._rollouts_path(resume_from_checkpoint)
+            self._buffered_inputs = torch.load(path, map_location=self.args.device, weights_only=True)
+        if self._train_sampler is not None and self._train_sampler.shuffle:
+            for _ in range(epochs_trained):
+                torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
+        return epochs_trained, steps_trained_in_current_epoch

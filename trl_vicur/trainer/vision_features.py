@@ -62,25 +62,25 @@ def record_image_features(
         yield outputs
 
 
-def lend_image_features(model: nn.Module, samples: list[ModelOutput]) -> AbstractContextManager[None]:
+def lend_image_features(model: nn.Module, samples: list[dict]) -> AbstractContextManager[None]:
     """
     While active, the model gets these features in place of those of the pixels that it is given.
 
     Args:
         model (`nn.Module`):
             The vision-language model.
-        samples (`list[ModelOutput]`):
+        samples (`list[dict]`):
             The features of each sample of the batch, from [`split_by_sample`].
     """
-    features = {"pooler_output": _join([sample.pooler_output for sample in samples])}
+    features = {"pooler_output": _join([sample["pooler_output"] for sample in samples])}
     if "deepstack_features" in samples[0]:
-        levels = zip(*(sample.deepstack_features for sample in samples), strict=True)
+        levels = zip(*(sample["deepstack_features"] for sample in samples), strict=True)
         features["deepstack_features"] = [_join(level) for level in levels]
-    joined = type(samples[0])(**features)
+    joined = ModelOutput(**features)
     return _image_features_by(lambda encode, *args, **kwargs: joined, model)
 
 
-def split_by_sample(output: ModelOutput, num_tokens: list[int]) -> list[ModelOutput] | None:
+def split_by_sample(output: ModelOutput, num_tokens: list[int]) -> list[dict] | None:
     """
     Cut a batch's image features into those of each sample, so that they can be shuffled and split with the batch.
 
@@ -94,8 +94,8 @@ def split_by_sample(output: ModelOutput, num_tokens: list[int]) -> list[ModelOut
             Number of visual tokens of each sample.
 
     Returns:
-        `list[ModelOutput]` or `None`: The features that a forward call reads, for each sample; `None` for a model that
-            does not return one for each visual token.
+        `list[dict]` or `None`: The features that a forward call reads, for each sample; `None` for a model that does
+            not return one for each visual token. Plain types, so that a checkpoint can hold them.
     """
     levels = output.get("deepstack_features")
     parts = [_cut(value, num_tokens) for value in (output.get("pooler_output"), *(levels or []))]
@@ -106,7 +106,7 @@ def split_by_sample(output: ModelOutput, num_tokens: list[int]) -> list[ModelOut
         features = {"pooler_output": pooler_output}
         if levels is not None:
             features["deepstack_features"] = deepstack_features
-        samples.append(type(output)(**features))
+        samples.append(features)
     return samples
 
 

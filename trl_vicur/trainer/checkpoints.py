@@ -1,0 +1,130 @@
+"""
+Checkpoints that are whole, or known not to be: a run may be killed, or its disk may fill, at any moment.
+
+Trainer writes `trainer_state.json` last, and only then deletes older checkpoints, so that file seals a checkpoint.
+Before it a list of all the others is written, by which one is known that was damaged or half deleted later.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..cue_recovery import CueRecoveryConfig
+
+
+logger = logging.getLogger(__name__)
+
+FILE_LIST_NAME = "checkpoint_files.json"
+# Not read by a resumed run; the first stays at home when a checkpoint is pushed, the second may be edited
+NOT_LISTED = (TRAINING_ARGS_NAME, "README.md")
+
+
+def write_file_list(directory: str | os.PathLike) -> None:
+    """Call when all files of a checkpoint but `trainer_state.json` are written: note their names and sizes."""
+    files = [path for path in Path(directory).rglob("*") if path.is_file() and path.name not in NOT_LISTED]
+    sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in sorted(files)}
+    Path(directory, FILE_LIST_NAME).write_text(json.dumps(sizes, indent=2), encoding="utf-8")
+
+
+def check_checkpoint(directory: str | os.PathLike) -> None:
+    """
+    Check that a checkpoint is whole.
+
+    Args:
+        directory (`str` or `os.PathLike`):
+            The folder, `checkpoint-N`.
+
+    Raises:
+        `ValueError`: If it is not, with the file and the reason.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"There is no checkpoint {str(directory)!r}.")
+    refused = f"The checkpoint {str(directory)!r} cannot be resumed: "
+    mend = " Resume from another one; `resume_from_checkpoint=True` takes the newest that is whole."
+    contents = {}
+    for name, meaning in (
+        (TRAINER_STATE_NAME, "the run ended while it was being saved"),
+        (FILE_LIST_NAME, "it was not made by ViCuRTrainer, or with `save_only_model=True`"),
+    ):
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(f"{refused}it has no {name}; {meaning}.{mend}")
+        try:
+            contents[name] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{refused}its {name} is cut off or damaged ({error}).{mend}") from error
+    for name, size in contents[FILE_LIST_NAME].items():
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(f"{refused}its file {name} is missing.{mend}")
+        if path.stat().st_size != size:
+            raise ValueError(f"{refused}its file {name} has {path.stat().st_size} bytes, not {size} as written.{mend}")
+
+
+def get_last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The newest checkpoint that is whole. What is not is passed over with a warning.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The `output_dir` of a run.
+
+    Returns:
+        `str` or `None`: Path of the checkpoint; `None` if there is none.
+    """
+    steps = [
+        (path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"), path)
+        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    ]
+    for _, path in sorted([(int(step), path) for step, path in steps if step.isdecimal()], reverse=True):
+        try:
+            check_checkpoint(path)
+        except ValueError as error:
+            logger.warning(str(error))
+        else:
+            return str(path)
+    return None
+
+
+def check_adapter(directory: str, model: nn.Module) -> None:
+    """
+    Check that a checkpoint holds the adapter that is trained.
+
+    Args:
+        directory (`str`):
+            The checkpoint.
+        model (`nn.Module`):
+            The model that is trained.
+
+    Raises:
+        `ValueError`: If one of the two is an adapter and the other is not, or if they differ in a setting by which the
+            weights would have another meaning.
+    """
+    refused = f"The checkpoint {directory!r} does not fit the model that is trained: "
+    mend = " Resume with the settings that it was made with, or start anew."
+    adapter, saved = None, None
+    if is_peft_model(model):
+        adapter = model.peft_config[model.active_adapter]
+        if model.active_adapter != "default":  # as PEFT saves it
+            directory = os.path.join(directory, model.active_adapter)
+    if os.path.isfile(os.path.join(directory, ADAPTER_CONFIG_NAME)):
+        saved = PeftConfig.from_pretrained(directory)
+    kinds = ["a whole model" if config is None else config.peft_type.value for config in (saved, adapter)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{refused}it holds {kinds[0]}, but {kinds[1]} is trained.{mend}")
+    if isinstance(adapter, CueRecoveryConfig):
+        for name in (*CueRecoveryConfig.__annotations__, "lora_alpha", "target_modules"):
+            if getattr(saved, name) != getattr(adapter, name):
+                raise ValueError(
+                    f"{refused}its adapter has `{name}={getattr(saved, name)!r}`, but the adapter that is trained has "
+                    f"`{name}={getattr(adapter, name)!r}`.{mend}"
+                )
