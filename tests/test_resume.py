@@ -1,6 +1,4 @@
-"""Nothing is lost: runs that are stopped at any moment go on, bit for bit, from the newest checkpoint that is whole."""
-
-import json
+"""Nothing is lost: runs stopped at any moment go on, bit for bit, from the newest checkpoint that is whole."""
 
 import pytest
 import torch

@@ -174,7 +174,6 @@ class ViCuRTrainer(DistillationTrainer):
         # All rows are checked before the model is even loaded
         self._row_checker = RowChecker(args, processing_class, config.get_text_config().max_position_embeddings)
         self._num_streamed_rows = 0
-        self._train_sampler = None
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 check_dataset(dataset, name, self._row_checker, args)
@@ -724,7 +723,14 @@ class ViCuRTrainer(DistillationTrainer):
         if self._step % (accumulation_steps * self.args.num_iterations) != 0:
             path = self._rollouts_path(resume_from_checkpoint)
             self._buffered_inputs = torch.load(path, map_location=self.args.device, weights_only=True)
-        if self._train_sampler is not None and self._train_sampler.shuffle:
+            self._vision_is_frozen = is_vision_frozen(self.model)
+        if isinstance(self.train_dataset, IterableDataset):
+            # Trainer counts on an epoch of `max_steps` steps, but the stream may have begun anew earlier
+            epochs_trained = int(self.state.epoch or 0)
+            if not self.args.ignore_data_skip:
+                batches = (self.state.epoch or 0) % 1 * max_steps * accumulation_steps
+                steps_trained_in_current_epoch = round(batches)
+        elif self._train_sampler.shuffle:
             for _ in range(epochs_trained):
                 torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
         return epochs_trained, steps_trained_in_current_epoch

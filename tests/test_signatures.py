@@ -1,0 +1,113 @@
+"""What we override in TRL, transformers and PEFT, or call of their insides, has the signature that we know."""
+
+import ast
+import importlib
+import inspect
+import json
+import pkgutil
+import textwrap
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers import Trainer
+from trl import DistillationTrainer
+
+import trl_vicur
+
+
+LIBRARIES = ("trl", "transformers", "peft")
+RECORD = Path(__file__).with_name("signatures.json")
+
+
+def library_of(thing) -> str:
+    return thing.__module__.partition(".")[0]
+
+
+def signature(function) -> str:
+    """Parameters and plain defaults; annotations may change as they like."""
+    parameters = []
+    for parameter in inspect.signature(function).parameters.values():
+        default = parameter.default
+        if not isinstance(default, str | int | float | tuple | None) and default is not parameter.empty:
+            default = ...
+        parameters.append(parameter.replace(annotation=parameter.empty, default=default))
+    return str(inspect.Signature(parameters))
+
+
+def own_classes_and_functions():
+    """Our classes, and the functions that our modules import from the libraries, by name."""
+    classes, functions = {}, {}
+    for info in pkgutil.walk_packages(trl_vicur.__path__, "trl_vicur."):
+        for name, thing in vars(importlib.import_module(info.name)).items():
+            if inspect.isclass(thing) and library_of(thing) == "trl_vicur":
+                classes[thing.__qualname__] = thing
+            elif inspect.isfunction(thing) and library_of(thing) in LIBRARIES:
+                functions[name] = thing
+    return classes, functions
+
+
+def inherited_names(own_class: type) -> set[str]:
+    """Methods that a class defines, and private ones that it uses of itself."""
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(own_class))).body
+    defined = {node.name for node in definition.body if isinstance(node, ast.FunctionDef)}
+    used = {
+        node.attr
+        for node in ast.walk(definition)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and ast.unparse(node.value) in ("self", "cls", "super()")
+    }
+    return defined | used
+
+
+def found_signatures() -> dict[str, tuple[str, str]]:
+    """Signature and library of each function that we override or call, by our name for it."""
+    classes, functions = own_classes_and_functions()
+    found = {name: (signature(function), library_of(function)) for name, function in functions.items()}
+    for own_class in classes.values():
+        bases = [base for base in own_class.__mro__ if library_of(base) in LIBRARIES]
+        for name in inherited_names(own_class):
+            definition = next((vars(base)[name] for base in bases if name in vars(base)), None)
+            definition = getattr(definition, "__func__", definition)  # of a class method
+            if inspect.isfunction(definition) and library_of(definition) in LIBRARIES:
+                found[f"{own_class.__qualname__}.{name}"] = (signature(definition), library_of(definition))
+    return found
+
+
+def changes(found: dict[str, tuple[str, str]], recorded: dict[str, list[str]]) -> list[str]:
+    messages = []
+    for name in sorted(found.keys() | recorded.keys()):
+        if name not in found:
+            installed = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
+            messages.append(
+                f"{name}: recorded as {' or '.join(recorded[name])}, but nothing of {installed} has it any more. If "
+                f"it was renamed there, ours overrides nothing: follow it. If ours is gone, delete it in {RECORD.name}"
+            )
+        elif found[name][0] not in recorded.get(name, []):
+            signature, library = found[name]
+            messages.append(
+                f"{name}: expected {' or '.join(recorded.get(name, ['no such function']))}, but {library} "
+                f"{version(library)} has {signature}. Read what it does now, adapt ours, and add the line to "
+                f"{RECORD.name}: {json.dumps(name)}: {json.dumps([*recorded.get(name, []), signature])}"
+            )
+    return messages
+
+
+def test_signatures_are_those_that_were_recorded():
+    messages = changes(found_signatures(), json.loads(RECORD.read_text()))
+    assert not messages, "\n" + "\n".join(messages)
+
+
+def test_a_change_is_told(monkeypatch):
+    recorded = json.loads(RECORD.read_text())
+
+    def compute_loss(self, model, batch, weights=None): ...
+
+    compute_loss.__module__ = DistillationTrainer.__module__
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", compute_loss)
+    monkeypatch.delattr(Trainer, "_save_rng_state")
+    told = changes(found_signatures(), recorded)
+    assert len(told) == 2
+    assert "ViCuRTrainer.compute_loss: expected (self, model, inputs, return_outputs=False" in told[1]
+    assert f"but trl {version('trl')} has (self, model, batch, weights=None). Read what it does now" in told[1]
+    assert "ViCuRTrainer._save_rng_state: recorded as (self, output_dir), but nothing of trl" in told[0]
