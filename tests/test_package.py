@@ -27,6 +27,7 @@ def test_import_is_light():
         "import peft; import trl_vicur",
         "import trl_vicur.cue_recovery; import peft",
         "import trl_vicur; import transformers; from peft import PeftModel; import peft",
+        "import trl_vicur, importlib.util; importlib.util.find_spec('peft'); import peft",
     ],
 )
 def test_import_registers_the_peft_method(imports):

@@ -13,8 +13,10 @@ class _RegisterAfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path=None, target=None):
         if name != "peft":
             return None
+        # Many only ask whether PEFT is there, and import it later or never: the finder stays
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)
         if spec is not None:
             self._loader, spec.loader = spec.loader, self
         return spec
@@ -24,6 +26,7 @@ class _RegisterAfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self._loader
+        sys.meta_path.remove(self)
         self._loader.exec_module(module)
         importlib.import_module("trl_vicur.cue_recovery")
 
