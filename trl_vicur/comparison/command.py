@@ -55,12 +55,12 @@ class CompareArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
 
 
-def named_path(text: str) -> tuple[str, str]:
-    """Splits `NAME=PATH`."""
+def named_path(kind: str, text: str) -> tuple[str, str, str]:
+    """The kind, and the parts of `NAME=PATH`."""
     name, _, path = text.partition("=")
     if not name or not path:
         raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
-    return name, path
+    return kind, name, path
 
 
 def compare(arguments: list[str]) -> None:
@@ -77,24 +77,23 @@ def compare(arguments: list[str]) -> None:
                 --adapter OPSD=me/Qwen3-VL-2B-OPSD --adapter ViCuR=me/Qwen3-VL-2B-ViCuR
         """,
     )
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        type=named_path,
-        metavar="NAME=PATH",
-        help="Name of a student, and id or folder of its adapter to the base model; several times for several.",
-    )
-    parser.add_argument(
-        "--student",
-        action="append",
-        default=[],
-        type=named_path,
-        metavar="NAME=PATH",
-        help="Name of a student that is a whole model, and its id or folder; several times for several.",
-    )
-    args, students = parser.parse_args_and_config(arguments)
-    names = ["base", *(name for name, _ in students.adapter + students.student)]
+    helps = {
+        "adapter": "Name of a student, and id or folder of its adapter to the base model; several times for several.",
+        "student": "Name of a student that is a whole model, and its id or folder; several times for several.",
+    }
+    for kind, text in helps.items():
+        # One list for both, in the order of the command line
+        parser.add_argument(
+            f"--{kind}",
+            action="append",
+            default=[],
+            dest="students",
+            type=partial(named_path, kind),
+            metavar="NAME=PATH",
+            help=text,
+        )
+    args, others = parser.parse_args_and_config(arguments)
+    names = ["base", *(name for _, name, _ in others.students)]
     if len(set(names)) < len(names):
         raise ValueError(f"Every model needs a name of its own, got {names}.")
     load = partial(
@@ -105,11 +104,10 @@ def compare(arguments: list[str]) -> None:
         temperature=args.temperature,
         top_p=args.top_p,
     )
-    models = {"base": partial(load, args.model, revision=args.revision)}
-    models |= {
-        name: partial(load, args.model, adapter=path, revision=args.revision) for name, path in students.adapter
-    }
-    models |= {name: partial(load, path) for name, path in students.student}
+    load_base = partial(load, args.model, revision=args.revision)
+    models = {"base": load_base}
+    for kind, name, path in others.students:
+        models[name] = partial(load_base, adapter=path) if kind == "adapter" else partial(load, path)
     dataset = load_split(args.dataset, args.config_name, args.split)
     if args.num_rows is not None:
         dataset = dataset.select(range(min(args.num_rows, len(dataset))))
