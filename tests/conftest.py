@@ -8,10 +8,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from tiny_models import make_processor, make_qwen2_5_processor, make_qwen2_5_vl, make_qwen3_vl  # noqa: E402
 
 
 torch.set_num_threads(1)
+settings.register_profile("long", max_examples=5_000)
 
 
 @pytest.fixture(scope="session")

@@ -178,7 +178,9 @@ def test_a_prompt_that_is_too_long_is_refused_where_the_processor_cannot_count(t
     model, processor = FAMILIES["smolvlm"]()
     model.config.text_config.max_position_embeddings = 120
     with pytest.raises(ValueError, match=r"Row 1 of train_dataset: .* exceeds the model's context of 120 tokens"):
-        make_trainer(tmp_path, processor, model=model, rows=[{**make_rows(4)[i], "cue": "a" * 20} for i in (2, 0)])
+        make_trainer(
+            tmp_path, processor, model=model, rows=[{**make_rows(4)[i], "cue": "a" * 20} for i in (2, 0, 2, 2)]
+        )
 
 
 def test_llava_onevision_needs_shared_features_for_several_images(tmp_path):

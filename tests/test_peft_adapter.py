@@ -195,9 +195,9 @@ def test_the_module_follows_the_backbone(inputs):
 
 
 def test_bad_configs():
-    with pytest.raises(ValueError, match="`layer_interval` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`layer_interval` must be an integer of at least 1, got 0"):
         CueRecoveryConfig(layer_interval=0)
-    with pytest.raises(ValueError, match="`num_heads` must be at least 1, got -2"):
+    with pytest.raises(ValueError, match="`num_heads` must be an integer of at least 1, got -2"):
         CueRecoveryConfig(num_heads=-2)
     with pytest.raises(ValueError, match="`r` must be 0"):
         CueRecoveryConfig(r=-1)

@@ -2,25 +2,113 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
+from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
+import fsspec
+import numpy as np
 from datasets import Dataset
-from PIL import Image
-from transformers import PreTrainedTokenizerBase
-from transformers.image_utils import load_image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from transformers import ProcessorMixin
+
+
+DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
+ROLES = ("system", "user", "assistant", "tool")
+BLOCK_TYPES = ("text", "image", "video")
 
 
 def row_images(row: dict[str, Any]) -> list:
-    """The images of a row, from its column `images` or `image`; an empty list for a text-only row."""
-    if "images" in row:
-        return list(row["images"] or [])
-    return [] if row["image"] is None else [row["image"]]
-
-
-def image_size(image: Image.Image | dict | str) -> tuple[int, int] | None:
     """
-    Width and height of an image in pixels, after checking that it can be read; `None` for a URL.
+    The images of a row, from its column `images` or `image`; an empty list for a text-only row.
+
+    Raises:
+        `ValueError`: If `images` is no list.
+    """
+    if "images" not in row:
+        return [] if row["image"] is None else [row["image"]]
+    images = [] if row["images"] is None else row["images"]
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(
+            f"`images` must be a list, got {type(images).__name__}: {shorten(images)}. Put a single image into a "
+            "list, or into a column `image`."
+        )
+    return list(images)
+
+
+@contextmanager
+def open_image(image: Image.Image | dict | str) -> Iterator[Image.Image]:
+    """
+    An image, opened if it is not one yet; it is checked not to be larger than Pillow allows.
+
+    Args:
+        image (`PIL.Image.Image`, `dict` or `str`):
+            An image, a `datasets` image that is not decoded (`bytes` or `path`), a path or a URL.
+
+    Raises:
+        `ValueError`: If the image cannot be read, be it here or while the context is open.
+    """
+    described = shorten(image)
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        described = f"{len(image['bytes'])} bytes"
+    elif isinstance(image, dict) and image.get("path") is not None:
+        described = shorten(image["path"])
+    try:
+        with nullcontext(image) if isinstance(image, Image.Image) else Image.open(_image_source(image)) as opened:
+            width, height = opened.size
+            if not width * height:
+                raise ValueError(f"it has {width}×{height} pixels")
+            # Pillow checks files; what is in memory already would still be copied, several times
+            if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+                raise ValueError(
+                    f"its {width}×{height} pixels exceed the limit of {2 * Image.MAX_IMAGE_PIXELS} "
+                    "(`2 * PIL.Image.MAX_IMAGE_PIXELS`)"
+                )
+            if opened.mode in ("I", "F", "La"):
+                raise ValueError(
+                    f"pixels of Pillow's mode {opened.mode!r} have no known range. Scale them to 8 bits (mode 'L' or "
+                    "'RGB')"
+                )
+            yield opened
+    except Exception as error:
+        problem = str(error)
+        if isinstance(error, UnidentifiedImageError):
+            problem = "it is no image, or of an unknown format"
+        elif isinstance(error, OSError) and error.strerror:  # the name has been said
+            problem = error.strerror
+        raise ValueError(
+            f"An image ({described}) cannot be read: {problem.rstrip('.')}. Replace it, or leave it out."
+        ) from error
+
+
+def _image_source(image: Any) -> str | BytesIO:
+    """What Pillow opens: a file's path, or bytes."""
+    if isinstance(image, str):
+        image = {"path": image}
+    if not isinstance(image, dict) or (image.get("bytes") is None and image.get("path") is None):
+        raise ValueError(
+            "expected a PIL image, a path, a URL, or a `datasets` image with 'bytes' or 'path', not "
+            f"{type(image).__name__}"
+        )
+    if image.get("bytes") is not None:
+        return BytesIO(image["bytes"])
+    path = image["path"]
+    if path.startswith(("http://", "https://", "data:")):
+        with urlopen(Request(path, headers={"User-Agent": "trl-vicur"}), timeout=DOWNLOAD_TIMEOUT) as response:
+            return BytesIO(response.read())
+    if "://" in path:
+        with fsspec.open(path, "rb") as file:
+            return BytesIO(file.read())
+    if not Path(path).is_file():  # what is none, such as a pipe, might be waited for
+        raise ValueError("there is no such file")
+    return path
+
+
+def image_size(image: Image.Image | dict | str) -> tuple[int, int]:
+    """
+    Width and height of an image in pixels, as it is seen (upright), after checking that it can be read.
 
     Args:
         image (`PIL.Image.Image`, `dict` or `str`):
@@ -29,46 +117,67 @@ def image_size(image: Image.Image | dict | str) -> tuple[int, int] | None:
     Raises:
         `ValueError`: If the image cannot be read.
     """
-    if isinstance(image, Image.Image):
-        image.load()  # reads the file now, if it has only been opened
-        return image.size
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return None
-    if isinstance(image, str):
-        image = {"path": image, "bytes": None}
-    if not isinstance(image, dict):
-        raise ValueError(f"An image must be a PIL image, a path or a URL, got {type(image).__name__}.")
-    source = BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
-    try:
-        with Image.open(source) as opened:
-            size = opened.size
-            # All of the data is decoded, because a header says nothing about its end; a JPEG at an eighth of its size
+    with open_image(image) as opened:
+        width, height = opened.size
+        # All of the data is decoded, because a header says nothing about its end; a JPEG at an eighth of its size
+        if opened is not image:
             opened.draft("L", (1, 1))
-            opened.load()
-    except Exception as error:
-        where = f"{len(image['bytes'])} bytes" if image.get("bytes") is not None else repr(image["path"])
-        raise ValueError(f"An image ({where}) cannot be read: {error}. Replace the file or remove the row.") from error
-    return size
+        opened.load()
+        is_turned = opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (height, width) if is_turned else (width, height)
 
 
 def read_image(image: Image.Image | dict | str) -> Image.Image:
     """
-    An image as RGB pixels, upright, with the `format` of its file.
+    An image as it is seen, in RGB: upright, on white where it is transparent, the first frame of an animation; with
+    the `format` of its file.
 
     Args:
         image (`PIL.Image.Image`, `dict` or `str`):
             An image, a `datasets` image that is not decoded (`bytes` or `path`), a path or a URL.
 
     Raises:
-        `ValueError` or `OSError`: If the image cannot be read.
+        `ValueError`: If the image cannot be read.
     """
-    if isinstance(image, dict):
-        image = image["path"] if image.get("bytes") is None else Image.open(BytesIO(image["bytes"]))
-    if isinstance(image, str) and not image.startswith(("http://", "https://")):
-        image = Image.open(image)
-    rgb = load_image(image)
-    rgb.format = getattr(image, "format", None)  # a URL has none
+    with open_image(image) as opened:
+        upright = ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I;16"):
+            # Pillow would clip, so that all but the darkest pixels are white
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        if upright.has_transparency_data:
+            upright = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        rgb = upright.convert("RGB")
+        rgb.format = opened.format
     return rgb
+
+
+def check_messages(messages: Any) -> None:
+    """
+    Raises:
+        `ValueError`: If these are no messages of a conversation, with contents that are strings or lists of blocks of
+            text, images and videos; names the message by its number.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"expected a list of messages, each with 'role' and 'content', got {shorten(messages)}.")
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise ValueError(f"message {number} must be a dict with a role of {ROLES}, got {shorten(message)}.")
+        content = message.get("content")
+        if isinstance(content, str) or (content is None and role == "assistant" and message.get("tool_calls")):
+            continue
+        if not isinstance(content, list):
+            raise ValueError(
+                f"the content of message {number} must be a string or a list of blocks, got {shorten(content)}."
+            )
+        for block in content:
+            block_type = block.get("type") if isinstance(block, dict) else None
+            if block_type not in BLOCK_TYPES or (block_type == "text" and not isinstance(block.get("text"), str)):
+                raise ValueError(
+                    f"each block of message {number} must be a dict with a type of {BLOCK_TYPES}, and with a string "
+                    f"'text' if it is one, got {shorten(block)}."
+                )
 
 
 def message_texts(messages: list[dict[str, Any]]) -> Iterator[str]:
@@ -88,11 +197,28 @@ def question_text(prompt: str | list[dict[str, Any]]) -> str:
     return "\n\n".join(message_texts([message for message in prompt if message["role"] == "user"]))
 
 
-def control_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
-    """A pattern that finds the special tokens which a tokenizer would read out of plain text."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    # Without special tokens, a pattern that never matches
-    return re.compile("|".join(re.escape(token) for token in tokens) or r"(?!)")
+def all_strings(value: Any) -> Iterator[str]:
+    """Every string within nested dicts and lists, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from all_strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from all_strings(item)
+
+
+def control_token_pattern(processing_class: ProcessorMixin) -> re.Pattern:
+    """A pattern that finds the tokens which a processor would read out of plain text: special ones, placeholders."""
+    tokens = {token.content for token in processing_class.tokenizer.added_tokens_decoder.values() if token.special}
+    # Processors replace `image_token` and the like by text, whatever the tokenizer calls them
+    tokens |= {
+        value for name, value in vars(processing_class).items() if name.endswith("_token") and isinstance(value, str)
+    }
+    # Without such tokens, a pattern that never matches
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
 def row_getter(dataset: Dataset) -> Callable[[int], dict[str, Any]]:

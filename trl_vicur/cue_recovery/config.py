@@ -46,8 +46,7 @@ class CueRecoveryConfig(LoraConfig):
             Number of decoder layers of the text model that the adapter was made for.
 
     Raises:
-        `ValueError`: If `layer_interval` or `num_heads` is not positive, if `r` is negative, or if `sink_token` is
-            empty.
+        `ValueError`: If an option has none of its allowed values.
     """
 
     r: int = field(default=0, metadata={"help": "LoRA rank on the backbone. 0 trains the recovery module alone."})
@@ -84,14 +83,21 @@ class CueRecoveryConfig(LoraConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.CUE_RECOVERY
-        if self.layer_interval <= 0:
-            raise ValueError(f"`layer_interval` must be at least 1, got {self.layer_interval}.")
-        if self.num_heads is not None and self.num_heads <= 0:
-            raise ValueError(f"`num_heads` must be at least 1, got {self.num_heads}.")
-        if self.r < 0:
-            raise ValueError(f"`r` must be 0 (no LoRA) or a positive LoRA rank, got {self.r}.")
-        if not self.sink_token:
-            raise ValueError("`sink_token` must be 'first', 'assistant' or a token string, got an empty string.")
+        if type(self.layer_interval) is not int or self.layer_interval < 1:
+            raise ValueError(f"`layer_interval` must be an integer of at least 1, got {self.layer_interval!r}.")
+        if self.num_heads is not None and (type(self.num_heads) is not int or self.num_heads < 1):
+            raise ValueError(f"`num_heads` must be an integer of at least 1, got {self.num_heads!r}.")
+        if type(self.r) is not int or self.r < 0:
+            raise ValueError(f"`r` must be 0 (no LoRA) or a positive LoRA rank, got {self.r!r}.")
+        if not isinstance(self.sink_token, str) or not self.sink_token:
+            raise ValueError(f"`sink_token` must be 'first', 'assistant' or a token string, got {self.sink_token!r}.")
+        if not isinstance(self.train_base, bool):
+            raise ValueError(f"`train_base` must be True or False, got {self.train_base!r}.")
+        if self.sink_token_ids is not None and not 0 <= self.sink_token_offset < len(self.sink_token_ids):
+            raise ValueError(
+                f"`sink_token_offset` must be an index of `sink_token_ids`, got {self.sink_token_offset!r} for "
+                f"{self.sink_token_ids!r}. Leave both out; `resolve_sink_token` fills them in."
+            )
 
     def resolve_sink_token(
         self, processing_class: ProcessorMixin | PreTrainedTokenizerBase, **chat_template_kwargs

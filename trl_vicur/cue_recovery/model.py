@@ -115,6 +115,18 @@ class CueRecoveryModel(LoraModel):
             peft_config.target_modules = rf"{re.escape(path)}\.\d+\..*\.({'|'.join(sorted(linear_names))})"
         return peft_config
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        targets = [model.get_submodule(name) for name in self.targeted_module_names]
+        # PEFT itself sees that nothing is found, but it has found the recovery module
+        if config.r > 0 and all(self._carries_recovery(config, target) for target in targets):
+            raise ValueError(
+                f"`target_modules` are {config.target_modules!r}, but {type(self.model).__name__} has no such module "
+                f"for LoRA of rank {config.r}. Name some of its linear layers, leave `target_modules` out for all of "
+                "the text decoder's, or set `r=0`."
+            )
+
     def _check_new_adapter_config(self, config: CueRecoveryConfig) -> None:
         super()._check_new_adapter_config(config)
         train_base = [name for name, other in self.peft_config.items() if other.train_base]

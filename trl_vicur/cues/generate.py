@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, List, Value
 from tqdm.auto import tqdm
 
-from ..dataset_rows import question_text, read_image, row_images, shorten
+from ..dataset_rows import check_messages, question_text, read_image, row_images, shorten
 from ..full_disk import explain_full_disk
 from .columns import check_dataset, find_image_column, find_question_column
 from .dataset_card import write_dataset_card
@@ -207,6 +207,8 @@ def read_messages(inputs: Dataset, number: int, question_column: str, prompt: Cu
         `ValueError`: If the row has no image or no question, or a control token in its question.
     """
     row = inputs[number]
+    if isinstance(row[question_column], list):
+        check_messages(row[question_column])
     question = question_text(row[question_column] or "")
     if not question.strip():
         raise ValueError(f"`{question_column}` is {shorten(row[question_column])}, which asks nothing.")

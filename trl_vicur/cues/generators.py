@@ -139,7 +139,7 @@ class TransformersGenerator:
         self.model = model.eval()
         self.processing_class = processing_class
         self.batch_size = batch_size
-        self._control_token = control_token_pattern(processing_class.tokenizer)
+        self._control_token = control_token_pattern(processing_class)
         self._generation = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0.0}
         if temperature > 0.0:
             self._generation |= {"temperature": temperature, "top_p": top_p, "top_k": 0}

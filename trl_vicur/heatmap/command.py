@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from PIL import Image
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -49,7 +48,7 @@ def heatmap(arguments: list[str]) -> None:
     formats = Figure().canvas.get_supported_filetypes()
     if output.suffix[1:].lower() not in formats:
         raise ValueError(f"`--output` is {args.output!r}, but must end in one of .{', .'.join(formats)}.")
-    images = [open_image(name) for name in images.image]
+    images = [read_image(name) for name in images.image]
     check_adapter(args.adapter)
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -61,17 +60,6 @@ def heatmap(arguments: list[str]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150, bbox_inches="tight")
     Console().print(f"The picture is in {output}", markup=False, soft_wrap=True)
-
-
-def open_image(name: str) -> Image.Image:
-    """
-    Raises:
-        `ValueError`: If the image cannot be read.
-    """
-    try:
-        return read_image(name)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"`--image {name}` cannot be read: {error}. Name an image file or its URL.") from error
 
 
 def check_adapter(name: str) -> None:

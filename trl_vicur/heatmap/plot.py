@@ -6,7 +6,7 @@ from PIL import ImageOps
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..cue_recovery import sink_attention
-from ..dataset_rows import control_token_pattern, message_texts, read_image, shorten
+from ..dataset_rows import check_messages, control_token_pattern, message_texts, read_image, shorten
 from .visual_tokens import AttendedPicture, attended_pictures
 
 
@@ -108,7 +108,8 @@ def attend(
     The layers that carry a module, and the attention, relative to uniform, that is paid at each of them. Arguments and
     errors as of [`plot_sink_attention`].
     """
-    control_token = control_token_pattern(processing_class.tokenizer)
+    check_messages(messages)
+    control_token = control_token_pattern(processing_class)
     for text in message_texts(messages):
         if found := control_token.search(text):
             raise ValueError(f"The text contains the control token {found.group()!r}: {shorten(text)}.")

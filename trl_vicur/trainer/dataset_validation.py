@@ -1,6 +1,7 @@
 """Checks of the datasets before training, so that no bad row costs a training run."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -8,12 +9,24 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
-from trl.data_utils import is_conversational, prepare_multimodal_messages
+from trl.data_utils import prepare_multimodal_messages
 
-from ..dataset_rows import control_token_pattern, image_size, message_texts, row_getter, row_images, shorten
+from ..dataset_rows import (
+    all_strings,
+    check_messages,
+    control_token_pattern,
+    image_size,
+    message_texts,
+    row_getter,
+    row_images,
+    shorten,
+)
 from ..teacher_prompt import add_privilege
 from .privilege import get_privilege
 from .vicur_config import ViCuRConfig
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RowChecker:
@@ -34,37 +47,85 @@ class RowChecker:
         self.processing_class = processing_class
         self.max_prompt_length = max_length - (args.max_completion_length or 0)
         self.max_length = max_length
-        self.control_token = control_token_pattern(processing_class.tokenizer)
+        self.control_token = control_token_pattern(processing_class)
 
     def check(self, row: dict[str, Any]) -> None:
         """
         Raises:
             `ValueError`: With what is wrong and how to mend it; without the row's number, which the caller knows.
         """
+        check_columns(list(row), "The row", self.args)
         prompt = row["prompt"]
-        if not is_conversational(row):
+        try:
+            check_messages(prompt)
+        except ValueError as error:
+            raise ValueError(f"`prompt`: {error}") from error
+        if prompt[-1]["role"] not in ("user", "tool"):
             raise ValueError(
-                "`prompt` must be a list of messages, each with 'role' and 'content', got "
-                f"{shorten(prompt)}. Images can only be placed in conversational prompts."
+                f"`prompt` ends in a turn of role {prompt[-1]['role']!r}, expected 'user' or 'tool': the student "
+                "completes the prompt with a turn of its own. Remove the last turn."
             )
         privilege = get_privilege(row, self.args)
-        teacher_prompt = add_privilege(prompt, privilege, self.args.teacher_prompt_template)
-        texts = [("prompt", text) for text in message_texts(prompt)] + [("privilege", privilege or "")]
-        for name, text in texts:
-            if found := self.control_token.search(text):
-                raise ValueError(
-                    f"The text of `{name}` contains the control token {found.group()!r}: {shorten(text)}. Data must "
-                    "not steer the chat format; remove the token."
-                )
+        template = self.args.teacher_prompt_template
+        teacher_prompt = add_privilege(prompt, privilege, template)
+        self._check_texts("prompt", prompt)
+        if privilege is not None:
+            self._check_text("privilege", privilege)
+            # The template may hold control tokens of its own
+            self._check_texts("prompt` with `privilege", teacher_prompt, self.control_token.findall(template))
         images = row_images(row)
-        prepare_multimodal_messages(prompt, images=images)
+        self._check_image_blocks(prompt, len(images))
         sizes = [image_size(image) for image in images]
-        self._check_length(teacher_prompt, [size for size in sizes if size is not None])
+        self._check_length(teacher_prompt, sizes)
+
+    def _check_texts(self, name: str, prompt: list[dict[str, Any]], allowed: Sequence[str] = ()) -> None:
+        for message in prompt:
+            texts = list(message_texts([message]))
+            # Chat templates write the blocks of a turn side by side, some of them without outer white space
+            joined = ["".join(texts), "".join(text.strip() for text in texts)]
+            for text in [*all_strings(message), *joined]:
+                self._check_text(name, text, allowed)
+
+    def _check_text(self, name: str, text: str, allowed: Sequence[str] = ()) -> None:
+        found = self.control_token.findall(text)
+        if found and found != allowed:
+            raise ValueError(
+                f"The text of `{name}` contains the control token {found[0]!r}: {shorten(text)}. Data must not steer "
+                "the chat format; remove the token."
+            )
+        if surrogate := SURROGATE.search(text):
+            raise ValueError(
+                f"The text of `{name}` contains the lone surrogate {surrogate.group()!r}, which is no character: "
+                f"{shorten(text)}. Read the text anew with its right encoding, or remove it."
+            )
+
+    def _check_image_blocks(self, prompt: list[dict[str, Any]], num_images: int) -> None:
+        """As many blocks as images, and bare ones; where there are none, the images go before the first user turn."""
+        for message in prompt:
+            content = message.get("content")
+            for block in content if isinstance(content, list) else []:
+                if block["type"] == "image" and message["role"] == "tool":
+                    raise ValueError(
+                        "`prompt` has an image block in a turn of role 'tool', which TRL fills with no image. Move it "
+                        "into a user turn."
+                    )
+                if block["type"] == "image" and "image" in block:
+                    raise ValueError(
+                        f"`prompt` has the image block {shorten(block)}, expected {{'type': 'image'}} alone. Put the "
+                        "image into the column `images`."
+                    )
+        try:
+            prepare_multimodal_messages(prompt, images=[None] * num_images)
+        except ValueError as error:
+            raise ValueError(
+                f"{str(error).rstrip('.')}. Give `prompt` a block {{'type': 'image'}} for each image, or nothing but "
+                "strings."
+            ) from error
 
     def _check_length(self, prompt: list[dict[str, Any]], image_sizes: list[tuple[int, int]]) -> None:
         num_image_tokens = self._num_image_tokens(image_sizes)
         # A text has at most as many tokens as bytes, so most rows need not be tokenized
-        text_bound = sum(len(text.encode("utf-8", "replace")) + 64 for text in message_texts(prompt))
+        text_bound = sum(len(text.encode()) + 64 for text in all_strings(prompt))
         if num_image_tokens + text_bound <= self.max_prompt_length:
             return
         text = self.processing_class.apply_chat_template(
@@ -86,7 +147,13 @@ class RowChecker:
             return 0
         if hasattr(self.processing_class, "_get_num_multimodal_tokens"):
             sizes = [[height, width] for width, height in image_sizes]
-            return sum(self.processing_class._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+            try:
+                return sum(self.processing_class._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+            except ValueError as error:
+                raise ValueError(
+                    f"The processor takes no image of such a shape (of {image_sizes}, in pixels): {error}. Crop or "
+                    "pad the image, or remove the row."
+                ) from error
         # SmolVLM's and LFM2-VL's processors cannot tell without an image
         return sum(map(self._num_tokens_of_blank_image, image_sizes))
 
@@ -98,13 +165,13 @@ class RowChecker:
 
 
 def check_dataset(
-    dataset: Dataset | IterableDataset | dict[str, Dataset], name: str, checker: RowChecker, args: ViCuRConfig
+    dataset: Dataset | IterableDataset, name: str, checker: RowChecker, args: ViCuRConfig, min_rows: int = 1
 ) -> None:
     """
     Check a dataset's columns and, unless it is streamed, each of its rows. Processes share the rows between them.
 
     Args:
-        dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them):
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The dataset. Rows of an iterable dataset are checked when they are trained on.
         name (`str`):
             What to call it in errors.
@@ -112,18 +179,28 @@ def check_dataset(
             The check of a row.
         args ([`ViCuRConfig`]):
             Training configuration.
+        min_rows (`int`, *optional*, defaults to `1`):
+            How many rows it must have.
 
     Raises:
-        `ValueError`: If a column is missing or a row is bad; names the column, or the row by number.
+        `ValueError`: If it is no dataset, has too few rows, misses a column or holds a bad row; names the column, or
+            the row by number.
     """
-    if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            check_dataset(part, f"{name}[{key!r}]", checker, args)
-        return
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        held = f" of {list(dataset)}" if isinstance(dataset, dict) else ""
+        raise ValueError(
+            f"{name} must be a `datasets.Dataset` or `IterableDataset`, got a {type(dataset).__name__}{held}. Choose "
+            "one split, or build it with `Dataset.from_list`."
+        )
     if dataset.column_names is not None:
         check_columns(dataset.column_names, name, args)
     if isinstance(dataset, IterableDataset):
         return
+    if len(dataset) < min_rows:
+        raise ValueError(
+            f"{name} has {len(dataset)} row(s), expected at least {min_rows}: an incomplete batch is left out. Take "
+            "more rows, or a smaller batch (`per_device_train_batch_size`, `gradient_accumulation_steps`, processes)."
+        )
     numbers = range(args.process_index, len(dataset), args.world_size)
     progress = tqdm(numbers, desc=f"Checking {name}", disable=args.disable_tqdm or args.process_index != 0)
     get_row = row_getter(dataset)
@@ -157,5 +234,7 @@ def with_row_number(check: Callable[[dict], None], get_row: Callable[[], dict], 
     """Run `check` on a row; errors, also those of reading it, name the row."""
     try:
         check(get_row())
-    except Exception as error:
+    except ValueError as error:
         raise ValueError(f"{row_name}: {error}") from error
+    except Exception as error:  # that reading the row, e.g. a transform of the user's, has raised
+        raise ValueError(f"{row_name} cannot be read: {type(error).__name__}: {error}") from error

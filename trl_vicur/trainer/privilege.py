@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..dataset_rows import shorten
 from .vicur_config import ViCuRConfig
 
 
@@ -25,13 +26,13 @@ def get_privilege(row: dict[str, Any], args: ViCuRConfig) -> str | None:
         return None
     column = args.cue_column if args.privilege == "cue" else args.answer_column
     privilege = row.get(column)
-    if isinstance(privilege, str) and privilege.strip():
+    if isinstance(privilege, str) and any(char.isprintable() and not char.isspace() for char in privilege):
         return privilege
-    if privilege is None or privilege == "" or isinstance(privilege, str):
+    if privilege is None or isinstance(privilege, str):
         if args.missing_privilege == "none":
             return None
         raise ValueError(
-            f"`{column}` is {privilege!r}, expected the text that only the teacher sees. Fill it in, or set "
+            f"`{column}` is {shorten(privilege)}, expected the text that only the teacher sees. Fill it in, or set "
             "`missing_privilege='none'` to let the teacher see the plain prompt for such rows."
         )
-    raise ValueError(f"`{column}` must be a string, got {type(privilege).__name__}: {privilege!r}.")
+    raise ValueError(f"`{column}` must be a string, got {type(privilege).__name__}: {shorten(privilege)}.")

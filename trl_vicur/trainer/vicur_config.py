@@ -1,4 +1,6 @@
+import math
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Literal, get_args
 
 from trl import DistillationConfig
@@ -150,27 +152,40 @@ class ViCuRConfig(DistillationConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
-        for name in ("teacher_sync_steps", "distillation_topk", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if not 0.0 < self.teacher_update_rate <= 1.0:
-            raise ValueError(f"`teacher_update_rate` must be in (0, 1], got {self.teacher_update_rate}.")
-        if not 0.0 < self.epsilon < 1.0:
-            raise ValueError(f"`epsilon` must be in (0, 1), got {self.epsilon}.")
-        if self.epsilon_high is not None and self.epsilon_high <= 0.0:
-            raise ValueError(f"`epsilon_high` must be positive, got {self.epsilon_high}.")
-        if self.advantage_clip <= 0.0:
-            raise ValueError(f"`advantage_clip` must be positive, got {self.advantage_clip}.")
+        # NaN is in no range
+        ranges = {
+            "teacher_sync_steps": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
+            "distillation_topk": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
+            "num_iterations": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
+            "max_completion_length": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
+            "teacher_update_rate": ("in (0, 1]", lambda value: 0.0 < value <= 1.0),
+            "beta": ("in [0, 1]", lambda value: 0.0 <= value <= 1.0),
+            "temperature": ("positive and finite", lambda value: 0.0 < value < math.inf),
+            "epsilon": ("in (0, 1)", lambda value: 0.0 < value < 1.0),
+            "epsilon_high": ("positive", lambda value: value > 0.0),
+            "advantage_clip": ("positive", lambda value: value > 0.0),
+        }
+        for name, (expected, is_allowed) in ranges.items():
+            value = getattr(self, name)
+            if value is None and name in ("max_completion_length", "epsilon_high"):
+                continue
+            if not isinstance(value, (int, float)) or not is_allowed(value):
+                raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
+        for name in ("cue_column", "answer_column"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value in ("", "prompt", "images", "image"):
+                raise ValueError(f"`{name}` must name a column of its own, got {value!r}.")
         if self.loss_aggregation == "sequence" and self.use_liger_kernel and self.distillation_mode == "full_logits":
             raise ValueError(
                 "`loss_aggregation='sequence'` needs the divergence of each token, but Liger's fused JSD only gives "
                 "the sum. Set `use_liger_kernel=False`."
             )
         try:
-            rendered = self.teacher_prompt_template.format(prompt="\0prompt\0", privilege="\0privilege\0")
-        except (KeyError, IndexError, ValueError) as error:
-            rendered = f"{error!r}"
-        if "\0prompt\0" not in rendered or "\0privilege\0" not in rendered:
+            fields = list(Formatter().parse(self.teacher_prompt_template))
+        except (TypeError, ValueError):
+            fields = []
+        fields = [(name, spec, conversion) for _, name, spec, conversion in fields if name is not None]
+        if set(fields) != {("prompt", "", None), ("privilege", "", None)}:
             raise ValueError(
                 "`teacher_prompt_template` must contain `{prompt}` and `{privilege}` and no other braces (write `{{` "
                 f"for a literal one), got {self.teacher_prompt_template!r}."

@@ -32,7 +32,7 @@ from trl.trainer.utils import get_config_model_id, pad
 
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
 from ..cue_recovery.model import visual_token_ids
-from ..dataset_rows import row_images
+from ..dataset_rows import read_image, row_images
 from ..teacher_prompt import add_privilege, hint_marker
 from .checkpoints import check_adapter, check_checkpoint, get_last_checkpoint, write_file_list
 from .collapse import CollapseCallback
@@ -174,9 +174,14 @@ class ViCuRTrainer(DistillationTrainer):
         # All rows are checked before the model is even loaded
         self._row_checker = RowChecker(args, processing_class, config.get_text_config().max_position_embeddings)
         self._num_streamed_rows = 0
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is not None:
-                check_dataset(dataset, name, self._row_checker, args)
+        if train_dataset is not None:
+            batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            check_dataset(train_dataset, "train_dataset", self._row_checker, args, min_rows=batch_size)
+        if isinstance(eval_dataset, dict):
+            for key, dataset in eval_dataset.items():
+                check_dataset(dataset, f"eval_dataset[{key!r}]", self._row_checker, args)
+        elif eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset", self._row_checker, args)
 
         # Liger's fused JSD runs anywhere, but the Triton kernels that `Trainer` puts into the model need a GPU
         self.use_liger_loss = args.use_liger_kernel
@@ -200,6 +205,11 @@ class ViCuRTrainer(DistillationTrainer):
             tools=tools,
         )
 
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "No weight of the model trains, as with an adapter of `inference_mode=True`. Load an adapter that is "
+                "to train on with `PeftModel.from_pretrained(..., is_trainable=True)`."
+            )
         self._is_self_distilled = self.teacher_model is None
         self.ema_teacher = None
         if self.teacher_model is None and args.teacher_model_kind == "ema":
@@ -252,6 +262,12 @@ class ViCuRTrainer(DistillationTrainer):
             raise ValueError(
                 "`use_vllm=True` with a recovery module is not supported: vLLM would roll out without it. Set "
                 "`use_vllm=False`, or train without `CueRecoveryConfig`."
+            )
+        vocab_size = config.get_text_config().vocab_size
+        if args.distillation_mode == "topk_logits" and args.distillation_topk > vocab_size:
+            raise ValueError(
+                f"`distillation_topk={args.distillation_topk}` exceeds the vocabulary of {vocab_size} tokens. Choose "
+                "fewer, or `distillation_mode='full_logits'`."
             )
         if args.num_iterations > 1 and isinstance(train_dataset, IterableDataset):
             raise ValueError(
@@ -323,6 +339,8 @@ class ViCuRTrainer(DistillationTrainer):
                     self._row_checker.check, lambda row=row: row, f"Streamed row {self._num_streamed_rows}"
                 )
                 self._num_streamed_rows += 1
+        # As the checks and the heat maps see them; TRL and the processors read each kind of file in another way
+        inputs = [{**row, "images": [read_image(image) for image in row_images(row)]} for row in inputs]
 
         student = self.accelerator.unwrap_model(self.model_wrapped)
         self._vision_is_frozen = is_vision_frozen(student)
