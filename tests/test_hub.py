@@ -114,6 +114,26 @@ def test_card_says_what_was_trained(tmp_path, processor, peft_config, teacher, a
     compile(code_of(card), "card", "exec")
 
 
+def test_card_says_what_was_measured(tmp_path, processor):
+    trainer = ViCuRTrainer(
+        model=make_qwen3_vl(),
+        args=make_config(tmp_path, eval_strategy="steps", eval_steps=1),
+        train_dataset=Dataset.from_list(make_rows(8)),
+        eval_dataset={"hard": Dataset.from_list(make_rows(2))},
+        processing_class=processor,
+        peft_config=CueRecoveryConfig(**ADAPTER),
+    )
+    trainer.create_model_card(model_name="x")
+    assert "Measured" not in load_card(tmp_path).text
+    trainer.train()
+    trainer.create_model_card(model_name="x")
+    text = load_card(tmp_path).text
+    for name in ("loss", "logprob_gap/mean", "eval_hard_loss"):
+        first, last = (log[name] for log in trainer.state.log_history if name in log)
+        assert f"| `{name}` | {first:.4g} (step 1) | {last:.4g} (step 2) |" in text
+    assert "runtime" not in text
+
+
 def test_dataset_name_is_found_in_the_dataset():
     dataset = Dataset.from_list(make_rows(2))
     assert hub_dataset_name(dataset) is None

@@ -83,7 +83,20 @@ _SETTINGS = """
 | {{ name }} | {{ value }} |
 {% endfor %}
 
+{% if measured %}
+### Measured in training
+
+| | first logged | last logged |
+|---|---|---|
+{% for name, (first_step, first), (last_step, last) in measured %}
+| `{{ name }}` | {{ "%.4g" % first }} (step {{ first_step }}) | {{ "%.4g" % last }} (step {{ last_step }}) |
+{% endfor %}
+
+{% endif %}
 """
+
+# What is logged that tells how far a student has come
+_METRICS = ("loss", "logprob_gap/mean", "entropy", "hint_leakage", "completions/mean_length")
 
 _ENVIRONMENT = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
 
@@ -95,6 +108,7 @@ def complete_model_card(
     base_model: str | None,
     dataset_name: str | None,
     settings: list[tuple[str, object]],
+    measured: list[tuple[str, tuple[int, float], tuple[int, float]]],
     is_adapter: bool,
     is_recovery: bool,
 ) -> None:
@@ -114,6 +128,8 @@ def complete_model_card(
             Id of the dataset on the Hub, if it is there.
         settings (`list[tuple[str, object]]`):
             The main settings of the training, by name.
+        measured (`list[tuple[str, tuple[int, float], tuple[int, float]]]`):
+            What was measured, by name: step and value where it was first logged, and where it was last.
         is_adapter (`bool`):
             Whether the model is a PEFT adapter.
         is_recovery (`bool`):
@@ -135,7 +151,7 @@ def complete_model_card(
     _, training, procedure = card.text.partition("## Training procedure")
     procedure, versions, rest = procedure.partition("### Framework versions")
     procedure = re.sub(r"\s*\n\s*\n", "\n\n", procedure).rstrip()  # room for badges that are not there
-    table = _ENVIRONMENT.from_string(_SETTINGS).render(settings=settings)
+    table = _ENVIRONMENT.from_string(_SETTINGS).render(settings=settings, measured=measured)
     packages = "".join(f"- {name}: {version(name)}\n" for name in ("trl-vicur", "peft"))
     card.text = introduction + training + procedure + table + versions + rest.replace("- TRL", packages + "- TRL", 1)
     card.save(path)
@@ -169,6 +185,23 @@ def training_settings(args: ViCuRConfig, teacher: str, adapter: dict[str, object
         "longest completion": f"{args.max_completion_length} tokens",
     }
     return list(settings.items())
+
+
+def measured_metrics(log_history: list[dict[str, float]]) -> list[tuple[str, tuple[int, float], tuple[int, float]]]:
+    """
+    What a training has measured, for its card.
+
+    Args:
+        log_history (`list[dict[str, float]]`):
+            All that the trainer has logged, `trainer.state.log_history`.
+    """
+    logged = {}
+    for log in log_history:
+        for name, value in log.items():
+            # Of evaluations the loss alone: TRL's other names are the same for all evaluation datasets
+            if name in _METRICS or (name.startswith("eval_") and name.endswith("_loss")):
+                logged.setdefault(name, []).append((log["step"], value))
+    return [(name, values[0], values[-1]) for name, values in logged.items()]
 
 
 def hub_dataset_name(dataset: Dataset | IterableDataset | None, name: str | None = None) -> str | None:

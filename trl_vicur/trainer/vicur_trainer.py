@@ -52,6 +52,7 @@ from .model_card import (
     hub_dataset_name,
     hub_model_name,
     ignore_training_files,
+    measured_metrics,
     remove_local_base_model,
     training_settings,
 )
@@ -650,6 +651,7 @@ class ViCuRTrainer(DistillationTrainer):
             base_model=hub_model_name(get_config_model_id(self.model.config)),
             dataset_name=dataset_name,
             settings=training_settings(self.args, teacher, what_trains),
+            measured=measured_metrics(self.state.log_history),
             is_adapter=peft_config is not None,
             is_recovery=is_recovery,
         )
