@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from peft import get_peft_model
 from tiny_models import make_image, make_processor, make_qwen3_vl
 
 from trl_vicur import CueRecoveryConfig
+from trl_vicur.cues.answers import is_correct
 
 
 pytest.importorskip("lmms_eval")
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 TASK = """
 task: tiny
 dataset_path: parquet
@@ -97,6 +101,26 @@ def test_lmms_eval_scores_base_and_adapter(tmp_path):
     results, samples = run_lmms_eval(tmp_path, "--model_args", arguments, "--batch_size", "3")
     assert [sample["filtered_resps"] for sample in samples] == completions
     assert results["results"]["tiny"]["right,none"] == 0.5
+
+
+def test_example_runs_benchmarks_and_keeps_their_results(tmp_path):
+    rows = {"image": [make_image(number) for number in range(4)], "problem": ["is there a circle?"] * 4}
+    rows["answer"] = ["yes", "no", "yes", "no"]
+    features = Features({"image": ImageFeature(), "problem": Value("string"), "answer": Value("string")})
+    Dataset.from_dict(rows, features).to_parquet(tmp_path / "vision_r1_test.parquet")
+    command = [sys.executable, str(EXAMPLES / "benchmarks" / "run.py"), "--only", "Vision-R1-Test", "--model"]
+    command += [str(EXAMPLES / "quickstart_base"), "--batch_size", "4"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+    first = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-3000:]
+    (samples,) = (tmp_path / "benchmark_results").rglob("*_samples_vision_r1_test.jsonl")
+    samples = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert all("answer" in sample["filtered_resps"] for sample in samples)
+    score = sum(is_correct(sample["filtered_resps"], sample["target"]) for sample in samples) / 4
+    assert re.search(rf"Vision-R1-Test +│ +{100 * score:.2f} │", first.stdout)
+    assert "OPSD + ViCuR           │ 46.07 │ 59.39" in first.stdout
+    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert again.stdout.count("Vision-R1-Test") == 1 and "Completing" not in again.stderr
 
 
 def test_defaults_are_the_papers_settings(tmp_path):

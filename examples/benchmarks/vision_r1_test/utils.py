@@ -1,0 +1,14 @@
+"""What vision_r1_test.yaml calls."""
+
+from PIL import Image
+
+from trl_vicur.cues.answers import is_correct
+from trl_vicur.dataset_rows import read_image, row_images
+
+
+def doc_to_visual(doc: dict) -> list[Image.Image]:
+    return [read_image(image) for image in row_images(doc)]
+
+
+def process_results(doc: dict, results: list[str]) -> dict[str, float]:
+    return {"accuracy": float(is_correct(results[0], str(doc["answer"])))}
