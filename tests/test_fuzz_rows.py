@@ -86,13 +86,13 @@ def ids_of_prompt(row: dict, hint: str | None) -> list[int]:
         visual = [VOCABULARY["<|image_pad|>"]] * (int(grid.prod()) // 4)
         return [VOCABULARY["<|vision_start|>"], *visual, VOCABULARY["<|vision_end|>"]]
 
-    # Without places of their own, all images stand before the first user turn
+    # Without places of their own, all images stand before the first user turn that is a string
     num_unplaced = len(row["images"]) - num_places(row["prompt"])
     hinted = max(number for number, message in enumerate(row["prompt"]) if message["role"] == "user")
     ids = []
     for number, message in enumerate(row["prompt"]):
         ids += [VOCABULARY["<|im_start|>"], *ids_of_text(message["role"] + "\n")]
-        if message["role"] == "user":
+        if message["role"] == "user" and isinstance(message["content"], str):
             for _ in range(num_unplaced):
                 ids += ids_of_image()
             num_unplaced = 0
