@@ -1,6 +1,7 @@
 """Every vision-language family that TRL's DistillationTrainer trains, with cue recovery."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration, PreTraine
 from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import CueRecoveryContext, CueRecoveryLayer
 from trl_vicur.cue_recovery.model import last_reading_layer
+from trl_vicur.trainer.blank_image import BlankImageRow
 from trl_vicur.trainer.dataset_validation import RowChecker
 from trl_vicur.trainer.losses import LMHead, token_logprobs
+from trl_vicur.trainer.vision_features import record_image_features, split_by_sample
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -169,6 +172,23 @@ def test_images_are_counted_before_training(tmp_path, family, size):
     counted = RowChecker(make_config(tmp_path), processor, max_length=2048)._num_image_tokens([size])
     input_ids = encode(processor, [user("", make_image(0, size))])["input_ids"]
     assert (input_ids == model.config.image_token_id).sum() <= counted <= input_ids.numel()
+
+
+@every_family
+def test_a_row_with_a_blank_image_changes_no_other_row(family):
+    """A process whose rows are all text adds it where others have images."""
+    model, processor = FAMILIES[family]()
+    model = randomize(attach(model))
+    inputs = encode(processor, [user("What is this?"), user("And what may that be?")])
+    expected = logits(model, inputs)
+    blank = BlankImageRow(processor, model.config.image_token_id, {})
+    texts = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    input_ids, attention_mask, others = blank.add_to_batch(inputs["input_ids"], inputs["attention_mask"], texts)
+    with record_image_features(model, nullcontext) as recorded:
+        together = logits(model, {"input_ids": input_ids, "attention_mask": attention_mask, **others})
+    torch.testing.assert_close(together[:-1, -expected.shape[1] :], expected, rtol=1e-3, atol=1e-4)
+    (features,) = recorded
+    assert split_by_sample(features, [0, 0, blank.num_image_tokens]) is not None
 
 
 # --- What does not work says so ---

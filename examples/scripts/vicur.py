@@ -19,10 +19,10 @@ With LoRA on the backbone: add `--use_peft --lora_r 16 --lora_alpha 32`. Without
 The paper's recipes, full fine-tuning with the module, on eight GPUs:
 
 ```bash
-accelerate launch --num_processes 8 examples/scripts/vicur.py \
+accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/scripts/vicur.py \
     --config examples/scripts/vicur_geometry3k.yaml --dataset_name me/geometry3k-with-cues
 
-accelerate launch --num_processes 8 examples/scripts/vicur.py \
+accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/scripts/vicur.py \
     --config examples/scripts/vicur_vision_r1.yaml --dataset_name me/vision-r1-with-cues
 ```
 """

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
@@ -53,6 +54,9 @@ class LMHead(NamedTuple):
     def from_model(cls, model: torch.nn.Module) -> "LMHead":
         """Read the head of a transformers model, or of a PEFT model around one."""
         head = model.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            # It can be a shard of its own, which FSDP gathers for its forward only. Backward reduces and frees it
+            head.unshard()
         config: PreTrainedConfig = model.config.get_text_config()
         settings = config.to_dict()
         scale = next(

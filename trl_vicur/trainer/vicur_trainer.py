@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import fsdp2_prepare_model, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import Sampler
@@ -34,6 +34,7 @@ from ..cue_recovery import CueRecoveryConfig, record_update_ratios
 from ..cue_recovery.model import visual_token_ids
 from ..dataset_rows import read_image, row_images
 from ..teacher_prompt import add_privilege, hint_marker
+from .blank_image import BlankImageRow
 from .checkpoints import check_adapter, check_checkpoint, get_last_checkpoint, write_file_list
 from .collapse import CollapseCallback
 from .dataset_validation import RowChecker, check_dataset, with_row_number
@@ -212,10 +213,21 @@ class ViCuRTrainer(DistillationTrainer):
                 "to train on with `PeftModel.from_pretrained(..., is_trainable=True)`."
             )
         self._is_self_distilled = self.teacher_model is None
+        if self.is_fsdp_enabled:
+            if self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+                raise ValueError("ViCuRTrainer needs FSDP2. Set `fsdp_version: 2` in accelerate's config.")
+            # By it `generate` keeps every process until all have finished. Accelerate leaves it unset
+            student = self.model.get_base_model() if is_peft_model(self.model) else self.model
+            student._is_fsdp_managed_module = True
+            if self.teacher_model is not None:
+                self.teacher_model = self._shard_teacher(self.teacher_model)
         self.ema_teacher = None
         if self.teacher_model is None and args.teacher_model_kind == "ema":
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("`teacher_model_kind='ema'` is not supported with FSDP or DeepSpeed.")
+                raise ValueError(
+                    "`teacher_model_kind='ema'` exchanges the student's weights, which FSDP and DeepSpeed keep in "
+                    "buffers of their own. Train with DDP, or choose `teacher_model_kind='base'` or `'live'`."
+                )
             self.ema_teacher = EMATeacherCallback(self.model, args.teacher_update_rate, args.teacher_sync_steps)
             self.add_callback(self.ema_teacher)
         elif self.teacher_model is None and args.teacher_model_kind == "base":
@@ -223,6 +235,9 @@ class ViCuRTrainer(DistillationTrainer):
             if not base_is_frozen:
                 self.teacher_model = self._frozen_copy()
 
+        self._blank_image_row = BlankImageRow(
+            self.processing_class, self.model.config.image_token_id, self.chat_template_kwargs
+        )
         self._hint_marker = hint_marker(args.teacher_prompt_template)
         # What `_get_last_hidden_state` takes beside the tokens, e.g. `pixel_values`
         self._multimodal_keys = list(inspect.signature(self._get_last_hidden_state).parameters)[4:]
@@ -281,7 +296,17 @@ class ViCuRTrainer(DistillationTrainer):
         if is_peft_model(teacher):
             teacher = teacher.unload()
         teacher.requires_grad_(False)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        return self._shard_teacher(teacher) if self.is_fsdp_enabled else teacher
+
+    def _shard_teacher(self, teacher: torch.nn.Module) -> torch.nn.Module:
+        """A teacher by FSDP2, in shards as the student will be. TRL leaves it whole, and where it was loaded."""
+        state = self.accelerator.state
+        plugin = state.fsdp_plugin
+        state.fsdp_plugin = copy.copy(plugin)  # it notes the layers of the first model that it shards
+        teacher = fsdp2_prepare_model(self.accelerator, teacher.requires_grad_(False))
+        state.fsdp_plugin = plugin
+        return teacher
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -325,6 +350,12 @@ class ViCuRTrainer(DistillationTrainer):
                     multimodal_fields[name] = [list(row[start:]) for row, start in types]
         return prompt_ids, images, multimodal_fields
 
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        if images is not None or self.use_vllm or self.accelerator.num_processes == 1:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        prompt_ids, multimodal_fields = self._blank_image_row.add_to_prompts(prompt_ids, multimodal_fields)
+        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)[:-1]
+
     def _generate(self, prompts: list):
         prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
         if images is not None:
@@ -352,13 +383,12 @@ class ViCuRTrainer(DistillationTrainer):
                 output = super()._generate_and_score_completions(inputs)
             if self.args.privilege != "none":
                 output.update(self._teacher_prompts(inputs, output))
-        if "pixel_values" in output:
-            token_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # tools return images, too
-            output["num_image_tokens"] = (token_ids == self.model.config.image_token_id).sum(dim=1).tolist()
-            if "pixel_attention_mask" in output and "spatial_shapes" not in output:
-                # Pixels of Idefics and SmolVLM have a row per sample. TRL sees it by the number of rows, and would cut
-                # them by image where there are as many images as samples
-                del output["num_images"]
+        token_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # tools return images, too
+        output["num_image_tokens"] = (token_ids == self.model.config.image_token_id).sum(dim=1).tolist()
+        if "pixel_attention_mask" in output and "spatial_shapes" not in output:
+            # Pixels of Idefics and SmolVLM have a row per sample. TRL sees it by the number of rows, and would cut
+            # them by image where there are as many images as samples
+            del output["num_images"]
         self._note_image_features(recorded, output)
         self._log_hint_leakage(output["completion_ids"])
         return output
@@ -417,24 +447,53 @@ class ViCuRTrainer(DistillationTrainer):
     @contextmanager
     def _shared_image_features(
         self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any], of_teacher: bool = False
-    ) -> Iterator[None]:
-        """While active, the student's images are encoded only if no pass over these inputs has done it yet."""
+    ) -> Iterator[bool]:
+        """
+        While active, the student's images are encoded only if no pass over these inputs has done it yet. Yields
+        whether they are.
+        """
         if not self._shares_features(of_teacher):
-            yield
+            yield True
         elif "image_features" in inputs:
             with lend_image_features(unwrapped_student, inputs["image_features"]):
-                yield
+                yield False
         else:
             with record_image_features(unwrapped_student, self.accelerator.autocast) as recorded:
-                yield
+                yield True
             self._note_image_features(recorded, inputs)
 
     def _note_image_features(self, recorded: list[ModelOutput], inputs: dict[str, Any]) -> None:
         """Add them to a batch, by sample, so that they are shuffled, split and freed with it."""
-        if len(recorded) == 1 and (samples := split_by_sample(recorded[0], inputs["num_image_tokens"])) is not None:
-            inputs["image_features"] = samples
+        num_tokens = inputs["num_image_tokens"]
+        if not any(num_tokens) and self.accelerator.num_processes > 1:
+            num_tokens = [*num_tokens, self._blank_image_row.num_image_tokens]
+        samples = split_by_sample(recorded[0], num_tokens) if len(recorded) == 1 else None
+        # One process that encodes images again would wait for the others in a sharded vision tower
+        if all(gather_object([samples is not None])):
+            inputs["image_features"] = samples[: len(inputs["num_image_tokens"])]
 
     # --- Hidden states of student and teacher at the same completion tokens ---
+
+    def _completion_hidden_states(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        completion_length: int,
+        multimodal_inputs: dict[str, torch.Tensor],
+        encodes_images: bool = True,
+    ) -> torch.Tensor:
+        """Hidden states that predict the completion tokens, `(batch, completion, hidden)`."""
+        others_may_have_images = encodes_images and self.accelerator.num_processes > 1
+        if "pixel_values" in multimodal_inputs or not others_may_have_images:
+            return self._get_last_hidden_state(
+                model, input_ids, attention_mask, completion_length, **multimodal_inputs
+            )
+        input_ids, attention_mask, fields = self._blank_image_row.add_to_batch(
+            input_ids, attention_mask, multimodal_inputs
+        )
+        fields = {key: fields[key] for key in self._multimodal_keys if key in fields}
+        return self._get_last_hidden_state(model, input_ids, attention_mask, completion_length, **fields)[:-1]
 
     def _multimodal_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         keys = [key for key in self._multimodal_keys if key in inputs]
@@ -444,14 +503,14 @@ class ViCuRTrainer(DistillationTrainer):
         return {key: inputs[key] for key in keys}
 
     def _student_hidden_states(self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Hidden states that predict the completion tokens, `(batch, completion, hidden)`."""
-        with self._shared_image_features(unwrapped_student, inputs):
-            return self._get_last_hidden_state(
+        with self._shared_image_features(unwrapped_student, inputs) as encodes_images:
+            return self._completion_hidden_states(
                 unwrapped_student,
                 torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
                 torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
                 inputs["completion_ids"].size(1),
-                **self._multimodal_inputs(inputs),
+                self._multimodal_inputs(inputs),
+                encodes_images,
             )
 
     def _teacher_hidden_states(
@@ -466,24 +525,25 @@ class ViCuRTrainer(DistillationTrainer):
                     of_completion = multimodal_inputs[name][:, prompt_ids.size(1) :]
                     multimodal_inputs[name] = torch.cat([inputs[f"teacher_{name}"], of_completion], dim=1)
             prompt_ids, prompt_mask = inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]
-        tokens = (
+        model_inputs = (
             torch.cat([prompt_ids, inputs["completion_ids"]], dim=1),
             torch.cat([prompt_mask, inputs["completion_mask"]], dim=1),
             inputs["completion_ids"].size(1),
+            multimodal_inputs,
         )
         with torch.no_grad():
             if self.teacher_model is not None:
                 self.teacher_model.eval()
                 teacher = self.accelerator.unwrap_model(self.teacher_model)
                 states = self._forward_redirection(
-                    self.teacher_model, teacher, self._get_last_hidden_state, teacher, *tokens, **multimodal_inputs
+                    self.teacher_model, teacher, self._completion_hidden_states, teacher, *model_inputs
                 )
                 return states, LMHead.from_model(teacher)
             with (
                 self._student_as_teacher(unwrapped_student),
-                self._shared_image_features(unwrapped_student, inputs, of_teacher=True),
+                self._shared_image_features(unwrapped_student, inputs, of_teacher=True) as encodes_images,
             ):
-                states = self._get_last_hidden_state(unwrapped_student, *tokens, **multimodal_inputs)
+                states = self._completion_hidden_states(unwrapped_student, *model_inputs, encodes_images)
                 head = LMHead.from_model(unwrapped_student)
                 # Detached, it stays the teacher's when the student's weights return
                 return states, head._replace(weight=head.weight.detach())
@@ -578,6 +638,8 @@ class ViCuRTrainer(DistillationTrainer):
                 self._diagnose_gap(gap, mask)
             self._advantages["train" if self.model.training else "eval"].append(gap)
             for layer, ratios in update_ratios.items():
+                if not any(inputs["num_image_tokens"]):
+                    ratios = ratios[:0]  # of a blank image
                 self._diagnose(f"cue_recovery/{layer}/update_ratio", ratios)
 
         num_tokens = mask.sum()

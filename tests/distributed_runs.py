@@ -1,0 +1,101 @@
+"""
+What tests/test_many_processes.py trains, in one process or, by `accelerate launch`, in several:
+
+    accelerate launch ... tests/distributed_runs.py MODELS OUTPUT --runs NAME ... [--batch_size N]
+
+Rollouts are greedy, so that all ways to train have the same completions. Each run saves the model and its logs.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from datasets import Dataset
+from tiny_models import make_image
+
+from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
+
+
+IS_SHARDED = bool({"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys())
+ADAPTER = dict(layer_interval=1, r=2)
+EVERYTHING = dict(layer_interval=1, train_base=True)
+# Student, options of its adapter, options of the trainer
+RUNS = {
+    "adapter": ("student", ADAPTER, dict(gradient_accumulation_steps=2)),
+    "larger_teacher": ("student", ADAPTER, dict(share_vision_features="never", loss_aggregation="sequence")),
+    "train_base": ("tied_student", EVERYTHING, dict(distillation_mode="full_logits", gradient_checkpointing=True)),
+    "live_teacher": ("student", EVERYTHING, dict(teacher_model_kind="live", distillation_mode="topk_logits")),
+    "ema_teacher": ("student", ADAPTER, dict(teacher_model_kind="ema")),
+    "without_module": ("student", None, dict(distillation_mode="full_logits", gradient_checkpointing=True)),
+}
+
+
+def make_rows(count: int) -> list[dict]:
+    """Of every four rows two have an image, in turn the first two and the last two: one process has only text."""
+    rows = []
+    for i in range(count):
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": f"What is in picture {i}?" + "?" * i}],
+                "images": [make_image(i)] if i % 8 in (0, 1, 6, 7) else [],
+                "cue": f"noise number {i}",
+            }
+        )
+    return rows
+
+
+def train(name: str, models: Path, output_dir: Path, batch_size: int) -> None:
+    student, adapter, options = RUNS[name]
+    defaults = dict(
+        per_device_train_batch_size=batch_size,
+        bf16=False,
+        use_cpu=not IS_SHARDED,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        # Follows the gradients, where Adam would make much of rounding errors
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_steps=3,
+        max_completion_length=6,
+        top_k=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = ViCuRTrainer(
+        model=str(models / student),
+        teacher_model=str(models / "teacher") if name == "larger_teacher" else None,
+        args=ViCuRConfig(output_dir=str(output_dir), **{**defaults, **options}),
+        train_dataset=Dataset.from_list(make_rows(24)),
+        peft_config=None if adapter is None else CueRecoveryConfig(**adapter),
+    )
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        (output_dir / "logs.json").write_text(json.dumps(logs))
+
+
+def let_cpus_stand_for_gpus() -> None:
+    """Accelerate has FSDP and DeepSpeed for GPUs only, though both run on CPUs, over gloo."""
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda state: setattr(state, "device", torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if IS_SHARDED:
+        let_cpus_stand_for_gpus()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--runs", nargs="+", choices=RUNS)
+    parser.add_argument("--batch_size", type=int, default=2)
+    arguments = parser.parse_args()
+    for run in arguments.runs:
+        train(run, arguments.models, arguments.output / run, arguments.batch_size)

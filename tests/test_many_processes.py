@@ -1,0 +1,115 @@
+"""Two processes train as one with twice the batch: real ones on a CPU, over gloo, by DDP and by FSDP2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from distributed_runs import RUNS, train
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import encode, make_image, make_qwen3_vl, user
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+import trl_vicur
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "examples" / "accelerate_configs"
+SHARDED = [name for name in RUNS if name != "ema_teacher"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, processor):
+    """A folder with two students, whose completions end early and at different lengths, and a teacher."""
+    folder = tmp_path_factory.mktemp("models")
+    teacher = make_qwen3_vl(num_layers=2, hidden_size=64, seed=5)
+    student, tied_student = make_qwen3_vl(), make_qwen3_vl()
+    student.config.tie_word_embeddings = student.config.text_config.tie_word_embeddings = False
+    generator = torch.Generator().manual_seed(1)
+    student.lm_head.weight = nn.Parameter(0.1 * torch.randn(student.lm_head.weight.shape, generator=generator))
+    student.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, *range(40)]
+    for name, model in {"student": student, "tied_student": tied_student, "teacher": teacher}.items():
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(models, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one_process")
+    for name in RUNS:
+        train(name, models, output / name, batch_size=4)
+    return output
+
+
+def launch(config: str, models: Path, output: Path, runs: list[str]) -> Path:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    command += [str(ROOT / "tests" / "distributed_runs.py"), str(models), str(output), "--runs", *runs]
+    environment = {**os.environ, "PYTHONPATH": str(Path(trl_vicur.__file__).parents[1])}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def ddp(models, tmp_path_factory):
+    return launch("multi_gpu.yaml", models, tmp_path_factory.mktemp("ddp"), list(RUNS))
+
+
+@pytest.fixture(scope="module")
+def fsdp2(models, tmp_path_factory):
+    return launch("fsdp2.yaml", models, tmp_path_factory.mktemp("fsdp2"), SHARDED)
+
+
+def check_same_training(expected: Path, actual: Path) -> None:
+    """Losses, gradients and weights agree up to rounding (float32), which is far below what training changed."""
+    expected_logs, actual_logs = (json.loads((folder / "logs.json").read_text()) for folder in (expected, actual))
+    assert len(expected_logs) == len(actual_logs) == 3
+    names = ("loss", "grad_norm", "num_tokens", "completions/mean_length")  # others are means of means
+    for expected_log, actual_log in zip(expected_logs, actual_logs, strict=True):
+        for name in names:
+            assert actual_log[name] == pytest.approx(expected_log[name], rel=1e-4, abs=1e-6), name
+    (file,) = (path.name for path in expected.glob("*.safetensors"))
+    torch.testing.assert_close(load_file(actual / file), load_file(expected / file), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_ddp_trains_as_one_process(one_process, ddp, run):
+    check_same_training(one_process / run, ddp / run)
+
+
+@pytest.mark.parametrize("run", SHARDED)
+def test_fsdp2_trains_as_one_process(one_process, fsdp2, run):
+    """Student and teacher are in shards; no process hangs where only the other one has images, or ends later."""
+    check_same_training(one_process / run, fsdp2 / run)
+
+
+@pytest.mark.parametrize("run", ["adapter", "train_base"])
+def test_adapter_saved_from_shards_is_loaded_by_stock_peft(models, one_process, fsdp2, processor, run):
+    inputs = encode(processor, [user("What is this?", make_image(0)), user("And this?", make_image(1))])
+
+    def logits(folder: Path | None) -> torch.Tensor:
+        model = AutoModelForImageTextToText.from_pretrained(models / RUNS[run][0])
+        if folder is not None:
+            model = PeftModel.from_pretrained(model, folder / run)
+        with torch.no_grad():
+            return model(**inputs).logits
+
+    trained = logits(fsdp2)
+    torch.testing.assert_close(trained, logits(one_process), rtol=0, atol=1e-3)
+    assert (trained - logits(None)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.name)
+def test_accelerate_loads_the_configs(path):
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "bf16" and not config.use_cpu
