@@ -130,26 +130,27 @@ def make_qwen3_vl(
     return model
 
 
-def make_qwen2_5_vl(seed: int = 0) -> torch.nn.Module:
+def make_qwen2_5_vl(hidden_size: int = 32, seed: int = 0, **text_config) -> torch.nn.Module:
     """A Qwen2.5-VL, in float32 and evaluation mode."""
     tokenizer = make_tokenizer()
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
             "max_position_embeddings": 2048,
+            **text_config,
         },
         vision_config={
             "depth": 2,
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
-            "out_hidden_size": 32,
+            "out_hidden_size": hidden_size,
             "fullatt_block_indexes": [1],
         },
         **_token_ids(tokenizer),

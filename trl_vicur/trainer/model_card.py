@@ -68,7 +68,11 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 {% if is_recovery %}
 Without `import trl_vicur`, PEFT stops with `KeyError: 'CUE_RECOVERY'`.
 The recovery module reads the image in the prefill, all of it at once; inference engines that do not know it would \
-leave it out, so serve the model with transformers.
+leave it out. vLLM knows it where trl-vicur is installed (Qwen3-VL and Qwen2.5-VL):
+
+```bash
+vllm serve {{ base_model or 'path/to/its/base-model' }} --hf-overrides '{"cue_recovery": "{{ model_id }}"}'
+```
 
 {% endif %}
 """

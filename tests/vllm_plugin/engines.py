@@ -1,0 +1,110 @@
+"""Tiny checkpoints with an adapter, vLLM engines in this process, and what transformers says to the same prompts."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+
+# Set before vLLM is imported
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+pytest.importorskip("vllm", reason="these tests have an environment of their own, see .ci/vllm")
+
+from peft import PeftModel, get_peft_model  # noqa: E402
+from tiny_models import encode, randomize  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+from trl_vicur import CueRecoveryConfig  # noqa: E402
+
+
+# The smallest head that vLLM's attention on a CPU has
+HEAD_DIM = 64
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]}
+NEW_TOKENS = 12
+
+
+class Checkpoint(NamedTuple):
+    """A base model and an adapter in folders, and the two in memory."""
+
+    base: Path
+    adapter: Path
+    model: PeftModel
+    processor: object
+
+
+def make_checkpoint(directory: Path, model, processor, **config) -> Checkpoint:
+    """Save a model, and an adapter for it whose module changes the outputs."""
+    base, adapter = directory / "base", directory / "adapter"
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(20)  # clear winners among the next tokens
+    model.save_pretrained(base)
+    processor.save_pretrained(base)
+    model.name_or_path = str(base)
+    config = CueRecoveryConfig(layer_interval=1, **config).resolve_sink_token(processor)
+    model = randomize(get_peft_model(model, config), std=1.0).eval()
+    model.save_pretrained(adapter)
+    return Checkpoint(base, adapter, model, processor)
+
+
+@contextmanager
+def engine(checkpoint: Checkpoint, adapter: Path | None, **options) -> Iterator[LLM]:
+    """An engine with an adapter, or without."""
+    llm = LLM(
+        str(checkpoint.base),
+        hf_overrides={"cue_recovery": str(adapter)} if adapter else {},
+        **{"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 16, **options},
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def generate(llm: LLM, checkpoint: Checkpoint, conversations: list[list[dict]]) -> list:
+    """vLLM's greedy completions with the log-probabilities of their tokens."""
+    prompts = []
+    for conversation in conversations:
+        blocks = [block for message in conversation for block in message["content"]]
+        images = [block["image"] for block in blocks if block["type"] == "image"]
+        text = checkpoint.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        prompts.append({"prompt": text} | ({"multi_modal_data": {"image": images}} if images else {}))
+    return llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=0), use_tqdm=False)
+
+
+def expected_completion(checkpoint: Checkpoint, conversation: list[dict]):
+    """Token ids of the prompt, and those of transformers' greedy completion with their log-probabilities."""
+    inputs = encode(checkpoint.processor, [conversation])
+    with torch.no_grad():
+        output = checkpoint.model.generate(
+            **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+    token_ids = output.sequences[0, inputs["input_ids"].size(1) :]
+    logprobs = torch.stack(output.logits, dim=1)[0].log_softmax(-1).gather(1, token_ids[:, None])[:, 0]
+    return inputs["input_ids"][0].tolist(), token_ids.tolist(), logprobs
+
+
+def assert_equals_transformers(outputs: list, checkpoint: Checkpoint, conversations: list[list[dict]]):
+    """Greedy tokens and their log-probabilities equal those of each prompt alone in transformers, in float32."""
+    for output, conversation in zip(outputs, conversations, strict=True):
+        prompt_ids, token_ids, logprobs = expected_completion(checkpoint, conversation)
+        completion = output.outputs[0]
+        assert prompt_ids == output.prompt_token_ids
+        assert token_ids == list(completion.token_ids)
+        served = torch.tensor([each[i].logprob for each, i in zip(completion.logprobs, token_ids, strict=True)])
+        torch.testing.assert_close(served, logprobs, rtol=0, atol=1e-4)

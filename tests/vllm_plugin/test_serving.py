@@ -1,0 +1,143 @@
+"""Serving with the vLLM plugin: what vLLM answers is what transformers answers to each prompt alone."""
+
+import json
+
+import pytest
+from engines import (
+    HEAD_DIM,
+    MROPE,
+    NEW_TOKENS,
+    assert_equals_transformers,
+    engine,
+    generate,
+    make_checkpoint,
+)
+from tiny_models import make_image, make_processor, make_qwen2_5_processor, make_qwen2_5_vl, make_qwen3_vl, user
+from vllm.engine.arg_utils import EngineArgs
+
+from trl_vicur.vllm import engine_config
+
+
+# Longer than a block of the KV cache, so that prompts have blocks before their images in common
+SYSTEM = {"role": "system", "content": [{"type": "text", "text": "You look closely at pictures. " * 10}]}
+
+
+@pytest.fixture(scope="module")
+def qwen3_vl(tmp_path_factory):
+    model = make_qwen3_vl(hidden_size=64, head_dim=HEAD_DIM, rope_parameters={**MROPE, "mrope_interleaved": True})
+    return make_checkpoint(tmp_path_factory.mktemp("qwen3_vl"), model, make_processor(), r=4)
+
+
+@pytest.fixture(scope="module")
+def llm(qwen3_vl):
+    """An engine that was asked for everything that would separate the sink from its image."""
+    wishes = {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 64}
+    with engine(qwen3_vl, qwen3_vl.adapter, **wishes) as llm:
+        yield llm
+
+
+def test_mixed_batch_of_texts_and_images(llm, qwen3_vl):
+    conversations = [
+        user("What is this?", make_image(0)),
+        user("Hello."),
+        user("Compare.", make_image(1), make_image(2, (128, 96))),
+        user("And this?", make_image(3, (96, 64))),
+        user("Bye."),
+    ]
+    assert_equals_transformers(generate(llm, qwen3_vl, conversations), qwen3_vl, conversations)
+
+
+def test_same_text_with_another_image_is_answered_from_that_image(llm, qwen3_vl):
+    """The trap of prefix caching: everything before the images is the same."""
+    conversations = [[SYSTEM, *user("What is this?", make_image(seed))] for seed in range(3)]
+    in_one_batch = generate(llm, qwen3_vl, conversations)
+    assert_equals_transformers(in_one_batch, qwen3_vl, conversations)
+    for conversation in conversations[::-1]:
+        assert_equals_transformers(generate(llm, qwen3_vl, [conversation]), qwen3_vl, [conversation])
+    completions = {tuple(output.outputs[0].token_ids) for output in in_one_batch}
+    assert len(completions) == 3
+
+
+def test_sink_behind_the_question_in_preempted_requests(tmp_path):
+    """Qwen2.5-VL with the "assistant" sink, and a KV cache that is too small for all requests at once."""
+    model = make_qwen2_5_vl(hidden_size=4 * HEAD_DIM, rope_parameters=MROPE)
+    checkpoint = make_checkpoint(tmp_path, model, make_qwen2_5_processor(), sink_token="assistant")
+    # Prompts of two blocks that grow into a third, where two of them leave room for one more block (and one is unused)
+    conversations = [user("x" * (32 + seed), make_image(seed, (56, 56))) for seed in range(4)]
+    blocks = {"block_size": 32, "num_gpu_blocks_override": 6, "max_model_len": 128}
+    with engine(checkpoint, checkpoint.adapter, disable_log_stats=False, **blocks) as llm:
+        outputs = generate(llm, checkpoint, conversations)
+        preemptions = next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    assert all(
+        32 < len(output.prompt_token_ids) <= 64 < len(output.prompt_token_ids) + NEW_TOKENS for output in outputs
+    )
+    assert preemptions > 0
+    assert_equals_transformers(outputs, checkpoint, conversations)
+
+
+def test_without_an_adapter_the_model_is_vllms(qwen3_vl):
+    conversations = [user("What is this?", make_image(0)), user("Hello.")]
+    with engine(qwen3_vl, None) as llm:
+        outputs = generate(llm, qwen3_vl, conversations)
+        assert llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+    with qwen3_vl.model.disable_adapter():
+        assert_equals_transformers(outputs, qwen3_vl, conversations)
+
+
+@pytest.fixture
+def start(qwen3_vl, tmp_path):
+    """Makes vLLM's configuration of an engine with an adapter, without starting it."""
+
+    def start(adapter_config: dict | None = None, **options):
+        adapter = tmp_path / "adapter"
+        adapter.mkdir()
+        config = json.loads((qwen3_vl.adapter / "adapter_config.json").read_text()) | (adapter_config or {})
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        overrides = {"cue_recovery": str(adapter)} | options.pop("hf_overrides", {})
+        arguments = EngineArgs(
+            **{"model": str(qwen3_vl.base), "max_model_len": 2048, "hf_overrides": overrides} | options
+        )
+        return arguments.create_engine_config()
+
+    return start
+
+
+def test_what_would_separate_sink_and_image_is_switched_off(start, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(engine_config.logger, "warning", lambda message, *args: warnings.append(message % args))
+    config = start(enable_prefix_caching=True, enable_chunked_prefill=True, max_num_batched_tokens=64)
+    assert not config.cache_config.enable_prefix_caching
+    assert not config.scheduler_config.enable_chunked_prefill
+    assert config.scheduler_config.max_num_batched_tokens == 2048
+    assert "prefix caching and chunked prefill are switched off" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("adapter_config", "message"),
+    [
+        ({"hidden_size": 2048}, "was made for a model with `hidden_size` 2048, but .* has `hidden_size` 64"),
+        ({"num_hidden_layers": 28}, "was made for a model with `num_hidden_layers` 28"),
+        ({"use_dora": True, "r": 4}, "uses use_dora, which cannot be merged"),
+        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save, which cannot be merged"),
+    ],
+)
+def test_adapters_that_cannot_be_served(start, adapter_config, message):
+    with pytest.raises(ValueError, match=message):
+        start(adapter_config)
+
+
+def test_an_adapter_of_another_base_model(start):
+    config = start({"base_model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct"})
+    config.model_config.model = "Qwen/Qwen3-VL-2B-Thinking"  # not here; its config would be the same
+    with pytest.raises(ValueError, match="was trained on 'Qwen/Qwen3-VL-2B-Instruct', but .*Thinking' is served"):
+        engine_config.CueRecoveryEngineConfig.verify_and_update_config(config)
+
+
+def test_an_architecture_that_has_no_module(start):
+    with pytest.raises(ValueError, match="cannot be served with Qwen2VLForConditionalGeneration"):
+        start(hf_overrides={"architectures": ["Qwen2VLForConditionalGeneration"]})
+
+
+def test_pipeline_parallelism(start):
+    with pytest.raises(ValueError, match="`pipeline_parallel_size` is 2"):
+        start(pipeline_parallel_size=2, distributed_executor_backend="mp")

@@ -1,0 +1,115 @@
+"""What an engine with cue recovery must look like: the module reads a prompt's image in one piece, and by itself."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from . import SUPPORTED_ARCHITECTURES
+
+
+if TYPE_CHECKING:
+    from ..cue_recovery import CueRecoveryConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
+    """
+    Checks and completes vLLM's configuration of an engine whose `hf_overrides` name an adapter (`cue_recovery`).
+
+    The sink's hidden state depends on the image behind it, and with it the keys and values of every token. So prefix
+    caching, which would share them between prompts with different images, and chunked prefill, which would compute
+    the sink before its image, are switched off. CUDA graphs replay decode steps only, in which the module does
+    nothing.
+
+    Raises:
+        `ValueError`: If the architecture is not supported, if the adapter cannot be served or was made for another
+            model, or with pipeline or prefill context parallelism.
+    """
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        model_config = vllm_config.model_config
+        adapter = getattr(model_config.hf_config, "cue_recovery", None)
+        if adapter is None:
+            return
+        if model_config.architecture not in SUPPORTED_ARCHITECTURES:
+            raise ValueError(
+                f"The cue recovery adapter {adapter!r} cannot be served with {model_config.architecture}: vLLM would "
+                f"leave the module out. Supported are {', '.join(SUPPORTED_ARCHITECTURES)}; serve other models with "
+                "transformers."
+            )
+        parallel = vllm_config.parallel_config
+        for name in ("pipeline_parallel_size", "prefill_context_parallel_size"):
+            if getattr(parallel, name) > 1:
+                raise ValueError(
+                    f"`{name}` is {getattr(parallel, name)}, but cue recovery needs every prompt's hidden states "
+                    "whole, in one process. Use `tensor_parallel_size` or `data_parallel_size`."
+                )
+        config = _load_adapter_config(adapter, model_config)
+        # A part of this config for the sake of vLLM's cache of compiled models, which goes by it
+        model_config.hf_config.cue_recovery_layer_interval = config.layer_interval
+
+        scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+        if cache.enable_prefix_caching or scheduler.enable_chunked_prefill:
+            logger.warning(
+                "Cue recovery: prefix caching and chunked prefill are switched off, because the first token of a "
+                "prompt depends on the images behind it. Prompts are prefilled whole; a step takes up to %d tokens.",
+                max(scheduler.max_num_batched_tokens, model_config.max_model_len),
+            )
+        cache.enable_prefix_caching = False
+        scheduler.enable_chunked_prefill = False
+        scheduler.long_prefill_token_threshold = 0
+        scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, model_config.max_model_len)
+        scheduler.max_num_scheduled_tokens = None
+        # Without room for an image the scheduler would split the prompt before it. There may be images of this step,
+        # of the one in flight (asynchronous scheduling), and of a prompt that waits for KV blocks.
+        scheduler.max_num_encoder_input_tokens = scheduler.max_num_batched_tokens
+        scheduler.encoder_cache_size = 3 * scheduler.max_num_batched_tokens
+        compilation = vllm_config.compilation_config
+        if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+
+
+def _load_adapter_config(adapter: str, model_config: ModelConfig) -> "CueRecoveryConfig":
+    # PEFT is not imported where no adapter is served
+    from ..cue_recovery import CueRecoveryConfig
+
+    config = CueRecoveryConfig.from_pretrained(adapter)
+    text_config = model_config.hf_config.get_text_config()
+    for size in ("hidden_size", "num_hidden_layers"):
+        expected, actual = getattr(config, size), getattr(text_config, size)
+        if expected != actual:
+            raise ValueError(
+                f"The cue recovery adapter {adapter!r} was made for a model with `{size}` {expected}, but "
+                f"{model_config.model!r} has `{size}` {actual}. Serve the model that it was trained on."
+            )
+    base = config.base_model_name_or_path
+    are_ids = base and not Path(base).is_absolute() and not Path(model_config.model).is_dir()
+    if are_ids and base != model_config.model:
+        raise ValueError(
+            f"The cue recovery adapter {adapter!r} was trained on {base!r}, but {model_config.model!r} is served. "
+            f"Serve {base!r}."
+        )
+    unsupported = [
+        name
+        for name in (
+            "use_dora",
+            "lora_bias",
+            "modules_to_save",
+            "rank_pattern",
+            "alpha_pattern",
+            "target_parameters",
+            "trainable_token_indices",
+        )
+        if getattr(config, name)
+    ]
+    if unsupported or config.bias != "none":
+        raise ValueError(
+            f"The cue recovery adapter {adapter!r} uses {', '.join(unsupported) or f'bias={config.bias!r}'}, which "
+            "cannot be merged into the served weights. Plain LoRA can; or serve it with transformers."
+        )
+    return config

@@ -1,0 +1,94 @@
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from ..cue_recovery import CueRecoveryConfig
+from ..cue_recovery.model import find_token_ids
+
+
+class SinkBatch(NamedTuple):
+    """
+    Where sinks and visual tokens stand among the tokens of one step, in which vLLM lines up those of all requests.
+
+    Args:
+        sinks (`torch.Tensor` of shape `(prompts,)`):
+            Index of each prompt's sink.
+        visual (`torch.Tensor` of shape `(prompts, visual)`):
+            Indices of each prompt's visual tokens, padded.
+        visual_mask (`torch.Tensor` of shape `(prompts, visual)`):
+            `False` at the padding.
+    """
+
+    sinks: torch.Tensor
+    visual: torch.Tensor
+    visual_mask: torch.Tensor
+
+
+def find_sinks(
+    input_ids: torch.Tensor,
+    is_visual: torch.Tensor,
+    positions: torch.Tensor,
+    attention_metadata: dict,
+    config: CueRecoveryConfig,
+) -> SinkBatch | None:
+    """
+    Find the sinks of the prompts that are prefilled in this step, once for all layers.
+
+    A request that was preempted comes again with its prompt and what it had generated, and is found like any other.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(tokens,)`):
+            Token ids of the step.
+        is_visual (`torch.Tensor` of shape `(tokens,)`):
+            `True` where vLLM puts a visual embedding.
+        positions (`torch.Tensor` of shape `(3, padded tokens)`):
+            Positions for the rotary embedding; zero in all three rows at the first token of a prompt.
+        attention_metadata (`dict`):
+            vLLM's attention metadata by layer; their `query_start_loc` says where each request's tokens begin.
+        config ([`CueRecoveryConfig`]):
+            The adapter's configuration.
+
+    Returns:
+        [`SinkBatch`] or `None`: `None` where no prompt has both a sink and visual tokens.
+
+    Raises:
+        `RuntimeError`: If the attention backend does not say where requests begin, or if a prompt with visual tokens
+            was begun in an earlier step.
+    """
+    metadata = next(iter(attention_metadata.values()))
+    try:
+        bounds = metadata.query_start_loc.tolist()
+    except AttributeError:
+        raise RuntimeError(
+            f"Cue recovery cannot tell requests apart in {type(metadata).__name__}, which has no `query_start_loc`. "
+            "Start vLLM with another attention backend, such as `--attention-backend FLASH_ATTN` or `TRITON_ATTN`."
+        ) from None
+    device = input_ids.device
+    input_ids, is_visual, positions = input_ids.cpu(), is_visual.cpu(), positions.cpu()
+    sinks, visual = [], []
+    for begin, end in pairwise(bounds):
+        indices = begin + torch.nonzero(is_visual[begin:end]).squeeze(1)
+        if indices.numel() == 0:
+            continue
+        if positions[:, begin].any():
+            raise RuntimeError(
+                "A prompt with visual tokens was prefilled in pieces, but cue recovery needs the sink token and the "
+                "images in one step. Its images may not fit into vLLM's encoder cache, or its KV cache came from "
+                "elsewhere."
+            )
+        sink = 0
+        if config.sink_token != "first":
+            is_last = config.sink_token == "assistant"
+            sink = find_token_ids(input_ids[None, begin:end], config.sink_token_ids, last=is_last).item()
+            if sink < 0:
+                continue
+            sink += config.sink_token_offset
+        indices = indices[indices != begin + sink]
+        if indices.numel() > 0:
+            sinks.append(begin + sink)
+            visual.append(indices)
+    if not sinks:
+        return None
+    padded = torch.nn.utils.rnn.pad_sequence(visual, batch_first=True, padding_value=-1)
+    return SinkBatch(torch.tensor(sinks, device=device), padded.clamp(min=0).to(device), (padded >= 0).to(device))
