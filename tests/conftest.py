@@ -16,6 +16,10 @@ torch.set_num_threads(1)
 settings.register_profile("long", max_examples=5_000)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=1, help="how often test_resume.py kills a run at a random moment")
+
+
 @pytest.fixture(scope="session")
 def processor():
     return make_processor()

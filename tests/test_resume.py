@@ -1,12 +1,24 @@
 """Nothing is lost: runs stopped at any moment go on, bit for bit, from the newest checkpoint that is whole."""
 
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
 from test_trainer import make_config, make_rows, weights
 from tiny_models import make_processor, make_qwen3_vl
+from transformers import TrainerCallback
 
 from trl_vicur import CueRecoveryConfig, ViCuRTrainer
+from trl_vicur.trainer.checkpoints import get_last_checkpoint
 
 
 ADAPTER = dict(layer_interval=1)
@@ -61,3 +73,136 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, arguments, step):
     whole = train(tmp_path, **arguments)
     resumed = train(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), **arguments)
     assert_same_run(resumed, whole)
+
+
+# --- Kills ---
+
+# All that a checkpoint can hold; two steps on the same rollouts, 4 steps per epoch
+KILLED = dict(
+    config=dict(**ADAPTER, r=2), teacher_model_kind="ema", num_iterations=2, save_total_limit=1, report_to="none"
+)
+# Moments within the third step's checkpoint, in the order in which its files are begun: the optimizer's is cut off,
+# the trainer's state still empty
+FILES = [
+    "README.md",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "ema_teacher.safetensors",
+    "rollouts_0.pt",
+    "checkpoint_files.json",
+    "trainer_state.json",
+]
+
+
+class KillWhen(TrainerCallback):
+    """Kills this process as soon as a file is there, or is not there any more, after a step."""
+
+    def __init__(self, path: Path, exists: bool, after_step: int):
+        self.path, self.exists, self.after_step = path, exists, after_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.after_step:
+            sys.setprofile(self.watch)  # called at each call of a function, also of those in C
+
+    def watch(self, frame, event, argument):
+        if self.path.exists() == self.exists:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def go_on(directory: Path, *kill_when) -> None:
+    """What a job does that is started again and again; in a process of its own."""
+    torch.set_num_threads(1)
+    trainer = make_trainer(directory, **KILLED)
+    if kill_when:
+        trainer.add_callback(KillWhen(*kill_when))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(directory))
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Start `go_on`; the processes are forked from one that has everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trl_vicur.trainer"])
+
+    def start(*arguments):
+        process = context.Process(target=go_on, args=arguments)
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(start, tmp_path_factory):
+    """A run that nothing happens to, and its duration in seconds."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    start(directory).join()
+    began = time.monotonic()
+    start(directory).join()  # not the first, which has to wait for imports
+    return directory, time.monotonic() - began
+
+
+def assert_same_end(directory: Path, uninterrupted: Path) -> None:
+    """The last checkpoints have the same losses of all steps, and the same bytes."""
+    ends = [each / "checkpoint-6" for each in (directory, uninterrupted)]
+    resumed, whole = (json.loads((end / "trainer_state.json").read_text())["log_history"] for end in ends)
+    assert len(whole) == 6 and curve(resumed) == curve(whole)
+    for name in ("adapter_model.safetensors", "ema_teacher.safetensors", "optimizer.pt", "rng_state.pth"):
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path, start, uninterrupted):
+    moments = [(tmp_path / "checkpoint-1" / "optimizer.pt", True, 1)]  # when there is no other
+    moments += [(tmp_path / "checkpoint-3" / name, True, 3) for name in FILES]
+    moments += [(tmp_path / "checkpoint-3" / "optimizer.pt", False, 4)]  # while older checkpoints are deleted
+    for moment in moments:
+        process = start(tmp_path, *moment)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, moment
+    start(tmp_path).join()
+    assert_same_end(tmp_path, uninterrupted[0])
+
+
+def pytest_generate_tests(metafunc):
+    if "kill" in metafunc.fixturenames:
+        metafunc.parametrize("kill", range(metafunc.config.getoption("kills")))
+
+
+def test_killed_at_a_random_moment(tmp_path, start, uninterrupted, kill):
+    seconds = random.uniform(0, uninterrupted[1])
+    process = start(tmp_path)
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("checkpoint-*/*"))
+    print(f"killed after {seconds:.2f} s; resumed from {get_last_checkpoint(tmp_path)}; there were {left}")
+    start(tmp_path).join()
+    assert_same_end(tmp_path, uninterrupted[0])
+
+
+# --- Full disks ---
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
+def test_disk_that_fills_while_a_checkpoint_is_written(tmp_path, name):
+    whole = train(tmp_path / "whole")
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (checkpoint.joinpath(name).stat().st_size - 1, limits[1]))
+
+    checkpoint = tmp_path / "full" / "checkpoint-2"
+    trainer = make_trainer(tmp_path / "full", save_total_limit=1)
+    trainer.add_callback(Fill())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(Exception) as error:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    [note] = error.value.__notes__
+    assert "checkpoint-3 could not be saved" in note and f"newest whole checkpoint is {checkpoint}" in note
+    assert (tmp_path / "full" / "checkpoint-3").exists()
+    assert_same_run(train(tmp_path / "full", resume=True), whole)
