@@ -250,6 +250,16 @@ def test_adapter_for_a_model_of_another_size(tmp_path, other, sizes):
         PeftModel.from_pretrained(make_qwen3_vl(**other), tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_adapter_that_is_not_finite(tmp_path, value):
+    model = attach(make_qwen3_vl())
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "o_proj" in name and "sink_attention" in name)[0, :2] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="2 of the 1024 values to be loaded for '.*sink_attention.*o_proj.*' are NaN"):
+        PeftModel.from_pretrained(make_qwen3_vl(), tmp_path)
+
+
 def test_train_base_must_be_the_only_adapter():
     model = attach(make_qwen3_vl(), train_base=True)
     with pytest.raises(ValueError, match="Adapter 'default' has `train_base=True`.*must be the model's only adapter"):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -24,12 +25,12 @@ from trl_vicur.trainer.checkpoints import get_last_checkpoint
 ADAPTER = dict(layer_interval=1)
 
 
-def make_trainer(directory, config=ADAPTER, streamed=False, **arguments) -> ViCuRTrainer:
+def make_trainer(directory, config=ADAPTER, sizes=(), streamed=False, **arguments) -> ViCuRTrainer:
     """A trainer over 8 rows, that is 2 steps per epoch, with a checkpoint after each step."""
     defaults = dict(max_steps=6, save_strategy="steps", save_steps=1, learning_rate=1e-2)
     dataset = Dataset.from_list(make_rows(8))
     return ViCuRTrainer(
-        model=make_qwen3_vl(),
+        model=make_qwen3_vl(**dict(sizes)),
         args=make_config(directory, **{**defaults, **arguments}),
         train_dataset=dataset.to_iterable_dataset() if streamed else dataset,
         processing_class=make_processor(),
@@ -75,6 +76,86 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, arguments, step):
     assert_same_run(resumed, whole)
 
 
+# --- Checkpoints that cannot be resumed ---
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A run of two steps with an average of the student, which the tests copy."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    train(directory, teacher_model_kind="ema", max_steps=2)
+    return directory
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("trainer_state.json", Path.unlink, "it has no trainer_state.json; the run ended while it was being saved"),
+        ("trainer_state.json", cut_off, r"its trainer_state.json is cut off or damaged \("),
+        (
+            "checkpoint_files.json",
+            Path.unlink,
+            "it has no checkpoint_files.json; it was not made by ViCuRTrainer, or with",
+        ),
+        (
+            "adapter_model.safetensors",
+            cut_off,
+            r"its file adapter_model.safetensors has \d+ bytes, not \d+ as written",
+        ),
+        ("optimizer.pt", cut_off, r"its file optimizer.pt has \d+ bytes, not \d+ as written"),
+        ("ema_teacher.safetensors", Path.unlink, "its file ema_teacher.safetensors is missing"),
+    ],
+)
+def test_damaged_checkpoint_is_refused_or_passed_over(tmp_path, checkpoints, caplog, name, damage, message):
+    shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoint-2"
+    damage(newest / name)
+    trainer = make_trainer(tmp_path, teacher_model_kind="ema")
+    with pytest.raises(ValueError, match=f"The checkpoint '{newest}' cannot be resumed: {message}"):
+        trainer.train(resume_from_checkpoint=str(newest))
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert str(newest) in caplog.text
+
+
+def test_nothing_to_resume(tmp_path, checkpoints):
+    with pytest.raises(ValueError, match="holds no checkpoint that is whole. Train without it to start anew"):
+        train(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="There is no checkpoint 'checkpoint-9'"):
+        train(tmp_path, resume="checkpoint-9")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"config": None}, "it holds CUE_RECOVERY, but a whole model is trained"),
+        ({"config": dict(layer_interval=2)}, "has `layer_interval=1`, but the adapter that is trained has `.*=2`"),
+        (
+            {"config": dict(**ADAPTER, sink_token="assistant")},
+            "has `sink_token='first'`, but .* `sink_token='assistant'`",
+        ),
+        ({"config": dict(**ADAPTER, r=2)}, "has `r=0`, but .* `r=2`"),
+        ({"sizes": {"hidden_size": 64}}, "has `hidden_size=32`, but .* `hidden_size=64`"),
+    ],
+    ids=["whole-model", "layers", "sink", "rank", "width"],
+)
+def test_checkpoint_of_another_model_is_refused(tmp_path, checkpoints, arguments, message):
+    trainer = make_trainer(tmp_path, **arguments)
+    with pytest.raises(ValueError, match=f"does not fit the model that is trained: .*{message}.*start anew"):
+        trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
+
+
+def test_checkpoint_without_the_teacher_average_is_refused(tmp_path, checkpoints):
+    train(tmp_path, max_steps=1)
+    with pytest.raises(
+        ValueError, match="has no ema_teacher.safetensors: it was not made with `teacher_model_kind='ema'`"
+    ):
+        train(tmp_path, resume=True, teacher_model_kind="ema")
+
+
 # --- Kills ---
 
 # All that a checkpoint can hold; two steps on the same rollouts, 4 steps per epoch
@@ -84,10 +165,8 @@ KILLED = dict(
 # Moments within the third step's checkpoint, in the order in which its files are begun: the optimizer's is cut off,
 # the trainer's state still empty
 FILES = [
-    "README.md",
     "adapter_model.safetensors",
     "optimizer.pt",
-    "rng_state.pth",
     "ema_teacher.safetensors",
     "rollouts_0.pt",
     "checkpoint_files.json",
@@ -124,6 +203,9 @@ def start():
     """Start `go_on`; the processes are forked from one that has everything imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl_vicur.trainer"])
+    warm_up = context.Process(target=int)
+    warm_up.start()
+    warm_up.join()
 
     def start(*arguments):
         process = context.Process(target=go_on, args=arguments)
@@ -137,9 +219,8 @@ def start():
 def uninterrupted(start, tmp_path_factory):
     """A run that nothing happens to, and its duration in seconds."""
     directory = tmp_path_factory.mktemp("uninterrupted")
-    start(directory).join()
     began = time.monotonic()
-    start(directory).join()  # not the first, which has to wait for imports
+    start(directory).join()
     return directory, time.monotonic() - began
 
 
@@ -160,8 +241,9 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, start, uninterrupted):
         process = start(tmp_path, *moment)
         process.join()
         assert process.exitcode == -signal.SIGKILL, moment
-    start(tmp_path).join()
-    assert_same_end(tmp_path, uninterrupted[0])
+    for _ in range(2):  # the second finds nothing left to do
+        start(tmp_path).join()
+        assert_same_end(tmp_path, uninterrupted[0])
 
 
 def pytest_generate_tests(metafunc):

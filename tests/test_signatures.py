@@ -35,9 +35,11 @@ def signature(function) -> str:
 
 
 def own_classes_and_functions():
-    """Our classes, and the functions that our modules import from the libraries, by name."""
+    """Classes of the parts that build on the libraries, and the functions that they import from them, by name."""
     classes, functions = {}, {}
     for info in pkgutil.walk_packages(trl_vicur.__path__, "trl_vicur."):
+        if info.name.split(".")[1] not in ("cue_recovery", "cues", "dataset_rows", "trainer"):
+            continue
         for name, thing in vars(importlib.import_module(info.name)).items():
             if inspect.isclass(thing) and library_of(thing) == "trl_vicur":
                 classes[thing.__qualname__] = thing

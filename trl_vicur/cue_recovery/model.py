@@ -35,8 +35,8 @@ class CueRecoveryModel(LoraModel):
     Raises:
         `ValueError`: If the model has no visual tokens among those of its decoder, if `layer_interval` is larger than
             the model, if the sink token has not been resolved, if the adapter was made for a model of another size, or
-            if an adapter with `train_base=True` would share the model with another one; and if transformers attaches
-            it by itself, without PEFT's model around.
+            if an adapter with `train_base=True` would share the model with another one; if transformers attaches it by
+            itself, without PEFT's model around; and, when weights are loaded, if one of them is NaN or infinite.
 
     Example:
 
@@ -68,6 +68,7 @@ class CueRecoveryModel(LoraModel):
         super().__init__(model, config, *args, **kwargs)
         # The backbone, not the head model: trainers with fused losses call it directly
         self._context_hook = model.base_model.register_forward_pre_hook(self._add_context, with_kwargs=True)
+        self.register_load_state_dict_pre_hook(check_weights)
 
     # --- Where the layers go ---
 
@@ -271,6 +272,18 @@ class CueRecoveryModel(LoraModel):
         if ".sink_attention." in key:
             return key.replace(f".sink_attention.{adapter_name}.", ".sink_attention.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def check_weights(model: CueRecoveryModel, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Pre-hook of `load_state_dict`: refuse weights that are not finite, from a training that diverged."""
+    for name, tensor in state_dict.items():
+        if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise ValueError(
+                f"{count} of the {tensor.numel()} values to be loaded for '{name.removeprefix(prefix)}' are NaN or "
+                "infinite. The training that saved them had diverged: load an earlier checkpoint, and train with a "
+                "lower learning rate."
+            )
 
 
 def visual_token_ids(config: PreTrainedConfig) -> list[int]:

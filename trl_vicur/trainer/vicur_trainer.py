@@ -815,4 +815,6 @@ class ViCuRTrainer(DistillationTrainer):
         elif self._train_sampler.shuffle:
             for _ in range(epochs_trained):
                 torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
+        if self.state.global_step >= max_steps:  # a run that has ended; Trainer would take another step
+            epochs_trained = num_train_epochs
         return epochs_trained, steps_trained_in_current_epoch
