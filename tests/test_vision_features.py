@@ -122,9 +122,8 @@ def test_features_of_one_generation_batch_are_kept_at_a_time(tmp_path, processor
 
     class Note(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            kept.append(
-                [weakref.ref(sample) for batch in trainer._buffered_inputs for sample in batch["image_features"]]
-            )
+            samples = [sample for batch in trainer._buffered_inputs for sample in batch["image_features"]]
+            kept.append([weakref.ref(sample["pooler_output"][0]) for sample in samples])
 
     trainer.add_callback(Note())
     trainer.train()
@@ -149,9 +148,9 @@ def test_features_are_cut_by_visual_tokens():
     expected = features.split(num_tokens)
     for sequence in (features.split([2, 1, 3]), list(features.split([2, 4])), [features[:0], features]):
         samples = split_by_sample(BaseModelOutputWithPooling(pooler_output=sequence), num_tokens)
-        assert all(torch.equal(torch.cat(s.pooler_output), e) for s, e in zip(samples, expected, strict=True))
+        assert all(torch.equal(torch.cat(s["pooler_output"]), e) for s, e in zip(samples, expected, strict=True))
     samples = split_by_sample(BaseModelOutputWithPooling(pooler_output=features.view(3, 2, 8)), num_tokens)
-    assert all(torch.equal(s.pooler_output, e) for s, e in zip(samples, expected, strict=True))
+    assert all(torch.equal(s["pooler_output"], e) for s, e in zip(samples, expected, strict=True))
 
 
 def test_a_model_without_a_feature_for_each_visual_token_encodes_as_ever():
