@@ -1,4 +1,4 @@
-"""The example script runs as a user would run it: on a local model and dataset, with the paper's recipes."""
+"""The example script and `trl-vicur train` as a user runs them: on a local model and dataset, with the recipes."""
 
 import json
 import subprocess
@@ -25,11 +25,11 @@ def local(tmp_path_factory, processor):
     return folder
 
 
-def run_script(local, output_dir, *arguments):
+def run_script(local, output_dir, *arguments, script=(str(SCRIPTS / "vicur.py"),)):
     small = ["--max_steps", "1", "--max_completion_length", "4", "--per_device_train_batch_size", "2"]
     cpu = ["--use_cpu", "--bf16", "False", "--report_to", "none", "--gradient_accumulation_steps", "1"]
     command = [
-        *(sys.executable, str(SCRIPTS / "vicur.py"), *arguments),
+        *(sys.executable, *script, *arguments),
         *("--model_name_or_path", str(local / "model"), "--dataset_name", str(local / "dataset")),
         *("--output_dir", str(output_dir), *small, *cpu),
     ]
@@ -74,3 +74,13 @@ def test_lora_with_the_module_and_a_stronger_teacher(local, tmp_path):
 def test_without_the_module(local, tmp_path):
     run_script(local, tmp_path, "--cue_recovery", "False", "--privilege", "none", "--distillation_mode", "full_logits")
     assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / "adapter_config.json").exists()
+
+
+def test_train_command_equals_the_script(local, tmp_path):
+    """Bit for bit, although its options come from a file, some of them are for accelerate, and it launches itself."""
+    run_script(local, tmp_path / "script", "--layer_interval", "1", "--seed", "7")
+    (tmp_path / "config.yaml").write_text("layer_interval: 1\nnum_processes: 1\nmixed_precision: 'no'\n")
+    options = ["--config", str(tmp_path / "config.yaml"), "--num_cpu_threads_per_process", "1", "--seed", "7"]
+    run_script(local, tmp_path / "command", *options, script=("-m", "trl_vicur.cli", "train"))
+    of_script, of_command = (tmp_path / name / "adapter_model.safetensors" for name in ("script", "command"))
+    assert of_script.read_bytes() == of_command.read_bytes()

@@ -33,6 +33,18 @@ class Command(NamedTuple):
 
 COMMANDS = [
     Command(
+        "train",
+        "distil a student from a teacher that sees visual cues",
+        "--model_name_or_path Qwen/Qwen3-VL-2B-Instruct --dataset_name me/geometry-with-cues --output_dir my-student",
+        "train:train",
+    ),
+    Command(
+        "doctor",
+        "tell what this machine can do, and check model, adapter and every row before a GPU is rented",
+        "--model Qwen/Qwen3-VL-2B-Instruct --dataset me/geometry-with-cues",
+        "doctor.command:doctor",
+    ),
+    Command(
         "cues generate",
         "let a model write a visual cue for every row of a dataset",
         "--dataset me/geometry --output geometry-cues --model Qwen/Qwen3-VL-8B-Instruct",
@@ -100,8 +112,6 @@ def main(arguments: list[str] | None = None) -> int:
             f"there is no command {' '.join(arguments[:2])!r}, only {', '.join(each.name for each in COMMANDS)}"
         )
 
-    from .cues import GeneratorUnavailableError
-
     try:
         module, _, function = command.function.partition(":")
         run = getattr(importlib.import_module(f".{module}", __package__), function)
@@ -110,11 +120,21 @@ def main(arguments: list[str] | None = None) -> int:
         kept = " What is done is kept; the same command goes on from there." if command.resumes else ""
         print(f"\nInterrupted.{kept}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, GeneratorUnavailableError) as error:
-        # What a user can mend needs no traceback
-        print(f"trl-vicur: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, ImportError) as error:
+        return report(error)
+    except RuntimeError as error:
+        from .cues import GeneratorUnavailableError
+
+        if isinstance(error, GeneratorUnavailableError):
+            return report(error)
+        raise
     return 0
+
+
+def report(error: Exception) -> int:
+    """Prints an error that a user can mend, which needs no traceback, and returns the exit status."""
+    print(f"trl-vicur: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Checks of the datasets before training, so that no bad row costs a training run."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -186,6 +186,19 @@ def check_dataset(
         `ValueError`: If it is no dataset, has too few rows, misses a column or holds a bad row; names the column, or
             the row by number.
     """
+    for error in find_bad_rows(dataset, name, checker, args, min_rows):
+        raise error
+
+
+def find_bad_rows(
+    dataset: Dataset | IterableDataset, name: str, checker: RowChecker, args: ViCuRConfig, min_rows: int = 1
+) -> Iterator[ValueError]:
+    """
+    For each bad row the error that names it, in their order; arguments as in [`check_dataset`].
+
+    Raises:
+        `ValueError`: If it is no dataset, has too few rows or misses a column.
+    """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         held = f" of {list(dataset)}" if isinstance(dataset, dict) else ""
         raise ValueError(
@@ -205,7 +218,10 @@ def check_dataset(
     progress = tqdm(numbers, desc=f"Checking {name}", disable=args.disable_tqdm or args.process_index != 0)
     get_row = row_getter(dataset)
     for number in progress:
-        with_row_number(checker.check, lambda number=number: get_row(number), f"Row {number} of {name}")
+        try:
+            with_row_number(checker.check, lambda number=number: get_row(number), f"Row {number} of {name}")
+        except ValueError as error:
+            yield error
 
 
 def check_columns(column_names: list[str], name: str, args: ViCuRConfig) -> None:

@@ -169,7 +169,7 @@ class ViCuRTrainer(DistillationTrainer):
             config = model.config
         peft_configs = [*model.peft_config.values()] if isinstance(model, PeftModel) else [peft_config]
         recovery_configs = [other for other in peft_configs if isinstance(other, CueRecoveryConfig)]
-        self._check_arguments(config, teacher_model, args, train_dataset, processing_class, recovery_configs)
+        self.check_arguments(config, teacher_model, args, train_dataset, processing_class, recovery_configs)
         if isinstance(peft_config, CueRecoveryConfig):
             peft_config.resolve_sink_token(processing_class, **(args.chat_template_kwargs or {}))
 
@@ -247,8 +247,8 @@ class ViCuRTrainer(DistillationTrainer):
         self._advantages: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self.add_callback(CollapseCallback(self))
 
-    def _check_arguments(
-        self,
+    @staticmethod
+    def check_arguments(
         config: PreTrainedConfig,
         teacher_model: str | PreTrainedModel | None,
         args: ViCuRConfig,

@@ -1,0 +1,58 @@
+"""The command `trl-vicur doctor`."""
+
+from .packages import check_packages
+
+
+def doctor(arguments: list[str]) -> None:
+    """
+    Runs `trl-vicur doctor`.
+
+    Raises:
+        `ValueError`: If there is something that would stop a training.
+    """
+    packages, unmet = check_packages()
+    if unmet:
+        # The rest needs them
+        print_section("Packages", packages)
+        raise ValueError(
+            "Packages are missing or not supported. Mend it with: pip install " + " ".join(map(repr, unmet))
+        )
+
+    from tqdm.auto import tqdm
+
+    from .machine import describe_devices, describe_kernels, describe_rollout_engines
+    from .training import TrainingCheck, parse_arguments
+
+    script_args, model_args, training_args, recovery_args = parse_arguments(arguments)
+    print_section("Packages", packages)
+    print_section("Devices", describe_devices())
+    print_section("Fused kernels and other packages", describe_kernels())
+    print_section("Rollouts", describe_rollout_engines())
+    if model_args.model_name_or_path is None:
+        if script_args.dataset_name is not None:
+            raise ValueError(
+                "A dataset is checked with a model's processor and chat template: name it with `--model`."
+            )
+        return
+
+    check = TrainingCheck(script_args, model_args, training_args, recovery_args)
+    print_section(f"Model: {model_args.model_name_or_path}", check.describe_model())
+    if script_args.dataset_name is None:
+        return
+    print_section(f"Dataset: {script_args.dataset_name}", check.describe_datasets())
+    num_bad_rows = 0
+    for error in check.find_bad_rows():
+        num_bad_rows += 1
+        tqdm.write(f"  {error}")  # beside the progress bar
+    if num_bad_rows:
+        raise ValueError(f"{num_bad_rows:,} row(s) cannot be trained on. Mend or remove them.")
+    print("  every row can be trained on")
+
+
+def print_section(title: str, lines: list[tuple[str, str]]) -> None:
+    """Prints what was found, a line each."""
+    width = max(len(name) for name, _ in lines) + 2
+    print(title)
+    for name, finding in lines:
+        print(f"  {name:<{width}}{finding}")
+    print()

@@ -1,0 +1,34 @@
+"""The packages that trl-vicur needs. Imports none of them, so that it can tell about those that cannot be imported."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+
+
+def check_packages() -> tuple[list[tuple[str, str]], list[str]]:
+    """
+    Compare what is installed with what the package's metadata ask for.
+
+    Returns:
+        `tuple[list[tuple[str, str]], list[str]]`: Each package with its version and the supported ones; and the
+        requirements that are not met, as `pip install` takes them.
+    """
+    found = [("python", platform.python_version()), ("trl-vicur", version("trl-vicur"))]
+    unmet = []
+    for requirement in map(Requirement, requires("trl-vicur")):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue  # of an extra
+        needed = f"supported: {requirement.specifier}" if requirement.specifier else "any version"
+        try:
+            installed = version(requirement.name)
+        except PackageNotFoundError:
+            found.append((requirement.name, f"MISSING, {needed}"))
+            unmet.append(str(requirement))
+            continue
+        if requirement.specifier.contains(installed, prereleases=True):
+            found.append((requirement.name, f"{installed} ({needed})"))
+        else:
+            found.append((requirement.name, f"{installed} NOT SUPPORTED, {needed}"))
+            unmet.append(str(requirement))
+    return found, unmet

@@ -1,0 +1,170 @@
+"""
+Training from the command line.
+
+    trl-vicur train --config vicur.yaml
+    accelerate launch --module trl_vicur.train --config vicur.yaml
+
+The first is the second with what `accelerate launch` needs found among the arguments.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+from .command_parser import CommandParser
+from .cue_recovery import CueRecoveryConfig
+from .dataset_loading import load_split
+from .trainer import ViCuRConfig, ViCuRTrainer
+
+
+@dataclass
+class CueRecoveryArguments:
+    """The fields of `CueRecoveryConfig` that belong on a command line."""
+
+    cue_recovery: bool = field(default=True, metadata={"help": "Whether the student gets the recovery module."})
+    layer_interval: int = field(default=5, metadata={"help": "Decoder layers between two recovery modules."})
+    sink_token: str = field(default="first", metadata={"help": "'first', 'assistant' or a token string."})
+    num_heads: int | None = field(default=None, metadata={"help": "Heads of the module. Default: the text model's."})
+    train_base: bool = field(
+        default=False, metadata={"help": "Whether the backbone trains together with the module (the paper's setting)."}
+    )
+
+
+TRAINING_ARGUMENTS = [ScriptArguments, ModelConfig, ViCuRConfig, CueRecoveryArguments]
+
+
+def make_parser(prog: str = "trl-vicur train") -> CommandParser:
+    """The parser of all training options: TRL's of scripts and models, `ViCuRConfig`'s, and the module's."""
+    return CommandParser(
+        TRAINING_ARGUMENTS,
+        prog=prog,
+        usage="--model_name_or_path MODEL --dataset_name DATASET --output_dir FOLDER [options]",
+        description="Distil a student from a teacher that sees visual cues. Takes the options of TRL's scripts, "
+        "TrainingArguments and DistillationConfig, and last in the list those of ViCuR; and whatever `accelerate "
+        "launch` takes, e.g. --num_processes. The dataset is an id on the Hub, a folder that `trl-vicur cues "
+        "generate` or `save_to_disk` made, or a file of JSON lines, CSV or Parquet.",
+        examples="""
+            # the module alone
+            trl-vicur train --model_name_or_path Qwen/Qwen3-VL-2B-Instruct --dataset_name geometry-cues \\
+                --learning_rate 1e-4 --output_dir Qwen3-VL-2B-ViCuR
+            # with LoRA on the backbone; without the module
+            trl-vicur train … --use_peft --lora_r 16 --lora_alpha 32
+            trl-vicur train … --cue_recovery false
+            # options from a file, some of them replaced, on eight GPUs
+            trl-vicur train --config vicur_geometry3k.yaml --dataset_name me/geometry3k-with-cues --num_processes 8
+            # ZeRO-3 with TRL's own configuration of accelerate (or a file of yours)
+            trl-vicur train --config vicur_geometry3k.yaml --accelerate_config zero3
+            # before a GPU is rented: is this machine fit, and every row?
+            trl-vicur doctor --config vicur_geometry3k.yaml
+        """,
+    )
+
+
+def make_peft_config(model_args: ModelConfig, recovery_args: CueRecoveryArguments) -> PeftConfig | None:
+    """The module with TRL's LoRA options; TRL's own adapter without the module."""
+    lora_config = get_peft_config(model_args)
+    if not recovery_args.cue_recovery:
+        return lora_config
+    lora = {}
+    if lora_config is not None:
+        names = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "modules_to_save")
+        lora = {name: getattr(lora_config, name) for name in names}
+        if model_args.lora_target_modules is not None:  # otherwise all linear layers of the decoder
+            lora["target_modules"] = lora_config.target_modules
+    return CueRecoveryConfig(
+        layer_interval=recovery_args.layer_interval,
+        sink_token=recovery_args.sink_token,
+        num_heads=recovery_args.num_heads,
+        train_base=recovery_args.train_base,
+        **lora,
+    )
+
+
+def load_datasets(
+    script_args: ScriptArguments, training_args: ViCuRConfig
+) -> dict[str, Dataset | IterableDataset | None]:
+    """The trainer's `train_dataset` and, where it is evaluated on, its `eval_dataset`."""
+    splits = {"train_dataset": script_args.dataset_train_split}
+    if training_args.eval_strategy != "no":
+        splits["eval_dataset"] = script_args.dataset_test_split
+    return {
+        name: load_split(script_args.dataset_name, script_args.dataset_config, split, script_args.dataset_streaming)
+        for name, split in splits.items()
+    }
+
+
+def main(
+    script_args: ScriptArguments,
+    model_args: ModelConfig,
+    training_args: ViCuRConfig,
+    recovery_args: CueRecoveryArguments,
+) -> None:
+    """Train, save and, where it is wanted, push."""
+    model_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = {**model_kwargs, **(training_args.model_init_kwargs or {})}
+    if training_args.teacher_model_name_or_path is not None:
+        teacher_kwargs = {**model_kwargs, "revision": training_args.teacher_model_revision}
+        training_args.teacher_model_init_kwargs = {
+            **teacher_kwargs,
+            **(training_args.teacher_model_init_kwargs or {}),
+        }
+    trainer = ViCuRTrainer(
+        model=model_args.model_name_or_path,
+        teacher_model=training_args.teacher_model_name_or_path,
+        args=training_args,
+        **load_datasets(script_args, training_args),
+        quantization_config=get_quantization_config(model_args),
+        peft_config=make_peft_config(model_args, recovery_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.accelerator.end_training()
+
+
+def train(arguments: list[str]) -> None:
+    """Runs `trl-vicur train`: this module, under `accelerate launch`."""
+    script_args, model_args, *_, of_config, of_command_line = make_parser().parse_args_and_config(
+        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    for name, value in (
+        ("model_name_or_path", model_args.model_name_or_path),
+        ("dataset_name", script_args.dataset_name),
+    ):
+        if value is None:
+            raise ValueError(f"`--{name}` is missing, on the command line and in the file of `--config`.")
+    # What the training does not know is for accelerate; in the command line it is taken out, in its order
+    left = deque(of_command_line)
+    training_arguments = []
+    for argument in arguments:
+        if left and argument == left[0]:
+            left.popleft()
+        else:
+            training_arguments.append(argument)
+    launch_arguments = resolve_accelerate_config_argument(of_config + of_command_line)
+    launch_args, unknown = launch_command_parser().parse_known_args(
+        ["--quiet", *launch_arguments, "--module", __name__, *training_arguments]
+    )
+    if unknown or launch_args.training_script != __name__:
+        raise ValueError(
+            f"Neither the training nor `accelerate launch` knows all of these options: "
+            f"{' '.join(of_config + of_command_line)}. `trl-vicur train --help` and `accelerate launch --help` list "
+            "them."
+        )
+    launch_command(launch_args)
+
+
+if __name__ == "__main__":
+    # What the file of `--config` has beyond these options is for accelerate, and was looked at by `train`
+    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
