@@ -1,0 +1,70 @@
+"""The grid of the study: the paper's component analysis (Table 2), and from its last cell one factor at a time."""
+
+from typing import Any, Literal, NamedTuple
+
+
+class Cell(NamedTuple):
+    """
+    One way to train a student.
+
+    Args:
+        privilege: What the teacher sees; `"reward"` is no teacher, but TRL's GRPO with the right answer as reward.
+        module: Whether the student has the recovery module.
+        teacher: The frozen base, the average of the student, or a base whose eyes have better words.
+        objective: Forward or reverse KL over the vocabulary, or the paper's sampled token.
+        sink_token: As in `CueRecoveryConfig`.
+        num_heads: As in `CueRecoveryConfig`.
+        trains: What trains beside the module: everything, nothing, LoRA on the text decoder, or LoRA on the text
+            decoder and the linear layers of the vision merger.
+        learning_rates: Those that are tried with seed 0.
+    """
+
+    privilege: Literal["cue", "answer", "none", "reward"] = "cue"
+    module: bool = True
+    teacher: Literal["base", "ema", "stronger"] = "base"
+    objective: Literal["forward_kl", "reverse_kl", "sampled_token"] = "forward_kl"
+    sink_token: str = "first"
+    num_heads: int | None = None
+    trains: Literal["all", "nothing", "lora", "lora_and_merger"] = "all"
+    learning_rates: tuple[float, ...] = (1e-3, 2e-3)
+
+
+ADAPTER_RATES = (3e-3, 1e-2)
+
+GRID = {
+    # The paper's Table 2, and no privilege at all
+    "answer": Cell(privilege="answer", module=False),
+    "cue": Cell(module=False),
+    "answer+module": Cell(privilege="answer"),
+    "cue+module": Cell(),
+    "none": Cell(privilege="none", module=False),
+    "none+module": Cell(privilege="none"),
+    # The sink and the size of the module
+    "sink-assistant": Cell(sink_token="assistant"),
+    "one-head": Cell(num_heads=1),
+    # What an adapter needs
+    "module-alone": Cell(trains="nothing", learning_rates=ADAPTER_RATES),
+    "module-alone-assistant": Cell(trains="nothing", sink_token="assistant", learning_rates=ADAPTER_RATES),
+    "lora": Cell(module=False, trains="lora", learning_rates=ADAPTER_RATES),
+    "lora+module": Cell(trains="lora", learning_rates=ADAPTER_RATES),
+    "lora-merger": Cell(module=False, trains="lora_and_merger", learning_rates=ADAPTER_RATES),
+    "lora-merger+module": Cell(trains="lora_and_merger", learning_rates=ADAPTER_RATES),
+    "lora-merger-answer": Cell("answer", module=False, trains="lora_and_merger", learning_rates=ADAPTER_RATES),
+    # Objectives
+    "sampled-token": Cell(objective="sampled_token"),
+    "reverse-kl": Cell(objective="reverse_kl"),
+    # Teachers
+    "ema-teacher": Cell(teacher="ema"),
+    "stronger-teacher": Cell(teacher="stronger"),
+    "stronger-teacher-no-cue": Cell(privilege="none", module=False, teacher="stronger"),
+    # Reward
+    "grpo": Cell(privilege="reward", module=False, learning_rates=(3e-4, 1e-3)),
+    "grpo+module": Cell(privilege="reward", learning_rates=(3e-4, 1e-3)),
+}
+
+
+def objective_options(cell: Cell) -> dict[str, Any]:
+    """The options of `ViCuRConfig` for the cell's objective."""
+    if cell.objective == "sampled_token":
+        return {"distillation_mode": "sampled_token"}
+    return {"distillation_mode": "full_logits", "beta": {"forward_kl": 0.0, "reverse_kl": 1.0}[cell.objective]}
