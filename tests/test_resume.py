@@ -252,13 +252,19 @@ def pytest_generate_tests(metafunc):
 
 
 def test_killed_at_a_random_moment(tmp_path, start, uninterrupted, kill):
-    seconds = random.uniform(0, uninterrupted[1])
-    process = start(tmp_path)
-    time.sleep(seconds)
-    process.kill()
-    process.join()
-    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("checkpoint-*/*"))
-    print(f"killed after {seconds:.2f} s; resumed from {get_last_checkpoint(tmp_path)}; there were {left}")
+    exitcode = 0
+    while exitcode == 0:  # the run had ended before
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        seconds = random.uniform(0, uninterrupted[1])
+        process = start(tmp_path)
+        time.sleep(seconds)
+        process.kill()
+        process.join()
+        exitcode = process.exitcode
+    assert exitcode == -signal.SIGKILL
+    found = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    print(f"\nkilled after {seconds:.2f} s; found {found}, resumed from {get_last_checkpoint(tmp_path)}")
     start(tmp_path).join()
     assert_same_end(tmp_path, uninterrupted[0])
 
