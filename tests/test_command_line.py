@@ -1,5 +1,6 @@
 """The command `trl-vicur` as a whole, `trl-vicur train` and `trl-vicur doctor`."""
 
+import re
 import shlex
 
 import pytest
@@ -80,7 +81,7 @@ def test_train_refuses_options_before_it_launches(tmp_path, capfd, options, mess
 def test_doctor_reports_every_bad_row(capsys, model, dataset):
     assert main(["doctor", "--model", model, "--dataset", dataset, "--layer_interval", "2"]) == 1
     printed = capsys.readouterr()
-    assert "transformers  5." in printed.out and "CUE_RECOVERY" in printed.out
+    assert re.search(r"\n  transformers +5\.", printed.out) and "CUE_RECOVERY" in printed.out
     assert "Row 1 of train_dataset: `cue` is ''" in printed.out
     assert "Row 4 of train_dataset: The text of `prompt` contains the control token" in printed.out
     assert printed.out.count("  Row ") == 2 and "2 row(s) cannot be trained on" in printed.err
@@ -128,4 +129,4 @@ def test_doctor_names_packages_that_are_missing_or_too_old(capsys, monkeypatch):
     assert main(["doctor"]) == 1
     printed = capsys.readouterr()
     assert "4.57.0 NOT SUPPORTED" in printed.out and "MISSING" in printed.out
-    assert "'pint>=0.24'" in printed.err and "'transformers<6,>=5.16'" in printed.err
+    assert re.search(r"pip install 'pint>=\S+' 'transformers<6,>=\S+'\n", printed.err)
