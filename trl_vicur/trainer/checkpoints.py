@@ -8,6 +8,7 @@ Before it a list of all the others is written, by which one is known that was da
 import json
 import logging
 import os
+import zipfile
 from pathlib import Path
 
 from accelerate.utils import is_peft_model
@@ -28,8 +29,21 @@ NOT_LISTED = (TRAINING_ARGS_NAME, "README.md")
 
 
 def write_file_list(directory: str | os.PathLike) -> None:
-    """Call when all files of a checkpoint but `trainer_state.json` are written: note their names and sizes."""
+    """
+    Call when all files of a checkpoint but `trainer_state.json` are written: note their names and sizes.
+
+    Args:
+        directory (`str` or `os.PathLike`):
+            The checkpoint.
+
+    Raises:
+        `OSError`: If a file of `torch.save` is cut off.
+    """
     files = [path for path in Path(directory).rglob("*") if path.is_file() and path.name not in NOT_LISTED]
+    for path in files:
+        # Older releases of torch (2.8) say nothing where a disk fills while the last bytes leave their buffer
+        if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            raise OSError(f"{path} is cut off after {path.stat().st_size:,} bytes. Free space on its disk.")
     sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in sorted(files)}
     Path(directory, FILE_LIST_NAME).write_text(json.dumps(sizes, indent=2), encoding="utf-8")
 
