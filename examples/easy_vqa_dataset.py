@@ -24,8 +24,11 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from rich.progress import track
 from transformers import PreTrainedModel, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
 
 from trl_vicur import ViCuRConfig
+from trl_vicur.dataset_rows import row_images
+from trl_vicur.teacher_prompt import add_privilege
 
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -144,11 +147,9 @@ def encode(rows: list[dict], processor: ProcessorMixin, hint_column: str | None 
     """Turns dataset rows into model inputs, left-padded, with the hint in the prompt if `hint_column` is given."""
     conversations = []
     for row in rows:
-        text = row["prompt"][0]["content"]
-        if hint_column is not None:
-            text = HINT_TEMPLATE.format(prompt=text, privilege=row[hint_column])
-        content = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": text}]
-        conversations.append([{"role": "user", "content": content}])
+        hint = None if hint_column is None else row[hint_column]
+        prompt = add_privilege(row["prompt"], hint, HINT_TEMPLATE)
+        conversations.append(prepare_multimodal_messages(prompt, images=row_images(row)))
     return processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
@@ -160,6 +161,19 @@ def encode(rows: list[dict], processor: ProcessorMixin, hint_column: str | None 
 
 
 @torch.no_grad()
+def complete_batch(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: list[dict],
+    hint_column: str | None = None,
+    max_new_tokens: int = 24,
+) -> list[str]:
+    """Lets the model complete the prompts of a few rows greedily and returns the texts."""
+    inputs = encode(rows, processor, hint_column).to(model.device)
+    output_ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    return processor.batch_decode(output_ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
+
+
 def complete(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -173,10 +187,7 @@ def complete(
     completions = []
     for start in track(range(0, len(dataset), batch_size), description=description):
         rows = [dataset[row] for row in range(start, min(start + batch_size, len(dataset)))]
-        inputs = encode(rows, processor, hint_column).to(model.device)
-        output_ids = model.generate(**inputs, do_sample=False, max_new_tokens=24)
-        completion_ids = output_ids[:, inputs["input_ids"].size(1) :]
-        completions += processor.batch_decode(completion_ids, skip_special_tokens=True)
+        completions += complete_batch(model, processor, rows, hint_column)
     return completions
 
 

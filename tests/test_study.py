@@ -11,6 +11,8 @@ from datasets import Dataset, DatasetDict
 from PIL import Image, ImageDraw
 from tiny_models import make_image
 
+from trl_vicur.dataset_rows import row_images
+
 
 STUDY = Path(__file__).parents[1] / "examples" / "study"
 sys.path.append(str(STUDY))
@@ -44,7 +46,7 @@ def test_real_rows_drop_in(tmp_path, row, answer):
     assert not set(splits["distillation"]["cue"]) & set(splits["validation"]["cue"])
     loaded = splits["test"][0]
     assert loaded["prompt"] == [{"role": "user", "content": "Find x."}] and loaded["answer"] == answer
-    assert domains.row_images(loaded)[0].size == (64, 64)
+    assert row_images(loaded)[0].size == (64, 64)
     assert domains.score_math(r"So x is \boxed{\frac{6}{2}}.", loaded) == (True, None)
     assert domains.score_math(r"So x is \boxed{4}.", loaded) == (False, None)
 
@@ -135,7 +137,7 @@ def test_interventions_reach_the_module(study):
         if isinstance(module, interventions.SinkCrossAttention):
             torch.nn.init.normal_(module.o_proj.weight)
     rows = list(domain.load("validation").select(range(3)))
-    inputs = domains.encode_prompts(rows, processor)
+    inputs = domains.easy_vqa_dataset.encode(rows, processor)
     tokens = [interventions.evidence_tokens(row, 3) for row in rows]
 
     @torch.no_grad()

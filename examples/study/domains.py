@@ -7,15 +7,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
 from math_verify import parse, verify
 from transformers import PreTrainedModel, ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
-
-from trl_vicur import ViCuRConfig
-from trl_vicur.dataset_rows import row_images
-from trl_vicur.teacher_prompt import add_privilege
 
 
 STUDY = Path(__file__).parent
@@ -178,29 +172,6 @@ def shortened(domain: Domain, max_rows: int) -> Domain:
 # --- Evaluation ---
 
 
-def encode_prompts(
-    rows: list[dict[str, Any]], processor: ProcessorMixin, hint_column: str | None = None
-) -> dict[str, torch.Tensor]:
-    """Model inputs of a left-padded batch, with the hint in the prompt if `hint_column` is given."""
-    template = ViCuRConfig.teacher_prompt_template
-    conversations = [
-        prepare_multimodal_messages(
-            add_privilege(row["prompt"], None if hint_column is None else row[hint_column], template),
-            images=row_images(row),
-        )
-        for row in rows
-    ]
-    return processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
-
-
-@torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -219,12 +190,11 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    max_new_tokens = domain.training["max_completion_length"]
     scores = []
     for start in range(0, len(dataset), batch_size):
         rows = [dataset[row] for row in range(start, min(start + batch_size, len(dataset)))]
-        inputs = encode_prompts(rows, processor, hint_column).to(model.device)
-        output_ids = model.generate(**inputs, do_sample=False, max_new_tokens=domain.training["max_completion_length"])
-        texts = processor.batch_decode(output_ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
+        texts = easy_vqa_dataset.complete_batch(model, processor, rows, hint_column, max_new_tokens)
         scores += [domain.score(text, row) for text, row in zip(texts, rows, strict=True)]
     model.train(was_training)
     result = {"accuracy": sum(answer for answer, _ in scores) / len(scores)}

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from domains import DOMAINS, STUDY, Domain, encode_prompts, evaluate
+from domains import DOMAINS, STUDY, Domain, easy_vqa_dataset, evaluate
 from peft import PeftModel
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -126,7 +126,7 @@ def attention_on_evidence(
     model: torch.nn.Module, processor: Any, rows: list[dict[str, Any]], tokens_per_side: int
 ) -> dict[str, float]:
     """The sink's attention on the evidence, over that of a sink that looks everywhere alike."""
-    inputs = encode_prompts(rows, processor)
+    inputs = easy_vqa_dataset.encode(rows, processor)
     is_visual = inputs["input_ids"] == processor.image_token_id
     evidence = [evidence_tokens(row, tokens_per_side) for row in rows]
     uniform = sum(len(tokens) for tokens in evidence) / tokens_per_side**2
