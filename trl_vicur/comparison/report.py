@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from ..cues.columns import check_columns, check_dataset, find_question_column
 from ..dataset_rows import question_text, row_images
-from ..html_page import check_page_path, readable, show_images, write_page
+from ..html_page import check_page, readable, show_images, undecoded_rows, write_page
 
 
 Verdict = tuple[bool, ...]  # whether each model is right, in their order
@@ -47,9 +47,7 @@ def write_html_comparison(
         `ValueError`: If a column is missing, if `path` is a folder, or if `max_rows` is less than 1.
         `OSError`: If the file cannot be written.
     """
-    path = check_page_path(path)
-    if max_rows < 1:
-        raise ValueError(f"`max_rows` must be at least 1, got {max_rows}.")
+    path = check_page(path, max_rows)
     check_dataset(dataset)
     check_columns(dataset, answer_column=answer_column)
     if "correct" not in dataset.column_names:
@@ -110,12 +108,8 @@ def read_rows(
     answer_column: str,
 ) -> Iterator[dict[str, Any]]:
     """The rows with the given numbers and verdicts, one after the other, as the template wants them."""
-    wanted = [question_column, cue_column, answer_column, "completions", "completion_errors"]
-    wanted += ["images" if "images" in dataset.column_names else "image"]
-    # In Arrow's format images are not decoded, so that one that cannot be read does not take its row along
-    rows = dataset.select_columns([column for column in wanted if column in dataset.column_names]).with_format("arrow")
-    for number, verdict in chosen.items():
-        row = rows[number].to_pylist()[0]
+    columns = [question_column, cue_column, answer_column, "completions", "completion_errors"]
+    for (number, verdict), row in zip(chosen.items(), undecoded_rows(dataset, chosen, columns), strict=True):
         cue = row.get(cue_column)
         yield {
             "number": number,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..dataset_rows import question_text, row_images
-from ..html_page import check_page_path, readable, show_images, write_page
+from ..html_page import check_page, readable, show_images, undecoded_rows, write_page
 from .audit_summary import MEASURES, VERDICTS, Measure, iterate_verdicts, summarize_audit
 from .columns import find_question_column
 
@@ -61,9 +61,7 @@ def write_html_report(
             less than 1.
         `OSError`: If the file cannot be written.
     """
-    path = check_page_path(path)
-    if max_rows < 1:
-        raise ValueError(f"`max_rows` must be at least 1, got {max_rows}.")
+    path = check_page(path, max_rows)
     summary = summarize_audit(dataset, cue_column)
     question_column = find_question_column(dataset, question_column)
     ranked = (
@@ -136,13 +134,8 @@ def read_rows(
     dataset: Dataset, chosen: dict[int, list[str]], question_column: str, cue_column: str, answer_column: str
 ) -> Iterator[dict[str, Any]]:
     """The rows with the given numbers and verdicts, one after the other, as the template wants them."""
-    wanted = [question_column, cue_column, answer_column, "cue_error", "cue_reasons"]
-    # As the trainer and `generate_cues` choose among the two
-    wanted += ["images" if "images" in dataset.column_names else "image"]
-    # In Arrow's format images are not decoded, so that one that cannot be read does not take its row along
-    rows = dataset.select_columns([column for column in wanted if column in dataset.column_names]).with_format("arrow")
-    for number, verdicts in chosen.items():
-        row = rows[number].to_pylist()[0]
+    columns = [question_column, cue_column, answer_column, "cue_error", "cue_reasons"]
+    for (number, verdicts), row in zip(chosen.items(), undecoded_rows(dataset, chosen, columns), strict=True):
         images = row_images(row) if "images" in row or "image" in row else []
         all_reasons = row.get("cue_reasons") or []
         reasons = [readable(reason, MAX_REASON_LENGTH) for reason in all_reasons[:MAX_REASONS_PER_ROW]]

@@ -3,10 +3,12 @@
 import base64
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
@@ -27,15 +29,30 @@ INVISIBLE = re.compile(
 )
 
 
-def check_page_path(path: str | Path) -> Path:
+def check_page(path: str | Path, max_rows: int) -> Path:
     """
     Raises:
-        `ValueError`: If the path is a folder.
+        `ValueError`: If the path is a folder, or if `max_rows` is less than 1.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"`path` is {str(path)!r}, which is a folder. Name a file in it.")
+    if max_rows < 1:
+        raise ValueError(f"`max_rows` must be at least 1, got {max_rows}.")
     return path
+
+
+def undecoded_rows(dataset: Dataset, numbers: Iterable[int], columns: list[str]) -> Iterator[dict[str, Any]]:
+    """
+    Rows with the given numbers, of those of the columns that there are and `images` or `image`. In Arrow's format
+    images are not decoded, so that one that cannot be read does not take its row along.
+    """
+    # As the trainer and `generate_cues` choose among the two
+    columns = [*columns, "images" if "images" in dataset.column_names else "image"]
+    rows = dataset.select_columns([column for column in columns if column in dataset.column_names])
+    rows = rows.with_format("arrow")
+    for number in numbers:
+        yield rows[number].to_pylist()[0]
 
 
 def write_page(template: Path, path: Path, **variables: Any) -> None:
