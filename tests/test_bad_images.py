@@ -15,9 +15,9 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image, ImageOps
-from tiny_models import make_image, make_processor, make_qwen3_vl, make_rows
+from test_bad_input import build
+from tiny_models import make_image, make_processor, make_rows
 
-from trl_vicur import ViCuRConfig, ViCuRTrainer
 from trl_vicur.cues.generate import read_messages
 from trl_vicur.cues.prompts import CUE_PROMPT
 from trl_vicur.dataset_rows import image_size, read_image
@@ -218,17 +218,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def trainer(processor):
-    config = ViCuRConfig(
-        "unused",
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        per_device_train_batch_size=1,
-        max_completion_length=2,
-    )
-    dataset = Dataset.from_list(make_rows(1))
-    return ViCuRTrainer(make_qwen3_vl(), args=config, train_dataset=dataset, processing_class=processor)
+    return build(Dataset.from_list(make_rows(1)), processor=processor, max_completion_length=2)
 
 
 def row_with(image) -> dict:

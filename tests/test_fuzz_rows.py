@@ -11,9 +11,10 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from test_bad_input import build
 from tiny_models import SPECIAL_TOKENS, make_image, make_processor, make_qwen3_vl, make_rows
 
-from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
+from trl_vicur import CueRecoveryConfig, ViCuRTrainer
 
 
 # --- Rows ---
@@ -141,24 +142,13 @@ def has_reason(error: str, row: dict) -> bool:
 def trainers():
     """One that is its own teacher and has to have cues, and one of another teacher that need not."""
 
-    def make_trainer(teacher=None, peft_config=None, **arguments) -> ViCuRTrainer:
-        args = ViCuRConfig(
-            "unused",
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            per_device_train_batch_size=1,
+    def make_trainer(**arguments) -> ViCuRTrainer:
+        return build(
+            Dataset.from_list(make_rows(1)),
+            model=make_qwen3_vl(num_layers=2),
+            processor=PROCESSOR,
             max_completion_length=3,
             **arguments,
-        )
-        return ViCuRTrainer(
-            make_qwen3_vl(num_layers=2),
-            teacher,
-            args,
-            train_dataset=Dataset.from_list(make_rows(1)),
-            processing_class=PROCESSOR,
-            peft_config=peft_config,
         )
 
     return [
