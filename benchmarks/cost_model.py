@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLTextConfig
 
 from trl_vicur import CueRecoveryConfig
+from trl_vicur.cue_recovery.model import carrying_layers
 
 
 class GPU(NamedTuple):
@@ -119,7 +120,7 @@ class Costs:
     @property
     def module_parameters(self) -> int:
         """The recovery modules, at the default interval."""
-        carrying = len(range(1, self.text.num_hidden_layers, CueRecoveryConfig().layer_interval))
+        carrying = len(carrying_layers(self.text, CueRecoveryConfig().layer_interval))
         return carrying * (4 * self.text.hidden_size**2 + 2 * self.text.hidden_size)
 
 

@@ -143,9 +143,9 @@ class CueRecoveryModel(LoraModel):
         return peft_config.r > 0 and super()._check_target_module_exists(peft_config, key)
 
     def _carries_recovery(self, peft_config: CueRecoveryConfig, module: nn.Module) -> bool:
-        # The output of layer l after DeepStack is the input of layer l + 1
-        end = last_reading_layer(self.model.config.get_text_config()) + 1
-        return any(module is layer for layer in self._decoder_layers()[1 : end : peft_config.layer_interval])
+        layers = self._decoder_layers()
+        indices = carrying_layers(self.model.config.get_text_config(), peft_config.layer_interval)
+        return any(module is layers[index] for index in indices)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if not self._carries_recovery(peft_config, target):
@@ -306,6 +306,14 @@ def last_reading_layer(text_config: PreTrainedConfig) -> int:
     layer_types = (settings.get("layer_types") or [])[:with_own_keys]
     reading = [i for i, layer_type in enumerate(layer_types) if layer_type not in WINDOWED_LAYER_TYPES]
     return reading[-1] if reading else with_own_keys - 1
+
+
+def carrying_layers(text_config: PreTrainedConfig, layer_interval: int) -> range:
+    """
+    Indices of the decoder layers whose inputs modules update: the output of layer l after DeepStack is the input of
+    layer l + 1.
+    """
+    return range(1, last_reading_layer(text_config) + 1, layer_interval)
 
 
 def _norm_eps(text_config: PreTrainedConfig) -> float:

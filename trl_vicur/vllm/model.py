@@ -14,7 +14,7 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 from ..cue_recovery import CueRecoveryConfig, SinkCrossAttention
-from ..cue_recovery.model import last_reading_layer
+from ..cue_recovery.model import carrying_layers
 from .sinks import find_sinks
 
 
@@ -55,8 +55,7 @@ class CueRecoveryMixin:
 
         text_config = vllm_config.model_config.hf_config.get_text_config()
         layers = self.language_model.model.layers
-        end = last_reading_layer(text_config) + 1
-        for index in range(1, end, self._recovery_config.layer_interval):
+        for index in carrying_layers(text_config, self._recovery_config.layer_interval):
             layer = layers[index]
             layer.cue_recovery = nn.Module()
             layer.cue_recovery.sink_attention = SinkCrossAttention(
