@@ -320,12 +320,16 @@ class ViCuRTrainer(DistillationTrainer):
         self._train_sampler.repeat_count *= self.args.num_iterations
         return self._train_sampler
 
+    @property
+    def _is_within_rollouts(self) -> bool:
+        """Whether the next micro-batch is of the same rollouts as the one before."""
+        return self._step % (self.args.gradient_accumulation_steps * self.args.num_iterations) != 0
+
     def _prepare_inputs(self, generation_batch: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
         if not self.model.training or self.args.num_iterations == 1:
             return super()._prepare_inputs(generation_batch)
-        accumulation_steps = self.args.gradient_accumulation_steps
-        if self._buffered_inputs is not None and self._step % (accumulation_steps * self.args.num_iterations) != 0:
-            return self._buffered_inputs[self._step % accumulation_steps]
+        if self._buffered_inputs is not None and self._is_within_rollouts:
+            return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
         # Without a buffer TRL generates; with one, it does so at every multiple of `accumulation_steps`
         inputs = super()._prepare_inputs(generation_batch)
         if self.args.distillation_mode == "sampled_token":
@@ -377,7 +381,7 @@ class ViCuRTrainer(DistillationTrainer):
         student = self.accelerator.unwrap_model(self.model_wrapped)
         self._vision_is_frozen = is_vision_frozen(student)
         rolls_out = not self.use_vllm and (self._shares_features() or self._shares_features(of_teacher=True))
-        recording = record_image_features(student, self.accelerator.autocast) if rolls_out else nullcontext([])
+        recording = record_image_features(student, self.accelerator.autocast) if rolls_out else nullcontext()
         with images_processed_once(self.processing_class.image_processor):
             with recording as recorded:
                 output = super()._generate_and_score_completions(inputs)
@@ -389,7 +393,8 @@ class ViCuRTrainer(DistillationTrainer):
             # Pixels of Idefics and SmolVLM have a row per sample. TRL sees it by the number of rows, and would cut
             # them by image where there are as many images as samples
             del output["num_images"]
-        self._note_image_features(recorded, output)
+        if rolls_out:
+            self._note_image_features(recorded, output)
         self._log_hint_leakage(output["completion_ids"])
         return output
 
@@ -775,7 +780,7 @@ class ViCuRTrainer(DistillationTrainer):
         super()._save_rng_state(output_dir)
         if self.ema_teacher is not None and self.args.should_save:
             self.ema_teacher.save(output_dir)
-        if self._step % (self.args.gradient_accumulation_steps * self.args.num_iterations) != 0:
+        if self._is_within_rollouts:
             torch.save(self._buffered_inputs, self._rollouts_path(output_dir))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -802,7 +807,7 @@ class ViCuRTrainer(DistillationTrainer):
         self._step = self.state.global_step * accumulation_steps
         self._num_streamed_rows = self._step * self.args.per_device_train_batch_size
         self._buffered_inputs = None
-        if self._step % (accumulation_steps * self.args.num_iterations) != 0:
+        if self._is_within_rollouts:
             path = self._rollouts_path(resume_from_checkpoint)
             self._buffered_inputs = torch.load(path, map_location=self.args.device, weights_only=True)
             self._vision_is_frozen = is_vision_frozen(self.model)
