@@ -15,7 +15,7 @@ from trl_vicur.dataset_rows import row_images
 
 
 STUDY = Path(__file__).parents[1] / "examples" / "study"
-sys.path.append(str(STUDY))
+sys.path.insert(0, str(STUDY))
 
 import cells  # noqa: E402
 import domains  # noqa: E402
