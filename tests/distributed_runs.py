@@ -30,21 +30,28 @@ RUNS = {
     "live_teacher": ("student", EVERYTHING, dict(teacher_model_kind="live", distillation_mode="topk_logits")),
     "ema_teacher": ("student", ADAPTER, dict(teacher_model_kind="ema")),
     "without_module": ("student", None, dict(distillation_mode="full_logits", gradient_checkpointing=True)),
+    "videos": ("student", EVERYTHING, dict(teacher_model_kind="live", distillation_mode="topk_logits")),
 }
 
 
-def make_rows(count: int) -> list[dict]:
-    """Of every four rows two have an image, in turn the first two and the last two: one process has only text."""
+def make_rows(count: int, videos: bool) -> list[dict]:
+    """
+    Of every four rows two have an image, in turn the first two and the last two: one process has only text. With
+    `videos` the first of each two has a video in its place.
+    """
     rows = []
     for i in range(count):
+        has_visual = i % 8 in (0, 1, 6, 7)
+        is_video = videos and i % 2 == 0
         rows.append(
             {
                 "prompt": [{"role": "user", "content": f"What is in picture {i}?" + "?" * i}],
-                "images": [make_image(i)] if i % 8 in (0, 1, 6, 7) else [],
+                "images": [make_image(i)] if has_visual and not is_video else [],
+                "videos": [[make_image(i + j) for j in range(4)]] if has_visual and is_video else [],
                 "cue": f"noise number {i}",
             }
         )
-    return rows
+    return rows if videos else [{key: row[key] for key in row if key != "videos"} for row in rows]
 
 
 def train(name: str, models: Path, output_dir: Path, batch_size: int) -> None:
@@ -71,7 +78,7 @@ def train(name: str, models: Path, output_dir: Path, batch_size: int) -> None:
         model=str(models / student),
         teacher_model=str(models / "teacher") if name == "larger_teacher" else None,
         args=ViCuRConfig(output_dir=str(output_dir), **{**defaults, **options}),
-        train_dataset=Dataset.from_list(make_rows(24)),
+        train_dataset=Dataset.from_list(make_rows(24, videos=name == "videos")),
         peft_config=None if adapter is None else CueRecoveryConfig(**adapter),
     )
     trainer.train()

@@ -19,7 +19,7 @@ from trl_vicur.cue_recovery.model import last_reading_layer
 from trl_vicur.trainer.blank_image import BlankImageRow
 from trl_vicur.trainer.dataset_validation import RowChecker
 from trl_vicur.trainer.losses import LMHead, token_logprobs
-from trl_vicur.trainer.vision_features import record_image_features, split_by_sample
+from trl_vicur.trainer.vision_features import record_features, split_by_sample
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -184,10 +184,10 @@ def test_a_row_with_a_blank_image_changes_no_other_row(family):
     blank = BlankImageRow(processor, model.config.image_token_id, {})
     texts = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     input_ids, attention_mask, others = blank.add_to_batch(inputs["input_ids"], inputs["attention_mask"], texts)
-    with record_image_features(model, nullcontext) as recorded:
+    with record_features(model, nullcontext) as recorded:
         together = logits(model, {"input_ids": input_ids, "attention_mask": attention_mask, **others})
     torch.testing.assert_close(together[:-1, -expected.shape[1] :], expected, rtol=1e-3, atol=1e-4)
-    (features,) = recorded
+    (features,) = recorded["image"]
     assert split_by_sample(features, [0, 0, blank.num_image_tokens]) is not None
 
 

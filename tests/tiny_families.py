@@ -72,9 +72,10 @@ def family_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
     )
 
 
-def chat_template(image: str) -> str:
-    """The ChatML template with a family's placeholder of an image."""
-    return CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image)
+def chat_template(image: str, video: str = "<video>") -> str:
+    """The ChatML template with a family's placeholders of an image and a video."""
+    template = CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image)
+    return template.replace("<|vision_start|><|video_pad|><|vision_end|>", video)
 
 
 def build(model_type: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **config) -> PreTrainedModel:
@@ -103,7 +104,7 @@ def make_qwen2_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     processor = Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 112 * 112}),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
+        video_processor=Qwen2VLVideoProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 4 * 56 * 56}),
         chat_template=CHAT_TEMPLATE,
     )
     model = build(
@@ -189,8 +190,10 @@ def make_glm4v() -> tuple[PreTrainedModel, ProcessorMixin]:
     processor = Glm4vProcessor(
         image_processor=Glm4vImageProcessor(size=size),
         tokenizer=tokenizer,
-        video_processor=Glm4vVideoProcessor(size=size),
-        chat_template=chat_template("<|begin_of_image|><|image|><|end_of_image|>"),
+        video_processor=Glm4vVideoProcessor(size=size, do_sample_frames=False),
+        chat_template=chat_template(
+            "<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"
+        ),
     )
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
     model = build(

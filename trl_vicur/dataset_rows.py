@@ -1,7 +1,7 @@
-"""What a dataset row holds: its images, its texts, and how to read it."""
+"""What a dataset row holds: its images, its videos, its texts, and how to read it."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
@@ -18,24 +18,40 @@ from transformers import ProcessorMixin
 DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 ROLES = ("system", "user", "assistant", "tool")
 BLOCK_TYPES = ("text", "image", "video")
+VISUAL_COLUMNS = ("images", "image", "videos", "video")
 
 
 def row_images(row: dict[str, Any]) -> list:
     """
-    The images of a row, from its column `images` or `image`; an empty list for a text-only row.
+    The images of a row, from its column `images` or `image`; an empty list for a row without any.
 
     Raises:
         `ValueError`: If `images` is no list.
     """
-    if "images" not in row:
-        return [] if row["image"] is None else [row["image"]]
-    images = [] if row["images"] is None else row["images"]
-    if not isinstance(images, (list, tuple)):
+    return _list_of(row, "image")
+
+
+def row_videos(row: dict[str, Any]) -> list:
+    """
+    The videos of a row, from its column `videos` or `video`; an empty list for a row without any.
+
+    Raises:
+        `ValueError`: If `videos` is no list.
+    """
+    return _list_of(row, "video")
+
+
+def _list_of(row: dict[str, Any], kind: str) -> list:
+    column = f"{kind}s"
+    if column not in row:
+        return [] if row.get(kind) is None else [row[kind]]
+    values = [] if row[column] is None else row[column]
+    if not isinstance(values, (list, tuple)):
         raise ValueError(
-            f"`images` must be a list, got {type(images).__name__}: {shorten(images)}. Put a single image into a "
-            "list, or into a column `image`."
+            f"`{column}` must be a list, got {type(values).__name__}: {shorten(values)}. Put a single {kind} into a "
+            f"list, or into a column `{kind}`."
         )
-    return list(images)
+    return list(values)
 
 
 @contextmanager
@@ -152,6 +168,38 @@ def read_image(image: Image.Image | dict | str) -> Image.Image:
     return rgb
 
 
+def read_video(video: Sequence | np.ndarray) -> np.ndarray:
+    """
+    The frames of a video, `(frames, height, width, 3)`, in 8 bits.
+
+    Args:
+        video (list or `numpy.ndarray`):
+            Its frames: a list of images as [`read_image`] takes them, or an array (also as nested lists) of integers
+            from 0 to 255, of shape `(frames, height, width, 3)` or `(frames, 3, height, width)`.
+
+    Raises:
+        `ValueError`: If a frame cannot be read, or if these are no frames of one size.
+    """
+    if isinstance(video, (list, tuple)) and video and isinstance(video[0], (Image.Image, dict, str)):
+        frames = [read_image(frame) for frame in video]
+        if len(sizes := {frame.size for frame in frames}) > 1:
+            raise ValueError(f"The frames of a video have the sizes {sorted(sizes)}, expected one. Resize them.")
+        return np.stack(frames)
+    try:
+        array = np.asarray(video)
+    except ValueError:  # nested lists of several lengths
+        array = np.empty(0)
+    if array.ndim == 4 and array.shape[1] == 3 != array.shape[3]:
+        array = array.transpose(0, 2, 3, 1)
+    is_video = array.ndim == 4 and array.shape[3] == 3 and array.size and np.issubdtype(array.dtype, np.integer)
+    if not is_video or array.min() < 0 or array.max() > 255:
+        raise ValueError(
+            f"A video ({shorten(video)}) cannot be read: expected a list of frames (images of one size), or an array "
+            "of integers from 0 to 255 of shape (frames, height, width, 3). Replace it, or leave it out."
+        )
+    return np.ascontiguousarray(array, dtype=np.uint8)
+
+
 def check_messages(messages: Any) -> None:
     """
     Raises:
@@ -223,12 +271,12 @@ def control_token_pattern(processing_class: ProcessorMixin) -> re.Pattern:
 
 def row_getter(dataset: Dataset) -> Callable[[int], dict[str, Any]]:
     """Reads rows without decoding their images, which is most of the work; `image_size` checks them instead."""
-    image_column = "images" if "images" in dataset.column_names else "image"
     if dataset.format["type"] is not None:  # a transform or format of the user's makes the rows
         return dataset.__getitem__
-    images = dataset.select_columns([image_column]).with_format("arrow")
-    others = dataset.remove_columns([image_column])
-    return lambda number: {**others[number], image_column: images[number][image_column].to_pylist()[0]}
+    columns = [column for column in VISUAL_COLUMNS if column in dataset.column_names]
+    visuals = dataset.select_columns(columns).with_format("arrow")
+    others = dataset.remove_columns(columns)
+    return lambda number: {**others[number], **visuals[number].to_pylist()[0]}
 
 
 def shorten(value: Any) -> str:

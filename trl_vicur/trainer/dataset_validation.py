@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from PIL import Image
 from tqdm.auto import tqdm
@@ -12,18 +14,22 @@ from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from ..dataset_rows import (
+    VISUAL_COLUMNS,
     all_strings,
     check_messages,
     control_token_pattern,
     image_size,
     message_texts,
+    read_video,
     row_getter,
     row_images,
+    row_videos,
     shorten,
 )
 from ..teacher_prompt import add_privilege
 from .privilege import get_privilege
 from .vicur_config import ViCuRConfig
+from .video_inputs import add_videos
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -40,9 +46,12 @@ class RowChecker:
             Processor of the student.
         max_length (`int`):
             Context length of the model, in tokens.
+        has_tools (`bool`, *optional*, defaults to `False`):
+            Whether the model can call tools.
     """
 
-    def __init__(self, args: ViCuRConfig, processing_class: ProcessorMixin, max_length: int):
+    def __init__(self, args: ViCuRConfig, processing_class: ProcessorMixin, max_length: int, has_tools: bool = False):
+        self.has_tools = has_tools
         self.args = args
         self.processing_class = processing_class
         self.max_prompt_length = max_length - (args.max_completion_length or 0)
@@ -73,10 +82,29 @@ class RowChecker:
             self._check_text("privilege", privilege)
             # The template may hold control tokens of its own
             self._check_texts("prompt` with `privilege", teacher_prompt, self.control_token.findall(template))
-        images = row_images(row)
-        self._check_image_blocks(prompt, len(images))
+        images, videos = row_images(row), row_videos(row)
+        if videos:
+            self._check_videos_are_supported()
+        self._check_visual_blocks(prompt, len(images), len(videos))
         sizes = [image_size(image) for image in images]
-        self._check_length(teacher_prompt, sizes)
+        shapes = [read_video(video).shape for video in videos]
+        self._check_length(teacher_prompt, sizes, shapes)
+
+    def _check_videos_are_supported(self) -> None:
+        processor = type(self.processing_class).__name__
+        is_sharded = any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")))
+        for is_so, problem, mend in (
+            (
+                "video_grid_thw" not in self.processing_class.model_input_names,
+                f"a {processor} lays out in a way that ViCuRTrainer does not know",
+                "Use a model of the Qwen-VL families",
+            ),
+            (self.args.use_vllm, "TRL does not pass on to vLLM", "Set `use_vllm=False`"),
+            (self.has_tools, "TRL does not pass on to turns that answer tools", "Train without `tools`"),
+            (is_sharded, "would let processes with a sharded vision tower wait for each other", "Train with DDP"),
+        ):
+            if is_so:
+                raise ValueError(f"The row has videos, which {problem}. {mend}, or give the frames as images.")
 
     def _check_texts(self, name: str, prompt: list[dict[str, Any]], allowed: Sequence[str] = ()) -> None:
         for message in prompt:
@@ -99,45 +127,52 @@ class RowChecker:
                 f"{shorten(text)}. Read the text anew with its right encoding, or remove it."
             )
 
-    def _check_image_blocks(self, prompt: list[dict[str, Any]], num_images: int) -> None:
-        """As many blocks as images, and bare ones; where there are none, the images go before the first user turn."""
+    def _check_visual_blocks(self, prompt: list[dict[str, Any]], num_images: int, num_videos: int) -> None:
+        """
+        As many blocks as images and videos, and bare ones; where there are none, they go before the first user turn.
+        """
         for message in prompt:
             content = message.get("content")
             for block in content if isinstance(content, list) else []:
-                if block["type"] == "image" and message["role"] == "tool":
+                kind = block["type"]
+                if kind == "text":
+                    continue
+                if message["role"] == "tool":
                     raise ValueError(
-                        "`prompt` has an image block in a turn of role 'tool', which TRL fills with no image. Move it "
-                        "into a user turn."
+                        f"`prompt` has {'an' if kind == 'image' else 'a'} {kind} block in a turn of role 'tool', "
+                        f"which TRL fills with no {kind}. Move it into a user turn."
                     )
-                if block["type"] == "image" and "image" in block:
+                if kind in block:
                     raise ValueError(
-                        f"`prompt` has the image block {shorten(block)}, expected {{'type': 'image'}} alone. Put the "
-                        "image into the column `images`."
+                        f"`prompt` has the {kind} block {shorten(block)}, expected {{'type': '{kind}'}} alone. Put "
+                        f"the {kind} into the column `{kind}s`."
                     )
         try:
-            prepare_multimodal_messages(prompt, images=[None] * num_images)
+            _fill_prompt(prompt, num_images, num_videos)
         except ValueError as error:
             raise ValueError(
-                f"{str(error).rstrip('.')}. Give `prompt` a block {{'type': 'image'}} for each image, or nothing but "
-                "strings."
+                f"{str(error).rstrip('.')}. Give `prompt` a block {{'type': 'image'}} for each image and "
+                "{'type': 'video'} for each video, or nothing but strings."
             ) from error
 
-    def _check_length(self, prompt: list[dict[str, Any]], image_sizes: list[tuple[int, int]]) -> None:
-        num_image_tokens = self._num_image_tokens(image_sizes)
+    def _check_length(
+        self, prompt: list[dict[str, Any]], image_sizes: list[tuple[int, int]], video_shapes: list[tuple[int, ...]]
+    ) -> None:
+        num_visual_tokens = self._num_image_tokens(image_sizes) + sum(map(self._num_video_tokens, video_shapes))
         # A text has at most as many tokens as bytes, so most rows need not be tokenized
         text_bound = sum(len(text.encode()) + 64 for text in all_strings(prompt))
-        if num_image_tokens + text_bound <= self.max_prompt_length:
+        if num_visual_tokens + text_bound <= self.max_prompt_length:
             return
         text = self.processing_class.apply_chat_template(
-            prepare_multimodal_messages(prompt, images=[None] * len(image_sizes)),
+            _fill_prompt(prompt, len(image_sizes), len(video_shapes)),
             tokenize=False,
             add_generation_prompt=True,
             **(self.args.chat_template_kwargs or {}),
         )
-        length = len(self.processing_class.tokenizer.encode(text, add_special_tokens=False)) + num_image_tokens
+        length = len(self.processing_class.tokenizer.encode(text, add_special_tokens=False)) + num_visual_tokens
         if length > self.max_prompt_length:
             raise ValueError(
-                f"The prompt (as the teacher sees it) has {length} tokens, {num_image_tokens} of them visual; with "
+                f"The prompt (as the teacher sees it) has {length} tokens, {num_visual_tokens} of them visual; with "
                 f"`max_completion_length={self.args.max_completion_length}` it exceeds the model's context of "
                 f"{self.max_length} tokens. Shorten it, shrink its images, or remove the row."
             )
@@ -160,8 +195,37 @@ class RowChecker:
     @cache  # noqa: B019  (there are few sizes, and the checker is short-lived)
     def _num_tokens_of_blank_image(self, size: tuple[int, int]) -> int:
         prompt = prepare_multimodal_messages([{"role": "user", "content": ""}], images=[Image.new("RGB", size)])
-        inputs = self.processing_class.apply_chat_template(prompt, tokenize=True, return_dict=True)
-        return len(inputs["input_ids"][0])
+        return len(self._tokenize(prompt))
+
+    @cache  # noqa: B019
+    def _num_video_tokens(self, shape: tuple[int, ...]) -> int:
+        """Of a blank video of the same shape, with the time stamps that some processors write before its frames."""
+        video = {"type": "video", "video": np.zeros(shape, np.uint8)}
+        try:
+            token_ids = self._tokenize([{"role": "user", "content": [video]}])
+        except ValueError as error:
+            raise ValueError(
+                f"The processor takes no video of the shape {shape} (frames, height, width, channels): {error}. Give "
+                "it more or larger frames, or remove the row."
+            ) from error
+        if self.processing_class.video_token_id not in token_ids:
+            raise ValueError(
+                f"The row has videos, for which a {type(self.processing_class).__name__} writes the tokens of images; "
+                "its model cannot have both in one batch. Give the frames as images, or use a model of the Qwen-VL "
+                "families."
+            )
+        return len(token_ids)
+
+    def _tokenize(self, prompt: list[dict[str, Any]]) -> list[int]:
+        inputs = self.processing_class.apply_chat_template(
+            [prompt], tokenize=True, return_dict=True, **(self.args.chat_template_kwargs or {})
+        )
+        return inputs["input_ids"][0]
+
+
+def _fill_prompt(prompt: list[dict[str, Any]], num_images: int, num_videos: int) -> list[dict[str, Any]]:
+    """The prompt with blocks for so many images and videos."""
+    return prepare_multimodal_messages(add_videos(prompt, [None] * num_videos, num_images), images=[None] * num_images)
 
 
 def check_dataset(
@@ -240,9 +304,10 @@ def check_columns(column_names: list[str], name: str, args: ViCuRConfig) -> None
                 f"{name} has no column `{column}`; with `privilege={args.privilege!r}` it must have {required} and "
                 f"`images` or `image`, but it has {column_names}."
             )
-    if "images" not in column_names and "image" not in column_names:
+    if not any(column in column_names for column in VISUAL_COLUMNS):
         raise ValueError(
-            f"{name} has no column `images` or `image`, only {column_names}. Rows without one may be None."
+            f"{name} has no column `images` or `image`, only {column_names}. Nor has it `videos` or `video`. Rows "
+            "without one may be None."
         )
 
 

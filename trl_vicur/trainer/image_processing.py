@@ -1,35 +1,37 @@
-"""Pixels of a batch's images, made once for all that ask for them: the rollout, the loss, the teacher's prompt."""
+"""Pixels of a batch's images and videos, made once for all that ask: the rollout, the loss, the teacher's prompt."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 
+import numpy as np
 import torch
-from transformers import BaseImageProcessor, BatchFeature
+from transformers import BaseImageProcessor, BaseVideoProcessor, BatchFeature
 from transformers.image_utils import ImageInput
+from transformers.video_utils import VideoInput
 
 
 @contextmanager
-def images_processed_once(image_processor: BaseImageProcessor) -> Iterator[None]:
+def images_processed_once(image_processor: BaseImageProcessor | BaseVideoProcessor) -> Iterator[None]:
     """
     While active, for the same images and arguments the image processor returns what it returned before.
 
     Args:
-        image_processor ([`~transformers.BaseImageProcessor`]):
-            The processor's `image_processor`.
+        image_processor ([`~transformers.BaseImageProcessor`] or [`~transformers.BaseVideoProcessor`]):
+            The processor's `image_processor`, or its `video_processor`.
     """
     preprocess = image_processor.preprocess
     calls = []
 
     @wraps(preprocess)
-    def preprocess_once(images: ImageInput, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+    def preprocess_once(images: ImageInput | VideoInput, return_tensors: str | None = None, **kwargs) -> BatchFeature:
         for earlier_images, earlier_tensors, earlier_kwargs, output in calls:
             # What has no lists is the same with and without `return_tensors="pt"`
             is_same_type = return_tensors == earlier_tensors or (
                 {return_tensors, earlier_tensors} == {None, "pt"}
                 and all(isinstance(value, torch.Tensor) for value in output.values())
             )
-            if is_same_type and kwargs == earlier_kwargs and images == earlier_images:
+            if is_same_type and kwargs == earlier_kwargs and _are_same(images, earlier_images):
                 break
         else:
             output = preprocess(images, return_tensors=return_tensors, **kwargs)
@@ -41,3 +43,11 @@ def images_processed_once(image_processor: BaseImageProcessor) -> Iterator[None]
         yield
     finally:
         del image_processor.preprocess
+
+
+def _are_same(images: ImageInput | VideoInput, others: ImageInput | VideoInput) -> bool:
+    if isinstance(images, np.ndarray) or isinstance(others, np.ndarray):
+        return np.array_equal(images, others)
+    if isinstance(images, list) and isinstance(others, list):
+        return len(images) == len(others) and all(map(_are_same, images, others))
+    return images == others

@@ -70,10 +70,10 @@ class ViCuRConfig(DistillationConfig):
         > Parameters that control memory and speed
 
         share_vision_features (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` encodes each image once for rollout, student and teacher, as far as they have the same vision
-            weights: all three in self-distillation with a frozen vision tower, rollout and student with an external
-            teacher, rollout and teacher where the vision tower of a `"live"` teacher trains. The features of one
-            generation batch are kept until the next one. `"never"` lets each pass encode its own.
+            `"auto"` encodes each image and video once for rollout, student and teacher, as far as they have the same
+            vision weights: all three in self-distillation with a frozen vision tower, rollout and student with an
+            external teacher, rollout and teacher where the vision tower of a `"live"` teacher trains. The features of
+            one generation batch are kept until the next one. `"never"` lets each pass encode its own.
 
     Raises:
         `ValueError`: If an option has none of its allowed values, or if options contradict each other.
@@ -134,8 +134,8 @@ class ViCuRConfig(DistillationConfig):
     share_vision_features: Literal["auto", "never"] = field(
         default="auto",
         metadata={
-            "help": "'auto' encodes each image once for rollout, student and teacher, as far as they have the same "
-            "vision weights; 'never' lets each pass encode its own."
+            "help": "'auto' encodes each image and video once for rollout, student and teacher, as far as they have "
+            "the same vision weights; 'never' lets each pass encode its own."
         },
     )
 

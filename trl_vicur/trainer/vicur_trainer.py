@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import fsdp2_prepare_model, gather_object, is_peft_model
+from accelerate.utils import fsdp2_prepare_model, gather_object, is_peft_model, send_to_device
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from torch.nn import functional as F
 from torch.utils.data import Sampler
 from transformers import (
     AutoConfig,
@@ -32,7 +33,7 @@ from trl.trainer.utils import get_config_model_id, pad
 
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
 from ..cue_recovery.model import visual_token_ids
-from ..dataset_rows import read_image, row_images
+from ..dataset_rows import read_image, read_video, row_images, row_videos
 from ..teacher_prompt import add_privilege, hint_marker
 from .blank_image import BlankImageRow
 from .checkpoints import check_adapter, check_checkpoint, get_last_checkpoint, write_file_list
@@ -60,7 +61,8 @@ from .model_card import (
 from .privilege import get_privilege
 from .trackers import log_histogram
 from .vicur_config import ViCuRConfig
-from .vision_features import is_vision_frozen, lend_image_features, record_image_features, split_by_sample
+from .video_inputs import VIDEO_KEYS, add_videos, split_videos
+from .vision_features import get_backbone, is_vision_frozen, lend_features, record_features, split_by_sample
 
 
 NUM_SEGMENTS = 4
@@ -101,7 +103,7 @@ class ViCuRTrainer(DistillationTrainer):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Conversational, prompt-only dataset with the columns `prompt`, `images` (a list per row, or `None`) or
-            `image`, and the privilege (`cue` or `answer`). All rows are checked before training.
+            `image`, `videos` or `video`, and the privilege (`cue` or `answer`). All rows are checked before training.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them):
             Dataset to use for evaluation, with the same columns.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
@@ -174,7 +176,8 @@ class ViCuRTrainer(DistillationTrainer):
             peft_config.resolve_sink_token(processing_class, **(args.chat_template_kwargs or {}))
 
         # All rows are checked before the model is even loaded
-        self._row_checker = RowChecker(args, processing_class, config.get_text_config().max_position_embeddings)
+        max_length = config.get_text_config().max_position_embeddings
+        self._row_checker = RowChecker(args, processing_class, max_length, has_tools=bool(tools))
         self._num_streamed_rows = 0
         if train_dataset is not None:
             batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -240,7 +243,7 @@ class ViCuRTrainer(DistillationTrainer):
         )
         self._hint_marker = hint_marker(args.teacher_prompt_template)
         # What `_get_last_hidden_state` takes beside the tokens, e.g. `pixel_values`
-        self._multimodal_keys = list(inspect.signature(self._get_last_hidden_state).parameters)[4:]
+        self._multimodal_keys = [*inspect.signature(super()._get_last_hidden_state).parameters][4:] + [*VIDEO_KEYS]
         # Sums and counts of the current `compute_loss` call
         self._diagnostics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         # Advantages before their clip, `(tokens,)` each, of the micro-batches that the next histogram is made of
@@ -310,7 +313,7 @@ class ViCuRTrainer(DistillationTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = [self.args.cue_column, self.args.answer_column]
+        columns = [self.args.cue_column, self.args.answer_column, "videos", "video"]
         self._signature_columns += [column for column in columns if column not in self._signature_columns]
 
     # --- Rollouts: the student's prompt, its completion, and the teacher's prompt ---
@@ -355,14 +358,22 @@ class ViCuRTrainer(DistillationTrainer):
         return prompt_ids, images, multimodal_fields
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
-        if images is not None or self.use_vllm or self.accelerator.num_processes == 1:
+        has_videos = "pixel_values_videos" in multimodal_fields
+        # A sampled video token would mismatch the video features, as an image token would, which TRL suppresses
+        suppressed = self.generation_kwargs["suppress_tokens"]
+        if has_videos:
+            suppressed = [*(suppressed or []), *visual_token_ids(self.model.config)]
+        self.generation_config.suppress_tokens = suppressed
+        if images is not None or has_videos or self.use_vllm or self.accelerator.num_processes == 1:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         prompt_ids, multimodal_fields = self._blank_image_row.add_to_prompts(prompt_ids, multimodal_fields)
         return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)[:-1]
 
     def _generate(self, prompts: list):
         prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
-        if images is not None:
+        if self._has_videos(prompts):
+            images = None  # TRL would process them together with prompts whose videos it does not have
+        elif images is not None:
             # TRL marks text-only rows with None, which processors refuse
             images = [image_list or [] for image_list in images]
         return prompt_ids, completion_ids, tool_mask, images, tool_images
@@ -375,52 +386,83 @@ class ViCuRTrainer(DistillationTrainer):
                     self._row_checker.check, lambda row=row: row, f"Streamed row {self._num_streamed_rows}"
                 )
                 self._num_streamed_rows += 1
-        # As the checks and the heat maps see them; TRL and the processors read each kind of file in another way
-        inputs = [{**row, "images": [read_image(image) for image in row_images(row)]} for row in inputs]
+        rows = []
+        for row in inputs:
+            # As the checks and the heat maps see them; TRL and the processors read each kind of file in another way
+            images = [read_image(image) for image in row_images(row)]
+            videos = [read_video(video) for video in row_videos(row)]
+            rows.append({**row, "images": images, "prompt": add_videos(row["prompt"], videos, len(images))})
+        inputs = rows
 
         student = self.accelerator.unwrap_model(self.model_wrapped)
         self._vision_is_frozen = is_vision_frozen(student)
         rolls_out = not self.use_vllm and (self._shares_features() or self._shares_features(of_teacher=True))
-        recording = record_image_features(student, self.accelerator.autocast) if rolls_out else nullcontext()
-        with images_processed_once(self.processing_class.image_processor):
+        recording = record_features(student, self.accelerator.autocast) if rolls_out else nullcontext()
+        with ExitStack() as stack:
+            for name in ("image_processor", "video_processor"):
+                if hasattr(self.processing_class, name):
+                    stack.enter_context(images_processed_once(getattr(self.processing_class, name)))
             with recording as recorded:
                 output = super()._generate_and_score_completions(inputs)
+            if self._has_videos([row["prompt"] for row in inputs]):
+                output.update(self._visual_inputs(inputs, output))
             if self.args.privilege != "none":
                 output.update(self._teacher_prompts(inputs, output))
         token_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # tools return images, too
         output["num_image_tokens"] = (token_ids == self.model.config.image_token_id).sum(dim=1).tolist()
+        if "video_grid_thw" in output:
+            output["num_video_tokens"] = (token_ids == self.model.config.video_token_id).sum(dim=1).tolist()
         if "pixel_attention_mask" in output and "spatial_shapes" not in output:
             # Pixels of Idefics and SmolVLM have a row per sample. TRL sees it by the number of rows, and would cut
             # them by image where there are as many images as samples
             del output["num_images"]
         if rolls_out:
-            self._note_image_features(recorded, output)
+            self._note_features(recorded, output)
         self._log_hint_leakage(output["completion_ids"])
         return output
 
+    @staticmethod
+    def _has_videos(prompts: list[list[dict[str, Any]]]) -> bool:
+        contents = [message.get("content") for prompt in prompts for message in prompt]
+        return any(block["type"] == "video" for content in contents if isinstance(content, list) for block in content)
+
+    def _pad_left(self, sequences: list[list[int]], padding_value: int = 0) -> torch.Tensor:
+        return pad(
+            [torch.tensor(sequence) for sequence in sequences],
+            padding_value=padding_value,
+            padding_side="left",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        ).to(self.accelerator.device)
+
+    def _visual_inputs(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes of images and videos beside the tokens, as the rollout had it."""
+        prompts = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows]
+        _, _, fields = self._tokenize_prompts(prompts)
+        inputs = {}
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in fields:
+                of_prompt = self._pad_left([list(types) for types in fields[name]])
+                inputs[name] = F.pad(of_prompt, (0, output["completion_ids"].shape[1]))
+        if "pixel_values" in fields:
+            inputs |= {name: fields[name] for name in ("pixel_values", "image_grid_thw")}
+            inputs["num_images"] = [len(row["images"]) for row in rows]
+        inputs |= split_videos(fields, [len(row_videos(row)) for row in rows])
+        return send_to_device(inputs, self.accelerator.device)
+
     def _teacher_prompts(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The teacher's prompts, left-padded; their images are the student's."""
+        """The teacher's prompts, left-padded; their images and videos are the student's."""
         prompts = []
         for row in rows:
             prompt = add_privilege(row["prompt"], get_privilege(row, self.args), self.args.teacher_prompt_template)
             prompts.append(prepare_multimodal_messages(prompt, images=row_images(row)))
         prompt_ids, _, multimodal_fields = self._tokenize_prompts(prompts)
-
-        def pad_left(sequences: list[list[int]], padding_value: int) -> torch.Tensor:
-            return pad(
-                [torch.tensor(sequence) for sequence in sequences],
-                padding_value=padding_value,
-                padding_side="left",
-                pad_to_multiple_of=self.pad_to_multiple_of,
-            ).to(self.accelerator.device)
-
         teacher = {
-            "teacher_prompt_ids": pad_left(prompt_ids, self._tokenizer.pad_token_id),
-            "teacher_prompt_mask": pad_left([[1] * len(ids) for ids in prompt_ids], 0),
+            "teacher_prompt_ids": self._pad_left(prompt_ids, self._tokenizer.pad_token_id),
+            "teacher_prompt_mask": self._pad_left([[1] * len(ids) for ids in prompt_ids]),
         }
         for name in ("token_type_ids", "mm_token_type_ids"):
             if name in output:
-                teacher[f"teacher_{name}"] = pad_left([list(types) for types in multimodal_fields[name]], 0)
+                teacher[f"teacher_{name}"] = self._pad_left([list(types) for types in multimodal_fields[name]])
         return teacher
 
     def _log_hint_leakage(self, completion_ids: torch.Tensor) -> None:
@@ -437,10 +479,10 @@ class ViCuRTrainer(DistillationTrainer):
         self._metrics[mode]["hint_leakage"].append((counts > 0).float().mean().item())
         self._metrics[mode]["hint_leakage/occurrences"].append(counts.mean().item())
 
-    # --- Image features: computed once for all passes that have the same vision weights ---
+    # --- Features of images and videos: computed once for all passes that have the same vision weights ---
 
     def _shares_features(self, of_teacher: bool = False) -> bool:
-        """Whether the student's pass, or the teacher's, would compute the image features that the rollout did."""
+        """Whether the student's pass, or the teacher's, would compute the features that the rollout did."""
         if self.args.share_vision_features == "never" or self.tools:  # tools can return further images
             return False
         if of_teacher and self.teacher_model is not None:
@@ -450,32 +492,38 @@ class ViCuRTrainer(DistillationTrainer):
         return self._vision_is_frozen or is_unchanged
 
     @contextmanager
-    def _shared_image_features(
+    def _shared_features(
         self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any], of_teacher: bool = False
     ) -> Iterator[bool]:
         """
-        While active, the student's images are encoded only if no pass over these inputs has done it yet. Yields
-        whether they are.
+        While active, the student's images and videos are encoded only if no pass over these inputs has done it yet.
+        Yields whether they are.
         """
+        features = {kind: inputs[f"{kind}_features"] for kind in ("image", "video") if f"{kind}_features" in inputs}
         if not self._shares_features(of_teacher):
             yield True
-        elif "image_features" in inputs:
-            with lend_image_features(unwrapped_student, inputs["image_features"]):
+        elif features:
+            with lend_features(unwrapped_student, features):
                 yield False
         else:
-            with record_image_features(unwrapped_student, self.accelerator.autocast) as recorded:
+            with record_features(unwrapped_student, self.accelerator.autocast) as recorded:
                 yield True
-            self._note_image_features(recorded, inputs)
+            self._note_features(recorded, inputs)
 
-    def _note_image_features(self, recorded: list[ModelOutput], inputs: dict[str, Any]) -> None:
+    def _note_features(self, recorded: dict[str, list[ModelOutput]], inputs: dict[str, Any]) -> None:
         """Add them to a batch, by sample, so that they are shuffled, split and freed with it."""
-        num_tokens = inputs["num_image_tokens"]
-        if not any(num_tokens) and self.accelerator.num_processes > 1:
-            num_tokens = [*num_tokens, self._blank_image_row.num_image_tokens]
-        samples = split_by_sample(recorded[0], num_tokens) if len(recorded) == 1 else None
+        num_samples = len(inputs["num_image_tokens"])
+        num_tokens = {kind: inputs.get(f"num_{kind}_tokens", [0] * num_samples) for kind in ("image", "video")}
+        if not any(map(any, num_tokens.values())) and self.accelerator.num_processes > 1:
+            num_tokens["image"] = [*num_tokens["image"], self._blank_image_row.num_image_tokens]
+        samples = {
+            kind: split_by_sample(recorded[kind][0], numbers) if len(recorded[kind]) == 1 else None
+            for kind, numbers in num_tokens.items()
+            if any(numbers)
+        }
         # One process that encodes images again would wait for the others in a sharded vision tower
-        if all(gather_object([samples is not None])):
-            inputs["image_features"] = samples[: len(inputs["num_image_tokens"])]
+        if all(gather_object([bool(samples) and None not in samples.values()])):
+            inputs.update({f"{kind}_features": of_kind[:num_samples] for kind, of_kind in samples.items()})
 
     # --- Hidden states of student and teacher at the same completion tokens ---
 
@@ -490,7 +538,8 @@ class ViCuRTrainer(DistillationTrainer):
     ) -> torch.Tensor:
         """Hidden states that predict the completion tokens, `(batch, completion, hidden)`."""
         others_may_have_images = encodes_images and self.accelerator.num_processes > 1
-        if "pixel_values" in multimodal_inputs or not others_may_have_images:
+        has_visuals = "pixel_values" in multimodal_inputs or "pixel_values_videos" in multimodal_inputs
+        if has_visuals or not others_may_have_images:
             return self._get_last_hidden_state(
                 model, input_ids, attention_mask, completion_length, **multimodal_inputs
             )
@@ -501,14 +550,32 @@ class ViCuRTrainer(DistillationTrainer):
         return self._get_last_hidden_state(model, input_ids, attention_mask, completion_length, **fields)[:-1]
 
     def _multimodal_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        keys = [key for key in self._multimodal_keys if key in inputs]
-        if not any(inputs.get("num_image_tokens", [])):
-            # All rows of this micro-batch are text-only, though the generation batch may have had images
-            keys = [key for key in keys if key.endswith("token_type_ids")]
-        return {key: inputs[key] for key in keys}
+        # Rows of this micro-batch may have no image, or no video, though the generation batch had some
+        has_images, has_videos = (any(inputs.get(f"num_{kind}_tokens", [])) for kind in ("image", "video"))
+        multimodal_inputs = {}
+        for key in self._multimodal_keys:
+            if key in VIDEO_KEYS:
+                if has_videos and key in inputs:
+                    multimodal_inputs[key] = torch.cat(inputs[key])
+            elif key in inputs and (has_images or key.endswith("token_type_ids")):
+                multimodal_inputs[key] = inputs[key]
+        return multimodal_inputs
+
+    def _get_last_hidden_state(self, unwrapped_model, *args, **multimodal_inputs):
+        # TRL hands over what it knows, which is no videos
+        videos = {key: multimodal_inputs.pop(key) for key in VIDEO_KEYS if key in multimodal_inputs}
+        if not videos:
+            return super()._get_last_hidden_state(unwrapped_model, *args, **multimodal_inputs)
+        hook = get_backbone(unwrapped_model).register_forward_pre_hook(
+            lambda backbone, args, kwargs: (args, {**kwargs, **videos}), with_kwargs=True
+        )
+        try:
+            return super()._get_last_hidden_state(unwrapped_model, *args, **multimodal_inputs)
+        finally:
+            hook.remove()
 
     def _student_hidden_states(self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        with self._shared_image_features(unwrapped_student, inputs) as encodes_images:
+        with self._shared_features(unwrapped_student, inputs) as encodes_images:
             return self._completion_hidden_states(
                 unwrapped_student,
                 torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -546,7 +613,7 @@ class ViCuRTrainer(DistillationTrainer):
                 return states, LMHead.from_model(teacher)
             with (
                 self._student_as_teacher(unwrapped_student),
-                self._shared_image_features(unwrapped_student, inputs, of_teacher=True) as encodes_images,
+                self._shared_features(unwrapped_student, inputs, of_teacher=True) as encodes_images,
             ):
                 states = self._completion_hidden_states(unwrapped_student, *model_inputs, encodes_images)
                 head = LMHead.from_model(unwrapped_student)
@@ -643,7 +710,7 @@ class ViCuRTrainer(DistillationTrainer):
                 self._diagnose_gap(gap, mask)
             self._advantages["train" if self.model.training else "eval"].append(gap)
             for layer, ratios in update_ratios.items():
-                if not any(inputs["num_image_tokens"]):
+                if not any(inputs["num_image_tokens"]) and not any(inputs.get("num_video_tokens", [])):
                     ratios = ratios[:0]  # of a blank image
                 self._diagnose(f"cue_recovery/{layer}/update_ratio", ratios)
 

@@ -1,13 +1,13 @@
 """
 Features of the vision tower, computed once for a sample and lent to every pass that sees the same pixels.
 
-A pass asks its backbone's `get_image_features`, be it a forward call or `generate`; while features are recorded or
-lent, that method is another one.
+A pass asks its backbone's `get_image_features` and `get_video_features`, be it a forward call or `generate`; while
+features are recorded or lent, these methods are other ones.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain
 
 import torch
@@ -36,9 +36,9 @@ def is_vision_frozen(model: nn.Module) -> bool:
 
 
 @contextmanager
-def record_image_features(
+def record_features(
     model: nn.Module, autocast: Callable[[], AbstractContextManager]
-) -> Iterator[list[ModelOutput]]:
+) -> Iterator[dict[str, list[ModelOutput]]]:
     """
     While active, note what the vision tower computes. It computes it without gradient.
 
@@ -49,49 +49,58 @@ def record_image_features(
             Makes the context of mixed precision: `generate` encodes images outside of the forward call, which has it.
 
     Yields:
-        `list[ModelOutput]`: Filled with the features of each call, as the model's `get_image_features` returns them.
+        `dict[str, list[ModelOutput]]`: Filled with the features of each call for an `"image"` or a `"video"`, as the
+            model's `get_image_features` and `get_video_features` return them.
     """
-    outputs = []
+    outputs = {"image": [], "video": []}
 
-    def record(encode: Callable[..., ModelOutput], *args, **kwargs) -> ModelOutput:
+    def record(kind: str, encode: Callable[..., ModelOutput], *args, **kwargs) -> ModelOutput:
         with torch.no_grad(), autocast():
-            outputs.append(encode(*args, **kwargs))
-        return outputs[-1]
+            output = encode(*args, **kwargs)
+        if kind == "video" and outputs["image"] and outputs["image"][-1] is output:
+            outputs["image"].pop()  # Qwen3-VL has its videos encoded as images
+        outputs[kind].append(output)
+        return output
 
-    with _image_features_by(record, model):
+    with _features_by(record, model):
         yield outputs
 
 
-def lend_image_features(model: nn.Module, samples: list[dict]) -> AbstractContextManager[None]:
+def lend_features(model: nn.Module, samples: dict[str, list[dict]]) -> AbstractContextManager[None]:
     """
     While active, the model gets these features in place of those of the pixels that it is given.
 
     Args:
         model (`nn.Module`):
             The vision-language model.
-        samples (`list[dict]`):
-            The features of each sample of the batch, from [`split_by_sample`].
+        samples (`dict[str, list[dict]]`):
+            The features of each sample of the batch, from [`split_by_sample`], of `"image"` and `"video"`.
     """
+    joined = {kind: _join_samples(of_kind) for kind, of_kind in samples.items()}
+    return _features_by(lambda kind, encode, *args, **kwargs: joined[kind], model)
+
+
+def _join_samples(samples: list[dict]) -> ModelOutput:
+    """The opposite of [`split_by_sample`]."""
     features = {"pooler_output": _join([sample["pooler_output"] for sample in samples])}
     if "deepstack_features" in samples[0]:
         levels = zip(*(sample["deepstack_features"] for sample in samples), strict=True)
         features["deepstack_features"] = [_join(level) for level in levels]
-    joined = ModelOutput(**features)
-    return _image_features_by(lambda encode, *args, **kwargs: joined, model)
+    return ModelOutput(**features)
 
 
 def split_by_sample(output: ModelOutput, num_tokens: list[int]) -> list[dict] | None:
     """
-    Cut a batch's image features into those of each sample, so that they can be shuffled and split with the batch.
+    Cut a batch's features into those of each sample, so that they can be shuffled and split with the batch.
 
     Models return them by image (Qwen-VL), by sample (Idefics), by tile (InternVL), as one tensor (Gemma 3); in the
     order of the prompts' visual tokens in any case, one for each, by which they are cut.
 
     Args:
         output (`ModelOutput`):
-            What the model's `get_image_features` returned.
+            What the model's `get_image_features` or `get_video_features` returned.
         num_tokens (`list[int]`):
-            Number of visual tokens of each sample.
+            Number of image tokens, or of video tokens, of each sample.
 
     Returns:
         `list[dict]` or `None`: The features that a forward call reads, for each sample; `None` for a model that does
@@ -128,17 +137,20 @@ def _join(parts: Sequence) -> torch.Tensor | tuple[torch.Tensor, ...]:
 
 
 @contextmanager
-def _image_features_by(function: Callable[..., ModelOutput], model: nn.Module) -> Iterator[None]:
-    """While active, `function` answers for the backbone's `get_image_features`, which is its first argument."""
+def _features_by(function: Callable[..., ModelOutput], model: nn.Module) -> Iterator[None]:
+    """
+    While active, `function` answers for the backbone's `get_image_features` and `get_video_features`; its first
+    arguments are the kind, `"image"` or `"video"`, and that method.
+    """
     backbone = get_backbone(model)
-    encode = backbone.get_image_features
-
-    @wraps(encode)  # `generate` reads the signature
-    def get_image_features(*args, **kwargs) -> ModelOutput:
-        return function(encode, *args, **kwargs)
-
-    backbone.get_image_features = get_image_features
+    methods = {kind: f"get_{kind}_features" for kind in ("image", "video")}
+    methods = {kind: name for kind, name in methods.items() if hasattr(backbone, name)}
+    for kind, name in methods.items():
+        encode = getattr(backbone, name)
+        # `generate` reads the signature
+        setattr(backbone, name, wraps(encode)(partial(function, kind, encode)))
     try:
         yield
     finally:
-        del backbone.get_image_features
+        for name in methods.values():
+            delattr(backbone, name)
