@@ -25,6 +25,7 @@ from trl_vicur.trainer.losses import (
     sampled_token_loss,
     token_logprobs,
     topk_divergence,
+    topk_logprobs,
 )
 
 
@@ -96,6 +97,11 @@ def naive_divergence(problem: Problem, beta: float) -> torch.Tensor:
     return (beta * from_teacher + (1 - beta) * from_student).sum()
 
 
+def topk(problem: Problem) -> torch.Tensor:
+    top = topk_logprobs(problem.teacher_states, problem.teacher_head, TOP_K)
+    return topk_divergence(problem.student_states, problem.student_head, *top, beta=0.0)[0].sum()
+
+
 def naive_topk(problem: Problem) -> torch.Tensor:
     student, teacher = problem.logprobs()
     teacher, top_ids = teacher.topk(TOP_K, dim=-1)
@@ -118,7 +124,7 @@ def objectives() -> dict[str, dict[str, Objective]]:
         },
         "topk_logits": {
             "naive": naive_topk,
-            "ours": lambda problem: topk_divergence(*problem.both, k=TOP_K, beta=0.0)[0].sum(),
+            "ours": topk,
         },
     }
     for beta in (0.0, 0.5):

@@ -15,6 +15,7 @@ from trl_vicur.trainer.losses import (
     sampled_token_loss,
     token_logprobs,
     topk_divergence,
+    topk_logprobs,
 )
 
 
@@ -111,7 +112,8 @@ def test_a_frozen_head_changes_neither_values_nor_gradients(objective, temperatu
         student_head = student_head._replace(logit_scale=scale, softcapping=softcapping)
         both = (student, student_head, teacher, teacher_head)
         if objective == "topk":
-            values, entropy = topk_divergence(*both, 5, 0.5, temperature)
+            top = topk_logprobs(teacher, teacher_head, 5, temperature)
+            values, entropy = topk_divergence(student, student_head, *top, 0.5, temperature)
         elif objective == "sampled":
             values, entropy = token_logprobs(student, student_head, torch.arange(len(student)), temperature)
         else:
@@ -146,7 +148,9 @@ def test_liger_refuses_logits_that_it_does_not_know():
 def test_topk_divergence(beta, scale, softcapping):
     student, student_head, teacher, teacher_head = make_pair()
     student_head = student_head._replace(logit_scale=scale, softcapping=softcapping)
-    divergence, entropy = topk_divergence(student, student_head, teacher, teacher_head, 5, beta, 0.7)
+    divergence, entropy = topk_divergence(
+        student, student_head, *topk_logprobs(teacher, teacher_head, 5, 0.7), beta, 0.7
+    )
 
     student_probs = reference_logits(student, student_head, 0.7).softmax(-1)
     teacher_probs = reference_logits(teacher, teacher_head, 0.7).softmax(-1)
@@ -171,7 +175,7 @@ def test_topk_divergence(beta, scale, softcapping):
 @given(beta=st.floats(0, 1), k=st.integers(1, 80), temperature=st.floats(0.3, 3.0), seed=st.integers(0, 1000))
 def test_topk_divergence_is_between_zero_and_the_full_one(beta, k, temperature, seed):
     pair = make_pair(tokens=8, seed=seed)
-    topk, _ = topk_divergence(*pair, k, beta, temperature)
+    topk, _ = topk_divergence(*pair[:2], *topk_logprobs(*pair[2:], k, temperature), beta, temperature)
     full, _ = full_divergence(*pair, beta, temperature)
     assert (topk >= -1e-5).all() and (topk <= full + 1e-4).all()
     if k >= 70:
@@ -254,7 +258,7 @@ def test_logits_never_exist_as_a_whole(mode, trains_head):
         if mode == "full":
             full_divergence(student, student_head, teacher, teacher_head, 0.5)
         elif mode == "topk":
-            topk_divergence(student, student_head, teacher, teacher_head, 10, 0.5)
+            topk_divergence(student, student_head, *topk_logprobs(teacher, teacher_head, 10), 0.5)
         else:
             token_logprobs(student, student_head, torch.zeros(tokens, dtype=torch.long))
     assert max(saved) < tokens * vocab / 4

@@ -312,6 +312,7 @@ def test_a_bad_video_names_its_row(tmp_path, processor):
         ("llava_onevision", {}, False, "which a LlavaOnevisionProcessor lays out in a way that ViCuRTrainer does not"),
         ("glm4v", {}, False, "for which a Glm4vProcessor writes the tokens of images"),
         ("qwen3_vl", dict(use_vllm=True), False, "which TRL does not pass on to vLLM. Set `use_vllm=False`, or give"),
+        ("qwen3_vl", dict(teacher_model_server_url="http://localhost"), False, "the teacher's server is not given"),
         ("qwen3_vl", {}, True, "Train without `tools`, or give the frames as images."),
     ],
 )

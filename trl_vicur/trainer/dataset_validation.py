@@ -100,6 +100,11 @@ class RowChecker:
                 "Use a model of the Qwen-VL families",
             ),
             (self.args.use_vllm, "TRL does not pass on to vLLM", "Set `use_vllm=False`"),
+            (
+                self.args.teacher_model_server_url is not None,
+                "the teacher's server is not given",
+                "Pass the teacher as `teacher_model`",
+            ),
             (self.has_tools, "TRL does not pass on to turns that answer tools", "Train without `tools`"),
             (is_sharded, "would let processes with a sharded vision tower wait for each other", "Train with DDP"),
         ):
@@ -171,10 +176,13 @@ class RowChecker:
         )
         length = len(self.processing_class.tokenizer.encode(text, add_special_tokens=False)) + num_visual_tokens
         if length > self.max_prompt_length:
+            server = ""
+            if self.args.teacher_model_server_url is not None:
+                server = " (or, less one, the `--max-model-len` of the teacher's server)"
             raise ValueError(
                 f"The prompt (as the teacher sees it) has {length} tokens, {num_visual_tokens} of them visual; with "
                 f"`max_completion_length={self.args.max_completion_length}` it exceeds the model's context of "
-                f"{self.max_length} tokens. Shorten it, shrink its images, or remove the row."
+                f"{self.max_length} tokens{server}. Shorten it, shrink its images, or remove the row."
             )
 
     def _num_image_tokens(self, image_sizes: list[tuple[int, int]]) -> int:

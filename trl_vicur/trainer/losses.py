@@ -266,12 +266,40 @@ def liger_divergence_sum(
     return mean * num_tokens
 
 
+def topk_logprobs(
+    states: torch.Tensor, head: LMHead, k: int, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A teacher's most likely tokens.
+
+    Args:
+        states (`torch.Tensor` of shape `(tokens, hidden)`):
+            Teacher's hidden states that predict the tokens.
+        head ([`LMHead`]):
+            Teacher's head.
+        k (`int`):
+            How many tokens; at most all of the vocabulary.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Softmax temperature.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Log-probabilities (in nats, without gradient), the largest first, and
+            token ids, both `(tokens, k)`.
+    """
+
+    def chunk_logprobs(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs = head.logits(states, temperature).log_softmax(dim=-1)
+        return tuple(logprobs.topk(min(k, logprobs.shape[-1]), dim=-1))
+
+    with torch.no_grad():
+        return _over_token_chunks(chunk_logprobs, states, heads=[head])
+
+
 def topk_divergence(
     student_states: torch.Tensor,
     student_head: LMHead,
-    teacher_states: torch.Tensor,
-    teacher_head: LMHead,
-    k: int,
+    top_logprobs: torch.Tensor,
+    top_ids: torch.Tensor,
     beta: float,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,24 +307,29 @@ def topk_divergence(
     Generalized Jensen-Shannon divergence over the teacher's `k` most likely tokens and one bucket for all others.
 
     The bucket keeps both sides distributions, so this is a true divergence: never negative, and never more than
-    [`full_divergence`]. Arguments and return values as there.
+    [`full_divergence`]. Arguments and return values as there, but for what is known of the teacher:
+
+    Args:
+        top_logprobs (`torch.Tensor` of shape `(tokens, k)`):
+            Teacher's log-probabilities of these tokens, at the same temperature.
+        top_ids (`torch.Tensor` of shape `(tokens, k)`):
+            Ids of the teacher's most likely tokens.
     """
 
-    def chunk_divergence(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            teacher_logprobs = teacher_head.logits(teacher, temperature).log_softmax(dim=-1)
-            top_logprobs, top_ids = teacher_logprobs.topk(min(k, teacher_logprobs.shape[-1]), dim=-1)
-            teacher_logprobs = _with_rest(top_logprobs)
+    def chunk_divergence(
+        student: torch.Tensor, top_logprobs: torch.Tensor, top_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs = student_head.logits(student, temperature).log_softmax(dim=-1)
-        return _generalized_jsd(_with_rest(logprobs.gather(-1, top_ids)), teacher_logprobs, beta), _entropy(logprobs)
+        divergence = _generalized_jsd(_with_rest(logprobs.gather(-1, top_ids)), _with_rest(top_logprobs), beta)
+        return divergence, _entropy(logprobs)
 
-    return _over_token_chunks(chunk_divergence, student_states, teacher_states, heads=[student_head, teacher_head])
+    return _over_token_chunks(chunk_divergence, student_states, top_logprobs, top_ids, heads=[student_head])
 
 
 def _over_token_chunks(
     function: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     states: torch.Tensor,
-    others: torch.Tensor,
+    *others: torch.Tensor,
     heads: list[LMHead],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -304,20 +337,21 @@ def _over_token_chunks(
 
     Args:
         function (`Callable`):
-            Gives a value, differentiable in the states and the first head, and an entropy for each token.
+            Gives two tensors with a row for each token: a value, differentiable in the states and the first head, and
+            one without gradient, as a rule an entropy.
         states (`torch.Tensor` of shape `(tokens, hidden)`):
             Its first argument.
         others (`torch.Tensor` of shape `(tokens, ...)`):
-            Its second argument, without gradient.
+            Its further arguments, without gradient.
         heads (`list[LMHead]`):
             The heads that it uses.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Values and entropies, both `(tokens,)`.
+        `tuple[torch.Tensor, torch.Tensor]`: Both for all tokens.
     """
     chunk_logits = CPU_CHUNK_LOGITS if states.device.type == "cpu" else CHUNK_LOGITS
     chunk_size = max(1, chunk_logits // heads[0].weight.shape[0])
-    chunks = list(zip(states.split(chunk_size), others.split(chunk_size), strict=True))
+    chunks = list(zip(*(each.split(chunk_size) for each in (states, *others)), strict=True))
     if heads[0].trains:
 
         def gathered_function(*chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -357,20 +391,21 @@ class _ValuesWithGradients(torch.autograd.Function):
         ctx,
         function: Callable[..., tuple[torch.Tensor, torch.Tensor]],
         states: torch.Tensor,
-        others: torch.Tensor,
+        *others: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.num_others = len(others)
         with torch.enable_grad():
             states = states.detach().requires_grad_()
-            values, entropy = function(states, others)
+            values, entropy = function(states, *others)
             (gradients,) = torch.autograd.grad(values.sum(), states)
         ctx.save_for_backward(gradients)
         ctx.mark_non_differentiable(entropy)
         return values.detach(), entropy
 
     @staticmethod
-    def backward(ctx, grad_values: torch.Tensor, _) -> tuple[None, torch.Tensor, None]:
+    def backward(ctx, grad_values: torch.Tensor, _) -> tuple[torch.Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
-        return None, (grad_values.unsqueeze(-1) * gradients).to(gradients.dtype), None
+        return None, (grad_values.unsqueeze(-1) * gradients).to(gradients.dtype), *[None] * ctx.num_others
 
 
 @torch.no_grad()

@@ -46,6 +46,15 @@ class ViCuRConfig(DistillationConfig):
         teacher_sync_steps (`int`, *optional*, defaults to `1`):
             Optimizer steps between updates of the `"ema"` teacher.
 
+        > Parameters that control a teacher on a vLLM server
+
+        teacher_model_server_url (`str`, *optional*):
+            Address of a vLLM server (0.32 or later) that serves the teacher, e.g. `"http://localhost:8000"`, started
+            with `vllm serve TEACHER --enable-scale-out` and, for `"topk_logits"`, `--max-logprobs` of at least
+            `distillation_topk`. It scores the token ids of the student's completions behind the teacher's prompt, with
+            the same images; no copy of the teacher is loaded. Waited for at most `vllm_server_timeout` seconds. What
+            the server does not give is refused: `distillation_mode="full_logits"`, and a `temperature` other than 1.
+
         > Parameters that control the objective
 
         distillation_mode (`str`, *optional*, defaults to `"sampled_token"`):
@@ -108,6 +117,13 @@ class ViCuRConfig(DistillationConfig):
     )
     teacher_sync_steps: int = field(
         default=1, metadata={"help": "Optimizer steps between updates of the 'ema' teacher."}
+    )
+    teacher_model_server_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a vLLM server that serves the teacher, e.g. 'http://localhost:8000', in place of a "
+            "copy of it; started with `vllm serve TEACHER --enable-scale-out --max-logprobs 100`."
+        },
     )
     distillation_mode: DistillationMode = field(
         default="sampled_token",
@@ -180,6 +196,8 @@ class ViCuRConfig(DistillationConfig):
                 "`loss_aggregation='sequence'` needs the divergence of each token, but Liger's fused JSD only gives "
                 "the sum. Set `use_liger_kernel=False`."
             )
+        if self.teacher_model_server_url is not None:
+            self._check_teacher_server()
         try:
             fields = list(Formatter().parse(self.teacher_prompt_template))
         except (TypeError, ValueError):
@@ -189,4 +207,27 @@ class ViCuRConfig(DistillationConfig):
             raise ValueError(
                 "`teacher_prompt_template` must contain `{prompt}` and `{privilege}` and no other braces (write `{{` "
                 f"for a literal one), got {self.teacher_prompt_template!r}."
+            )
+
+    def _check_teacher_server(self) -> None:
+        if not str(self.teacher_model_server_url).startswith(("http://", "https://")):
+            raise ValueError(
+                "`teacher_model_server_url` must be an address such as 'http://localhost:8000', got "
+                f"{self.teacher_model_server_url!r}."
+            )
+        if self.teacher_model_kind != "base":
+            raise ValueError(
+                f"`teacher_model_kind={self.teacher_model_kind!r}` makes the student its own teacher, but there is a "
+                f"`teacher_model_server_url={self.teacher_model_server_url!r}` as well. Leave out one of the two."
+            )
+        if self.distillation_mode == "full_logits":
+            raise ValueError(
+                "`distillation_mode='full_logits'` needs the teacher's log-probabilities of the whole vocabulary, "
+                "which a server does not send. Choose 'sampled_token' or 'topk_logits', or leave out "
+                "`teacher_model_server_url`."
+            )
+        if self.temperature != 1.0:
+            raise ValueError(
+                f"`temperature` is {self.temperature}, but vLLM scores the tokens of a prompt at temperature 1, "
+                "whatever it is asked for. Set `temperature=1.0`, or leave out `teacher_model_server_url`."
             )

@@ -48,6 +48,7 @@ from .losses import (
     sampled_token_loss,
     token_logprobs,
     topk_divergence,
+    topk_logprobs,
 )
 from .model_card import (
     complete_model_card,
@@ -59,6 +60,7 @@ from .model_card import (
     training_settings,
 )
 from .privilege import get_privilege
+from .teacher_server import ScoringRequest, TeacherServer
 from .trackers import log_histogram
 from .vicur_config import ViCuRConfig
 from .video_inputs import VIDEO_KEYS, add_videos, split_videos
@@ -98,7 +100,8 @@ class ViCuRTrainer(DistillationTrainer):
             Vision-language model to be trained, or its id or path.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             A larger teacher with the same vocabulary (stronger-teacher OPD). `None` is self-distillation; then
-            `args.teacher_model_kind` says which weights of the student teach.
+            `args.teacher_model_kind` says which weights of the student teach. With `args.teacher_model_server_url`
+            the name of the model that the server must serve; `None` takes whichever it does.
         args ([`ViCuRConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -120,8 +123,10 @@ class ViCuRTrainer(DistillationTrainer):
             Tools that the model can call, as in [`~trl.DistillationTrainer`].
 
     Raises:
-        `ValueError`: If the model is not a vision-language model, if options contradict each other, or if a dataset
-            misses a column or holds a row that cannot be trained on (the row is named by its number).
+        `ValueError`: If the model is not a vision-language model, if options contradict each other, if a dataset
+            misses a column or holds a row that cannot be trained on (the row is named by its number), or if the
+            teacher's server does not fit.
+        `ConnectionError`: If the teacher's server cannot be reached.
     """
 
     _tag_names = ["trl", "vicur"]
@@ -177,6 +182,16 @@ class ViCuRTrainer(DistillationTrainer):
 
         # All rows are checked before the model is even loaded
         max_length = config.get_text_config().max_position_embeddings
+        self.teacher_server = None
+        if args.teacher_model_server_url is not None:
+            if tools:
+                raise ValueError(
+                    "`tools` with `teacher_model_server_url` are not supported: the images that they return would not "
+                    "reach the server. Pass the teacher as `teacher_model`."
+                )
+            self.teacher_server = TeacherServer.from_config(args, processing_class, teacher_model)
+            max_length = min(max_length, self.teacher_server.max_length)
+            teacher_model = None
         self._row_checker = RowChecker(args, processing_class, max_length, has_tools=bool(tools))
         self._num_streamed_rows = 0
         if train_dataset is not None:
@@ -215,7 +230,7 @@ class ViCuRTrainer(DistillationTrainer):
                 "No weight of the model trains, as with an adapter of `inference_mode=True`. Load an adapter that is "
                 "to train on with `PeftModel.from_pretrained(..., is_trainable=True)`."
             )
-        self._is_self_distilled = self.teacher_model is None
+        self._is_self_distilled = self.teacher_model is None and self.teacher_server is None
         if self.is_fsdp_enabled:
             if self.accelerator.state.fsdp_plugin.fsdp_version != 2:
                 raise ValueError("ViCuRTrainer needs FSDP2. Set `fsdp_version: 2` in accelerate's config.")
@@ -225,7 +240,7 @@ class ViCuRTrainer(DistillationTrainer):
             if self.teacher_model is not None:
                 self.teacher_model = self._shard_teacher(self.teacher_model)
         self.ema_teacher = None
-        if self.teacher_model is None and args.teacher_model_kind == "ema":
+        if self._is_self_distilled and args.teacher_model_kind == "ema":
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
                     "`teacher_model_kind='ema'` exchanges the student's weights, which FSDP and DeepSpeed keep in "
@@ -233,7 +248,7 @@ class ViCuRTrainer(DistillationTrainer):
                 )
             self.ema_teacher = EMATeacherCallback(self.model, args.teacher_update_rate, args.teacher_sync_steps)
             self.add_callback(self.ema_teacher)
-        elif self.teacher_model is None and args.teacher_model_kind == "base":
+        elif self._is_self_distilled and args.teacher_model_kind == "base":
             base_is_frozen = is_peft_model(self.model) and not any(c.train_base for c in recovery_configs)
             if not base_is_frozen:
                 self.teacher_model = self._frozen_copy()
@@ -276,6 +291,11 @@ class ViCuRTrainer(DistillationTrainer):
             raise ValueError(
                 f"`teacher_model_kind={args.teacher_model_kind!r}` makes the student its own teacher, but a "
                 "`teacher_model` was passed as well. Leave out one of the two."
+            )
+        if args.teacher_model_server_url is not None and not isinstance(teacher_model, str | None):
+            raise ValueError(
+                f"`teacher_model_server_url={args.teacher_model_server_url!r}` is set, but a loaded `teacher_model` "
+                f"({type(teacher_model).__name__}) was passed as well. Leave out one of the two."
             )
         if args.use_vllm and recovery_configs:
             raise ValueError(
@@ -408,6 +428,8 @@ class ViCuRTrainer(DistillationTrainer):
                 output.update(self._visual_inputs(inputs, output))
             if self.args.privilege != "none":
                 output.update(self._teacher_prompts(inputs, output))
+            if self.teacher_server is not None:
+                output.update(self._scores_of_teacher_server(inputs, output))
         token_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # tools return images, too
         output["num_image_tokens"] = (token_ids == self.model.config.image_token_id).sum(dim=1).tolist()
         if "video_grid_thw" in output:
@@ -449,13 +471,17 @@ class ViCuRTrainer(DistillationTrainer):
         inputs |= split_videos(fields, [len(row_videos(row)) for row in rows])
         return send_to_device(inputs, self.accelerator.device)
 
-    def _teacher_prompts(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The teacher's prompts, left-padded; their images and videos are the student's."""
-        prompts = []
+    def _teacher_conversations(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """What the teacher reads of each row, images and videos included."""
+        conversations = []
         for row in rows:
             prompt = add_privilege(row["prompt"], get_privilege(row, self.args), self.args.teacher_prompt_template)
-            prompts.append(prepare_multimodal_messages(prompt, images=row_images(row)))
-        prompt_ids, _, multimodal_fields = self._tokenize_prompts(prompts)
+            conversations.append(prepare_multimodal_messages(prompt, images=row_images(row)))
+        return conversations
+
+    def _teacher_prompts(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The teacher's prompts, left-padded; their images and videos are the student's."""
+        prompt_ids, _, multimodal_fields = self._tokenize_prompts(self._teacher_conversations(rows))
         teacher = {
             "teacher_prompt_ids": self._pad_left(prompt_ids, self._tokenizer.pad_token_id),
             "teacher_prompt_mask": self._pad_left([[1] * len(ids) for ids in prompt_ids]),
@@ -464,6 +490,44 @@ class ViCuRTrainer(DistillationTrainer):
             if name in output:
                 teacher[f"teacher_{name}"] = self._pad_left([list(types) for types in multimodal_fields[name]])
         return teacher
+
+    def _scores_of_teacher_server(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """
+        The served teacher's log-probabilities of the completion tokens, `(batch, completion)`, and of the most likely
+        ones in their place, `(batch, completion, k)`, with their ids; zero on padding.
+        """
+        prompts = self._teacher_conversations(rows)
+        texts = self.processing_class.apply_chat_template(
+            conversation=prompts,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **self.chat_template_kwargs,
+        )
+        short_prompt_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        name = "prompt" if self.args.privilege == "none" else "teacher_prompt"
+        requests = []
+        for row, prompt in enumerate(prompts):
+            prompt_ids = output[f"{name}_ids"][row][output[f"{name}_mask"][row].bool()].tolist()
+            completion_ids = output["completion_ids"][row][output["completion_mask"][row].bool()].tolist()
+            blocks = [block for message in prompt for block in message["content"]]
+            images = [block["image"] for block in blocks if block["type"] == "image"]
+            requests.append(ScoringRequest(prompt_ids, short_prompt_ids[row], images, completion_ids))
+        scores = self.teacher_server.score(requests)
+
+        mask = output["completion_mask"].bool()
+
+        def of_completions(values: list, dtype: torch.dtype) -> torch.Tensor:
+            values = torch.tensor([value for completion in values for value in completion], dtype=dtype)
+            padded = torch.zeros(*mask.shape, *values.shape[1:], dtype=dtype, device=mask.device)
+            padded[mask] = values.to(mask.device)
+            return padded
+
+        tensors = {"teacher_logprobs": of_completions([each.logprobs for each in scores], torch.float32)}
+        if self.args.distillation_mode == "topk_logits":
+            tensors["teacher_top_logprobs"] = of_completions([each.top_logprobs for each in scores], torch.float32)
+            tensors["teacher_top_ids"] = of_completions([each.top_ids for each in scores], torch.long)
+        return tensors
 
     def _log_hint_leakage(self, completion_ids: torch.Tensor) -> None:
         """
@@ -485,7 +549,7 @@ class ViCuRTrainer(DistillationTrainer):
         """Whether the student's pass, or the teacher's, would compute the features that the rollout did."""
         if self.args.share_vision_features == "never" or self.tools:  # tools can return further images
             return False
-        if of_teacher and self.teacher_model is not None:
+        if of_teacher and (self.teacher_model is not None or self.teacher_server is not None):
             return False
         # Weights that train stay the same until the next optimizer step. The student is to learn through them, though
         is_unchanged = of_teacher and self.args.teacher_model_kind == "live" and self.args.num_iterations == 1
@@ -670,19 +734,28 @@ class ViCuRTrainer(DistillationTrainer):
 
         with record_update_ratios(unwrapped_student) if diagnose else nullcontext({}) as update_ratios:
             student_states = self._student_hidden_states(unwrapped_student, inputs)
-        teacher_states, teacher_head = self._teacher_hidden_states(unwrapped_student, inputs)
+        is_served = self.teacher_server is not None
+        if not is_served:
+            teacher_states, teacher_head = self._teacher_hidden_states(unwrapped_student, inputs)
         student_head = LMHead.from_model(unwrapped_student)
         # With the model split across devices, the backbone can end on another device than the head
         device = student_head.weight.device
         mask, token_ids = mask.to(device), inputs["completion_ids"].to(device)[mask.to(device)]
-        student_states, teacher_states = student_states.to(device)[mask], teacher_states.to(device)[mask]
-        both = (student_states, student_head, teacher_states, teacher_head)
+        student_states = student_states.to(device)[mask]
+        if not is_served:
+            teacher_states = teacher_states.to(device)[mask]
+            both = (student_states, student_head, teacher_states, teacher_head)
+
+        def teacher_token_logprobs() -> torch.Tensor:
+            if is_served:
+                return inputs["teacher_logprobs"].to(device)[mask]
+            with torch.no_grad():
+                return token_logprobs(teacher_states, teacher_head, token_ids, self.temperature)[0]
 
         per_token_loss = None
         if args.distillation_mode == "sampled_token":
             logprobs, entropy = token_logprobs(student_states, student_head, token_ids, self.temperature)
-            with torch.no_grad():
-                teacher_logprobs, _ = token_logprobs(teacher_states, teacher_head, token_ids, self.temperature)
+            teacher_logprobs = teacher_token_logprobs()
             old_logprobs = inputs["old_logprobs"].to(device)[mask] if "old_logprobs" in inputs else logprobs.detach()
             epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
             per_token_loss, advantages, is_clipped = sampled_token_loss(
@@ -694,7 +767,11 @@ class ViCuRTrainer(DistillationTrainer):
             gap = teacher_logprobs - logprobs.detach()
             self._diagnose_gap(gap, mask)
         elif args.distillation_mode == "topk_logits":
-            per_token_loss, entropy = topk_divergence(*both, args.distillation_topk, self.beta, self.temperature)
+            if is_served:
+                top = [inputs[name].to(device)[mask] for name in ("teacher_top_logprobs", "teacher_top_ids")]
+            else:
+                top = topk_logprobs(teacher_states, teacher_head, args.distillation_topk, self.temperature)
+            per_token_loss, entropy = topk_divergence(student_states, student_head, *top, self.beta, self.temperature)
         elif self.use_liger_loss:
             loss_sum = liger_divergence_sum(*both, self.beta, self.temperature)
             entropy = torch.full_like(token_ids, float("nan"), dtype=torch.float32)
@@ -705,8 +782,7 @@ class ViCuRTrainer(DistillationTrainer):
             if args.distillation_mode != "sampled_token":
                 with torch.no_grad():
                     logprobs, entropy = token_logprobs(student_states, student_head, token_ids, self.temperature)
-                    teacher_logprobs, _ = token_logprobs(teacher_states, teacher_head, token_ids, self.temperature)
-                gap = teacher_logprobs - logprobs
+                gap = teacher_token_logprobs() - logprobs
                 self._diagnose_gap(gap, mask)
             self._advantages["train" if self.model.training else "eval"].append(gap)
             for layer, ratios in update_ratios.items():
@@ -776,6 +852,8 @@ class ViCuRTrainer(DistillationTrainer):
         if self._is_self_distilled:
             teacher = {"base": "the student as it was", "live": "the student itself", "ema": "the student's average"}
             teacher = teacher[self.args.teacher_model_kind]
+        elif self.teacher_server is not None:
+            teacher = hub_model_name(self.teacher_server.model) or "another model"
         else:
             teacher = hub_model_name(get_config_model_id(self.teacher_model.config)) or "another model"
         complete_model_card(

@@ -1,0 +1,82 @@
+"""A teacher on a real vLLM server: training on its scores is training with the same teacher in this process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import engines  # noqa: F401  (skips these tests where vLLM is not installed, and sets its environment)
+import pytest
+import torch
+from engines import HEAD_DIM, MROPE
+from served_teacher import assert_trains_as_with_local_teacher, make_trainer
+from tiny_models import make_processor, make_qwen3_vl
+
+from trl_vicur.trainer.teacher_server import TeacherServer
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    rope = {**MROPE, "mrope_interleaved": True}
+    return make_qwen3_vl(num_layers=2, hidden_size=64, head_dim=HEAD_DIM, seed=5, rope_parameters=rope)
+
+
+@pytest.fixture(scope="module")
+def url(teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    teacher.save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # `vllm serve`, which the wheel for CPUs cannot start by that name
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", port]
+    command += ["--served-model-name", "me/teacher", "--enable-scale-out", "--max-logprobs", "20"]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8"]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with open(folder / "log.txt", "w") as log:
+        server = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        address = f"http://127.0.0.1:{port}"
+        try:
+            TeacherServer(address, make_processor().tokenizer, timeout=600.0)
+            yield address
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(distillation_mode="topk_logits", distillation_topk=20, beta=0.5)],
+    ids=["sampled_token", "topk_logits"],
+)
+def test_trains_as_with_a_local_teacher(url, teacher, tmp_path, options):
+    torch.manual_seed(0)
+    assert_trains_as_with_local_teacher(url, teacher, make_processor(), tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(teacher_model="me/other"), r"serves \['me/teacher'\], not the teacher model 'me/other'"),
+        (
+            dict(distillation_mode="topk_logits", distillation_topk=30),
+            "with 400: .*greater than max allowed: 20.* Start it with `--max-logprobs 30` or more",
+        ),
+    ],
+)
+def test_what_the_server_refuses_is_said_before_training(url, tmp_path, options, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        make_trainer(tmp_path, make_processor(), teacher_model_server_url=url, **options)
+
+
+def test_images_in_another_size(url, tmp_path):
+    processor = make_processor()
+    processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    with pytest.raises(
+        ValueError, match=r"reads a prompt with 1 image\(s\) as .* not the .* of the student's processor"
+    ):
+        make_trainer(tmp_path, processor, teacher_model_server_url=url)

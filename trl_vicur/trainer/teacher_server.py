@@ -1,0 +1,257 @@
+"""A teacher behind a vLLM server, which scores the completions that the student has sampled."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import openai
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+from trl.generation.vllm_client import pil_to_base64
+
+from ..dataset_rows import shorten
+from .vicur_config import ViCuRConfig
+
+
+CONCURRENCY = 64  # requests under way at a time, of each process
+RETRY_INTERVAL = 2.0  # seconds
+PROBE_SIZES = (64, 1024)  # pixels of a square image's side
+
+
+class ScoringRequest(NamedTuple):
+    """
+    A completion behind the teacher's prompt.
+
+    Args:
+        prompt_ids (`list[int]`):
+            Token ids of the prompt as the teacher is to see it, visual tokens included.
+        short_prompt_ids (`list[int]`):
+            The same before a processor has put an image's visual tokens in the place of its placeholder. The server
+            does that itself.
+        images (`list[PIL.Image.Image]`):
+            The prompt's images, in their order.
+        completion_ids (`list[int]`):
+            Token ids to be scored.
+    """
+
+    prompt_ids: list[int]
+    short_prompt_ids: list[int]
+    images: list[Image.Image]
+    completion_ids: list[int]
+
+
+class CompletionScores(NamedTuple):
+    """
+    What the teacher thinks of a completion.
+
+    Args:
+        logprobs (`list[float]`):
+            Log-probability (in nats) of each token.
+        top_ids (`list[list[int]]`):
+            For each token the ids of the most likely ones in its place, the most likely first; none without `top_k`.
+        top_logprobs (`list[list[float]]`):
+            Their log-probabilities.
+    """
+
+    logprobs: list[float]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+
+
+class TeacherServer:
+    """
+    Client of `vllm serve MODEL --enable-scale-out`, of vLLM 0.32 or later.
+
+    Token ids go to the server and come back from it, never text. Requests that meet 408, 409, 429, 5xx or a lost
+    connection are repeated with exponential back-off. The key, if the server wants one, is read from the environment
+    variable `OPENAI_API_KEY`.
+
+    Args:
+        url (`str`):
+            Address of the server, e.g. `"http://localhost:8000"`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's tokenizer, which the teacher must share.
+        top_k (`int`, *optional*, defaults to `0`):
+            How many of the most likely tokens are wanted beside the sampled one.
+        model (`str`, *optional*):
+            The model that the server must serve; by default whichever it does.
+        timeout (`float`, *optional*, defaults to `0.0`):
+            Seconds to wait for a server that is still being started.
+
+    Raises:
+        `ConnectionError`: If there is no server at the address.
+        `ValueError`: If it serves another model, or one of another vocabulary.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        tokenizer: PreTrainedTokenizerBase,
+        top_k: int = 0,
+        model: str | None = None,
+        timeout: float = 0.0,
+    ):
+        self.url = url.rstrip("/")
+        self.top_k = top_k
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # the client insists on one
+        self._client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=5)
+        served = {each["id"]: each["max_model_len"] for each in self._wait(timeout)["data"]}
+        self.model = model or next(iter(served))
+        if self.model not in served:
+            raise ValueError(
+                f"The teacher's server at {self.url} serves {list(served)}, not the teacher model {model!r}. Start it "
+                "with that model (or with `--served-model-name`), or leave out the teacher's name."
+            )
+        # The server wants to generate a token, too
+        self.max_length = served[self.model] - 1
+        self._check_vocabulary(tokenizer)
+
+    @classmethod
+    def from_config(cls, args: ViCuRConfig, processing_class: ProcessorMixin, model: str | None) -> "TeacherServer":
+        """
+        The server of `args.teacher_model_server_url`, after it has scored a token behind an image, small and large, so
+        that what it would refuse is refused before training.
+
+        Args:
+            args ([`ViCuRConfig`]):
+                Training configuration.
+            processing_class ([`~transformers.ProcessorMixin`]):
+                Processor of the student.
+            model (`str`, *optional*):
+                The model that the server must serve.
+
+        Raises:
+            `ConnectionError` and `ValueError`: As the constructor and [`TeacherServer.score`] do.
+        """
+        tokenizer = processing_class.tokenizer
+        top_k = args.distillation_topk if args.distillation_mode == "topk_logits" else 0
+        server = cls(args.teacher_model_server_url, tokenizer, top_k, model, args.vllm_server_timeout)
+        for size in PROBE_SIZES:
+            image = Image.new("RGB", (size, size))
+            conversation = prepare_multimodal_messages([{"role": "user", "content": "-"}], images=[image])
+            template = dict(add_generation_prompt=True, **(args.chat_template_kwargs or {}))
+            inputs = processing_class.apply_chat_template([conversation], tokenize=True, return_dict=True, **template)
+            text = processing_class.apply_chat_template(conversation, tokenize=False, **template)
+            short_prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            prompt_ids = list(inputs["input_ids"][0])
+            if len(prompt_ids) < server.max_length:
+                server.score([ScoringRequest(prompt_ids, short_prompt_ids, [image], [tokenizer.eos_token_id])])
+        return server
+
+    def _wait(self, timeout: float) -> dict[str, Any]:
+        """The server's list of models, once it has one."""
+        deadline = time.monotonic() + timeout
+        client = self._client.with_options(max_retries=0, timeout=60.0)
+        while True:
+            try:
+                return client.get("/v1/models", cast_to=object)
+            except (openai.APIConnectionError, openai.InternalServerError) as error:
+                if time.monotonic() >= deadline:
+                    raise ConnectionError(
+                        f"The teacher's server at {self.url} cannot be reached ({error.__cause__ or error}), for "
+                        f"{timeout:.0f} seconds now. Start it with `vllm serve MODEL --enable-scale-out`, check "
+                        "`teacher_model_server_url`, or wait longer (`vllm_server_timeout`)."
+                    ) from error
+                time.sleep(min(RETRY_INTERVAL, timeout))
+            except openai.APIStatusError as error:
+                raise self._refusal("/v1/models", error) from error
+
+    def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        token_ids = list(range(len(tokenizer)))
+        theirs = self._post("/detokenize", {"model": self.model, "tokens": token_ids})["prompt"]
+        ours = tokenizer.decode(token_ids)
+        if theirs != ours:
+            same = os.path.commonprefix([ours, theirs])
+            raise ValueError(
+                f"{self.model!r} at the teacher's server {self.url} has another vocabulary than the student: after "
+                f"{len(same)} characters its tokens go on with {shorten(theirs[len(same) :])}, the student's with "
+                f"{shorten(ours[len(same) :])}. Serve a model with the student's tokenizer."
+            )
+
+    def score(self, requests: list[ScoringRequest]) -> list[CompletionScores]:
+        """
+        Score completions, many at a time.
+
+        Args:
+            requests (`list[ScoringRequest]`):
+                The completions, each behind its prompt.
+
+        Returns:
+            `list[CompletionScores]`: In the same order.
+
+        Raises:
+            `ConnectionError`: If the server is lost and does not come back.
+            `ValueError`: If it refuses a request, or reads a prompt as other tokens than the trainer does.
+        """
+        with ThreadPoolExecutor(max_workers=CONCURRENCY) as executor:
+            return list(executor.map(self._score, requests))
+
+    def _score(self, request: ScoringRequest) -> CompletionScores:
+        images = [f"data:image/png;base64,{pil_to_base64(image)}" for image in request.images]
+        path = "/inference/v1/generate"
+        answer = self._post(
+            path,
+            {
+                "model": self.model,
+                "token_ids": request.short_prompt_ids + request.completion_ids,
+                "content_parts": [{"type": "image_url", "url": image} for image in images],
+                "return_token_ids": True,
+                "sampling_params": {"max_tokens": 1, "prompt_logprobs": self.top_k, "detokenize": False},
+            },
+        )
+        try:
+            scored_ids, logprobs = answer["prompt_token_ids"], answer["prompt_logprobs"]
+            if scored_ids == request.prompt_ids + request.completion_ids:
+                return self._read(request.completion_ids, logprobs[len(request.prompt_ids) :])
+            num_tokens = len(scored_ids)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The teacher's server at {self.url} answered {path} with {shorten(answer)}, without the "
+                "log-probabilities of the prompt and its token ids. It must be vLLM, 0.32 or later."
+            ) from error
+        raise ValueError(
+            f"The teacher's server at {self.url} reads a prompt with {len(images)} image(s) as {num_tokens} tokens "
+            f"that are not the {len(request.prompt_ids + request.completion_ids)} of the student's processor. "
+            f"Serve {self.model!r} with the processor settings of the student (`--mm-processor-kwargs`, e.g. its "
+            "pixel limits), or a model of the same family."
+        )
+
+    def _read(self, completion_ids: list[int], positions: list[dict[str, dict[str, float]]]) -> CompletionScores:
+        """From vLLM's `{token id: {"logprob": float, …}}` of each position: the top ones and the token's own."""
+        logprobs = [
+            position[str(token_id)]["logprob"] for token_id, position in zip(completion_ids, positions, strict=True)
+        ]
+        tops = []
+        for position in positions:
+            entries = sorted(((-entry["logprob"], int(token_id)) for token_id, entry in position.items()))
+            tops.append(entries[: self.top_k])
+        return CompletionScores(
+            logprobs,
+            [[token_id for _, token_id in top] for top in tops],
+            [[-negative for negative, _ in top] for top in tops],
+        )
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._client.post(path, body=body, cast_to=object)
+        except openai.APIStatusError as error:
+            raise self._refusal(path, error) from error
+        except openai.APIConnectionError as error:
+            raise ConnectionError(
+                f"The teacher's server at {self.url} was lost ({error.__cause__ or error}) and did not come back. "
+                "Start it again, and training from its last checkpoint."
+            ) from error
+
+    def _refusal(self, path: str, error: openai.APIStatusError) -> ValueError:
+        mends = {
+            400: f"Start it with `--max-logprobs {self.top_k}` or more, and a `--max-model-len` for prompt and "
+            "completion.",
+            401: "Set the environment variable OPENAI_API_KEY to its key.",
+            404: "Start it as `vllm serve MODEL --enable-scale-out`; the address goes without `/v1`.",
+        }
+        return ValueError(
+            f"The teacher's server at {self.url} answered {path} with {error.status_code}: {shorten(error.body)}. "
+            + mends.get(error.status_code, "Its log says more.")
+        )
