@@ -1,7 +1,7 @@
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, PeftType
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 
 @dataclass
@@ -98,6 +98,28 @@ class CueRecoveryConfig(LoraConfig):
                 f"`sink_token_offset` must be an index of `sink_token_ids`, got {self.sink_token_offset!r} for "
                 f"{self.sink_token_ids!r}. Leave both out; `resolve_sink_token` fills them in."
             )
+
+    def check_size(self, text_config: PreTrainedConfig, model_name: str) -> None:
+        """
+        Check that the adapter fits a model.
+
+        Args:
+            text_config ([`~transformers.PreTrainedConfig`]):
+                Configuration of the text model.
+            model_name (`str`):
+                What the error calls the model.
+
+        Raises:
+            `ValueError`: If the adapter was made for a text model of another size.
+        """
+        for size in ("hidden_size", "num_hidden_layers"):
+            expected, actual = getattr(self, size), getattr(text_config, size)
+            if expected not in (None, actual):
+                raise ValueError(
+                    f"This cue recovery adapter was made for a model with `{size}` {expected}, but {model_name} has "
+                    f"`{size}` {actual}. Load the base model that it was trained on, or make a new "
+                    "`CueRecoveryConfig`."
+                )
 
     def resolve_sink_token(
         self, processing_class: ProcessorMixin | PreTrainedTokenizerBase, **chat_template_kwargs

@@ -85,15 +85,9 @@ class CueRecoveryModel(LoraModel):
                 "keeps it outside (encoder-decoder, or cross-attention to the image). Use a model whose image tokens "
                 "stand in the prompt, such as Qwen3-VL."
             )
-        for size in ("hidden_size", "num_hidden_layers"):
-            expected, actual = getattr(peft_config, size), getattr(text_config, size)
-            if expected not in (None, actual):
-                raise ValueError(
-                    f"This cue recovery adapter was made for a model with `{size}` {expected}, but "
-                    f"{type(self.model).__name__} has `{size}` {actual}. Load the base model that it was trained on, "
-                    "or make a new `CueRecoveryConfig`."
-                )
-            setattr(peft_config, size, actual)
+        peft_config.check_size(text_config, type(self.model).__name__)
+        peft_config.hidden_size = text_config.hidden_size
+        peft_config.num_hidden_layers = text_config.num_hidden_layers
         if peft_config.layer_interval > text_config.num_hidden_layers or last_reading_layer(text_config) == 0:
             raise ValueError(
                 f"`layer_interval` is {peft_config.layer_interval}, but the model has only "

@@ -79,14 +79,7 @@ def _load_adapter_config(adapter: str, model_config: ModelConfig) -> "CueRecover
     from ..cue_recovery import CueRecoveryConfig
 
     config = CueRecoveryConfig.from_pretrained(adapter)
-    text_config = model_config.hf_config.get_text_config()
-    for size in ("hidden_size", "num_hidden_layers"):
-        expected, actual = getattr(config, size), getattr(text_config, size)
-        if expected != actual:
-            raise ValueError(
-                f"The cue recovery adapter {adapter!r} was made for a model with `{size}` {expected}, but "
-                f"{model_config.model!r} has `{size}` {actual}. Serve the model that it was trained on."
-            )
+    config.check_size(model_config.hf_config.get_text_config(), model_config.model)
     base = config.base_model_name_or_path
     are_ids = base and not Path(base).is_absolute() and not Path(model_config.model).is_dir()
     if are_ids and base != model_config.model:
