@@ -428,6 +428,7 @@ REFUSED_OPTIONS = [
     ("missing_privilege", "skip", "`missing_privilege` must be one of ['error', 'none'], got 'skip'"),
     ("teacher_model_kind", "frozen", "`teacher_model_kind` must be one of ['base', 'live', 'ema'], got 'frozen'"),
     ("distillation_mode", "logits", "must be one of ['sampled_token', 'full_logits', 'topk_logits'], got 'logits'"),
+    ("vllm_importance_sampling_mode", "token", "`vllm_importance_sampling_mode` must be one of ['token_truncate', "),
     ("loss_aggregation", "mean", "`loss_aggregation` must be one of ['token', 'sequence'], got 'mean'"),
     ("share_vision_features", "always", "`share_vision_features` must be one of ['auto', 'never'], got 'always'"),
     *[
@@ -445,6 +446,11 @@ REFUSED_OPTIONS = [
     *[
         ("advantage_clip", value, f"`advantage_clip` must be positive, got {value!r}")
         for value in (0.0, math.nan, "10")
+    ],
+    *[
+        (name, value, f"`{name}` must be positive, got {value!r}")
+        for name in ("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min")
+        for value in (0.0, math.nan)
     ],
     *[
         ("temperature", value, f"`temperature` must be positive and finite, got {value!r}")
@@ -501,9 +507,9 @@ CONFLICTS = {
         "`distillation_topk=264` exceeds the vocabulary of 263 tokens",
     ),
     "completion-beyond-the-context": (dict(max_completion_length=2048), "exceeds the model's context of 2048 tokens"),
-    "vllm-without-the-module": (
-        dict(use_vllm=True, peft_config=CueRecoveryConfig(layer_interval=1)),
-        "`use_vllm=True` with a recovery module is not supported",
+    "vllm-server-with-a-module": (
+        dict(use_vllm=True, vllm_mode="server", peft_config=CueRecoveryConfig(layer_interval=1)),
+        "`vllm_mode='server'` with a recovery module is not supported",
     ),
 }
 
@@ -521,6 +527,13 @@ def test_conflict_is_refused(arguments, message):
 def test_teacher_with_another_vocabulary():
     with pytest.raises(ValueError, match="vocab_size 263 but the teacher model has vocab_size 300"):
         build(teacher=make_qwen3_vl(vocab_size=300))
+
+
+def test_rollouts_with_vllm_and_two_modules():
+    model = get_peft_model(make_qwen3_vl(), CueRecoveryConfig(layer_interval=1))
+    model.add_adapter("other", CueRecoveryConfig(layer_interval=1))
+    with pytest.raises(ValueError, match="`use_vllm=True` with 2 recovery modules is not supported"):
+        build(model=model, use_vllm=True)
 
 
 def test_teacher_model_and_teacher_model_kind_contradict():

@@ -11,6 +11,7 @@ from trl_vicur.trainer import losses
 from trl_vicur.trainer.losses import (
     LMHead,
     full_divergence,
+    importance_sampling_ratio,
     liger_divergence_sum,
     sampled_token_loss,
     token_logprobs,
@@ -244,6 +245,26 @@ def test_sampled_token_loss_clips_as_ppo(log_ratio, advantage, expected_ratio, c
     assert is_clipped.item() is clipped
     loss.sum().backward()
     assert (logprobs.grad == 0).item() is clipped
+
+
+@pytest.mark.parametrize(
+    "mode, expected",
+    [
+        ("token_truncate", [2.0, 0.5, 1.0, 3.0, 1.0]),
+        ("token_mask", [2.0, 0.0, 1.0, 0.0, 1.0]),
+        ("sequence_truncate", [0.5, 0.5, 0.5, 3.0, 3.0]),
+        ("sequence_mask", [0.0, 0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_importance_sampling_ratio(mode, expected):
+    """Two completions, of three and two tokens; what vLLM did not tell is not corrected."""
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    ratios = torch.tensor([2.0, 0.1, math.nan, 4.0, 1.0])
+    ratio = importance_sampling_ratio(torch.zeros(5), -ratios.log(), mask, mode, clip_min=0.5, clip_max=3.0)
+    torch.testing.assert_close(ratio, torch.tensor(expected))
+    unbounded = importance_sampling_ratio(torch.zeros(5), -ratios.log(), mask, mode, clip_min=None, clip_max=None)
+    product = torch.tensor([0.2, 0.2, 0.2, 4.0, 4.0])
+    torch.testing.assert_close(unbounded, product if mode.startswith("sequence") else ratios.nan_to_num(nan=1.0))
 
 
 @pytest.mark.parametrize("mode", ["full", "topk", "sampled"])

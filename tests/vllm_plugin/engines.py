@@ -45,11 +45,11 @@ class Checkpoint(NamedTuple):
     processor: object
 
 
-def make_checkpoint(directory: Path, model, processor, **config) -> Checkpoint:
+def make_checkpoint(directory: Path, model, processor, embedding_scale: float = 20, **config) -> Checkpoint:
     """Save a model, and an adapter for it whose module changes the outputs."""
     base, adapter = directory / "base", directory / "adapter"
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(20)  # clear winners among the next tokens
+        model.get_input_embeddings().weight.mul_(embedding_scale)  # clear winners among the next tokens
     model.save_pretrained(base)
     processor.save_pretrained(base)
     model.name_or_path = str(base)

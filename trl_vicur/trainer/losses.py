@@ -7,6 +7,7 @@ for the top-k divergence, for which there is no kernel, it is torch over chunks 
 a head where the kernels take five, and less memory.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -170,6 +171,48 @@ def sampled_token_loss(
     loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
     is_clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon_high) & (advantages > 0))
     return loss, advantages, is_clipped
+
+
+def importance_sampling_ratio(
+    logprobs: torch.Tensor,
+    sampling_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    mode: str,
+    clip_min: float | None,
+    clip_max: float | None,
+) -> torch.Tensor:
+    """
+    Weights that correct for tokens that vLLM sampled with other probabilities than the model has in training, as in
+    TRL's `GRPOTrainer`: p_train / p_vLLM, truncated to `[clip_min, clip_max]`, or zero outside.
+
+    Args:
+        logprobs (`torch.Tensor` of shape `(tokens,)`):
+            The model's log-probabilities of the sampled tokens in training; without gradient.
+        sampling_logprobs (`torch.Tensor` of shape `(tokens,)`):
+            Those with which they were sampled. NaN where unknown, which gives no correction.
+        mask (`torch.Tensor` of shape `(batch, completion)`):
+            `True` at the tokens.
+        mode (`str`):
+            `"token_truncate"` or `"token_mask"` for a ratio per token, `"sequence_truncate"` or `"sequence_mask"` for
+            the product of a completion's ratios.
+        clip_min (`float`, *optional*):
+            Lower bound.
+        clip_max (`float`, *optional*):
+            Upper bound.
+
+    Returns:
+        `torch.Tensor` of shape `(tokens,)`: The weights.
+    """
+    difference = (logprobs - sampling_logprobs).nan_to_num(nan=0.0)
+    granularity, constraint = mode.split("_")
+    if granularity == "sequence":
+        difference = difference.new_zeros(mask.shape).masked_scatter(mask, difference).sum(dim=1, keepdim=True)
+        difference = difference.expand(mask.shape)[mask]
+    ratio = difference.exp()
+    low, high = clip_min or 0.0, math.inf if clip_max is None else clip_max
+    if constraint == "truncate":
+        return ratio.clamp(low, high)
+    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
 
 
 def full_divergence(

@@ -11,6 +11,7 @@ from ..teacher_prompt import TEACHER_PROMPT_TEMPLATE
 Privilege = Literal["cue", "answer", "none"]
 TeacherModelKind = Literal["base", "live", "ema"]
 DistillationMode = Literal["sampled_token", "full_logits", "topk_logits"]
+ImportanceSamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 @dataclass
@@ -75,6 +76,21 @@ class ViCuRConfig(DistillationConfig):
         loss_aggregation (`str`, *optional*, defaults to `"token"`):
             `"token"` is the mean over all completion tokens of the batch, `"sequence"` the mean over completions of
             each completion's mean (as Eq. 7 is written).
+
+        > Parameters that control the correction for rollouts with vLLM, as in [`~trl.GRPOConfig`]
+
+        vllm_importance_sampling_correction (`bool`, *optional*, defaults to `True`):
+            Whether `"sampled_token"` weights the tokens of a vLLM rollout by the ratio of their probability in
+            training to that with which vLLM sampled them; the two differ by rounding. Rollouts with tools are not
+            weighted.
+        vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_truncate"`):
+            `"token_truncate"` clips the ratio of each token, `"token_mask"` leaves out tokens whose ratio is outside
+            of the bounds; `"sequence_truncate"` and `"sequence_mask"` do so with the product of a completion's ratios.
+            The advantage is a token's own here, so the default is, too (TRL's is `"sequence_mask"`).
+        vllm_importance_sampling_clip_max (`float`, *optional*, defaults to `3.0`):
+            Upper bound of the ratio. `None` for no bound.
+        vllm_importance_sampling_clip_min (`float`, *optional*):
+            Lower bound of the ratio.
 
         > Parameters that control memory and speed
 
@@ -147,6 +163,23 @@ class ViCuRConfig(DistillationConfig):
             "help": "'token' (mean over all tokens of the batch) or 'sequence' (mean of each completion's mean)."
         },
     )
+    vllm_importance_sampling_correction: bool = field(
+        default=True,
+        metadata={"help": "Whether 'sampled_token' corrects for the mismatch between vLLM and training."},
+    )
+    vllm_importance_sampling_mode: ImportanceSamplingMode = field(
+        default="token_truncate",
+        metadata={
+            "help": "'token_truncate' (clip each token's ratio), 'token_mask' (leave out tokens outside of the "
+            "bounds), 'sequence_truncate' or 'sequence_mask' (the same with a completion's ratio)."
+        },
+    )
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=3.0, metadata={"help": "Upper bound of the ratio that corrects for vLLM."}
+    )
+    vllm_importance_sampling_clip_min: float | None = field(
+        default=None, metadata={"help": "Lower bound of the ratio that corrects for vLLM."}
+    )
     share_vision_features: Literal["auto", "never"] = field(
         default="auto",
         metadata={
@@ -163,6 +196,7 @@ class ViCuRConfig(DistillationConfig):
             "teacher_model_kind": get_args(TeacherModelKind),
             "distillation_mode": get_args(DistillationMode),
             "loss_aggregation": ("token", "sequence"),
+            "vllm_importance_sampling_mode": get_args(ImportanceSamplingMode),
             "share_vision_features": ("auto", "never"),
         }
         for name, allowed in choices.items():
@@ -180,10 +214,18 @@ class ViCuRConfig(DistillationConfig):
             "epsilon": ("in (0, 1)", lambda value: 0.0 < value < 1.0),
             "epsilon_high": ("positive", lambda value: value > 0.0),
             "advantage_clip": ("positive", lambda value: value > 0.0),
+            "vllm_importance_sampling_clip_max": ("positive", lambda value: value > 0.0),
+            "vllm_importance_sampling_clip_min": ("positive", lambda value: value > 0.0),
         }
+        can_be_none = (
+            "max_completion_length",
+            "epsilon_high",
+            "vllm_importance_sampling_clip_max",
+            "vllm_importance_sampling_clip_min",
+        )
         for name, (expected, is_allowed) in ranges.items():
             value = getattr(self, name)
-            if value is None and name in ("max_completion_length", "epsilon_high"):
+            if value is None and name in can_be_none:
                 continue
             if not isinstance(value, (int, float)) or not is_allowed(value):
                 raise ValueError(f"`{name}` must be {expected}, got {value!r}.")

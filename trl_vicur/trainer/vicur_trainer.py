@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ModelOutput
 from trl import DistillationTrainer
 from trl.data_utils import prepare_multimodal_messages
+from trl.import_utils import is_vllm_available
 from trl.trainer.utils import get_config_model_id, pad
 
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
@@ -44,6 +45,7 @@ from .image_processing import images_processed_once
 from .losses import (
     LMHead,
     full_divergence,
+    importance_sampling_ratio,
     liger_divergence_sum,
     sampled_token_loss,
     token_logprobs,
@@ -65,6 +67,7 @@ from .trackers import log_histogram
 from .vicur_config import ViCuRConfig
 from .video_inputs import VIDEO_KEYS, add_videos, split_videos
 from .vision_features import get_backbone, is_vision_frozen, lend_features, record_features, split_by_sample
+from .vllm_rollouts import StudentGeneration, engine_with_module
 
 
 NUM_SEGMENTS = 4
@@ -211,18 +214,28 @@ class ViCuRTrainer(DistillationTrainer):
                 "only its fused loss is used."
             )
             args.use_liger_kernel = False
-        super().__init__(
-            model=model,
-            teacher_model=teacher_model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
+        rolls_out_with_module = args.use_vllm and recovery_configs and is_vllm_available()
+        with engine_with_module(lambda: self.model) if rolls_out_with_module else nullcontext():
+            super().__init__(
+                model=model,
+                teacher_model=teacher_model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+            )
+        if args.use_vllm:
+            self.vllm_generation = StudentGeneration(self.vllm_generation)
+        self._corrects_vllm = (
+            args.use_vllm
+            and args.vllm_importance_sampling_correction
+            and args.distillation_mode == "sampled_token"
+            and not tools  # whose rollouts are several generations
         )
 
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -297,10 +310,15 @@ class ViCuRTrainer(DistillationTrainer):
                 f"`teacher_model_server_url={args.teacher_model_server_url!r}` is set, but a loaded `teacher_model` "
                 f"({type(teacher_model).__name__}) was passed as well. Leave out one of the two."
             )
-        if args.use_vllm and recovery_configs:
+        if args.use_vllm and recovery_configs and args.vllm_mode == "server":
             raise ValueError(
-                "`use_vllm=True` with a recovery module is not supported: vLLM would roll out without it. Set "
-                "`use_vllm=False`, or train without `CueRecoveryConfig`."
+                "`vllm_mode='server'` with a recovery module is not supported: whether the server rolls out with this "
+                "module cannot be seen from here. Set `vllm_mode='colocate'`, or train without `CueRecoveryConfig`."
+            )
+        if args.use_vllm and len(recovery_configs) > 1:
+            raise ValueError(
+                f"`use_vllm=True` with {len(recovery_configs)} recovery modules is not supported: vLLM rolls out with "
+                "one. Remove the other adapters with `model.delete_adapter`."
             )
         vocab_size = config.get_text_config().vocab_size
         if args.distillation_mode == "topk_logits" and args.distillation_topk > vocab_size:
@@ -430,6 +448,13 @@ class ViCuRTrainer(DistillationTrainer):
                 output.update(self._teacher_prompts(inputs, output))
             if self.teacher_server is not None:
                 output.update(self._scores_of_teacher_server(inputs, output))
+        if self._corrects_vllm:
+            output["sampling_logprobs"] = pad(
+                [torch.tensor(logprobs) for logprobs in self.vllm_generation.sampled_logprobs],
+                padding_value=0.0,
+                padding_side="right",
+                pad_to_multiple_of=self.pad_to_multiple_of,
+            ).to(self.accelerator.device)
         token_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # tools return images, too
         output["num_image_tokens"] = (token_ids == self.model.config.image_token_id).sum(dim=1).tolist()
         if "video_grid_thw" in output:
@@ -761,6 +786,20 @@ class ViCuRTrainer(DistillationTrainer):
             per_token_loss, advantages, is_clipped = sampled_token_loss(
                 logprobs, old_logprobs, teacher_logprobs, args.epsilon, epsilon_high, args.advantage_clip
             )
+            if "sampling_logprobs" in inputs:
+                sampling_logprobs = inputs["sampling_logprobs"].to(device)[mask]
+                sampling_ratio = importance_sampling_ratio(
+                    old_logprobs,
+                    sampling_logprobs,
+                    mask,
+                    args.vllm_importance_sampling_mode,
+                    args.vllm_importance_sampling_clip_min,
+                    args.vllm_importance_sampling_clip_max,
+                )
+                per_token_loss = per_token_loss * sampling_ratio
+                difference = (old_logprobs - sampling_logprobs).abs()
+                self._diagnose("sampling/sampling_logp_difference/mean", difference[~difference.isnan()])
+                self._diagnose("sampling/importance_sampling_ratio/mean", sampling_ratio)
             self._diagnose("advantage/mean", advantages)
             self._diagnose("advantage/abs_mean", advantages.abs())
             self._diagnose("clip_fraction", is_clipped)

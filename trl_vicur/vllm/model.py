@@ -1,6 +1,7 @@
 """Qwen3-VL and Qwen2.5-VL of vLLM with cue recovery in prefill."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -10,6 +11,7 @@ from torch import nn
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
@@ -84,7 +86,8 @@ class CueRecoveryMixin:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """
-        Load a checkpoint and the adapter behind it.
+        Load a checkpoint and the adapter behind it, or some weights that training has changed (merged, and the
+        module's under their names in the adapter).
 
         Raises:
             `ValueError`: If the adapter's LoRA belongs to weights that are not among them.
@@ -110,12 +113,14 @@ class CueRecoveryMixin:
             raise ValueError(
                 f"The cue recovery adapter {self._adapter!r} has LoRA for {sorted(missing)[0]} and "
                 f"{len(missing) - 1} other weight(s) that are not among those to be loaded. Serve the model that it "
-                "was trained on."
+                "was trained on; an engine that takes weights from training needs an adapter without LoRA."
             )
         parameters = dict(self.named_parameters())
         with torch.no_grad():
             for name, weight in module_weights.items():
-                parameters[name].copy_(weight)
+                parameter = parameters[name]
+                # While weights are exchanged in a running engine, vLLM puts loaders of its own there
+                getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
         return loaded | module_weights.keys()
 
     def _lora_updates(self) -> dict:
@@ -148,7 +153,9 @@ class CueRecoveryQwen2_5_VLForConditionalGeneration(CueRecoveryMixin, Qwen2_5_VL
 
 
 def _without_peft(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    # In training, the adapter's name stands in those of its weights
+    return re.sub(r"(\.sink_attention)\.[^.]+(\.[^.]+\.weight)$", r"\1\2", name)
 
 
 def _update_sinks_before_layer(name: str, layer: nn.Module, args: tuple) -> None:
