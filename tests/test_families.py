@@ -11,7 +11,14 @@ from test_trainer import logprobs_alone, make_config, make_rows, make_trainer, r
 from tiny_families import FAMILIES, HIDDEN
 from tiny_models import encode, make_image, randomize, user
 from torch import nn
-from transformers import MllamaConfig, MllamaForConditionalGeneration, PreTrainedConfig
+from transformers import (
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    PreTrainedConfig,
+    Qwen3VLTextModel,
+)
 
 from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import CueRecoveryContext, CueRecoveryLayer
@@ -228,6 +235,51 @@ def test_images_outside_of_the_decoder_are_refused():
         )
     with pytest.raises(ValueError, match="MllamaForConditionalGeneration keeps it outside"):
         get_peft_model(model, CueRecoveryConfig(layer_interval=1))
+
+
+def test_a_decoder_whose_layers_are_elsewhere_is_refused():
+    with torch.device("meta"):
+        model = Llama4ForConditionalGeneration(
+            Llama4Config(
+                text_config={**HIDDEN, "vocab_size": 64, "num_local_experts": 2, "pad_token_id": 0},
+                vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+                image_token_index=60,
+            )
+        )
+    with pytest.raises(ValueError, match="the Llama4ForCausalLM of Llama4ForConditionalGeneration is none"):
+        attach(model)
+
+
+class NoKeywords(Qwen3VLTextModel):
+    def forward(self, inputs_embeds, attention_mask, position_ids):
+        return super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids)
+
+
+class KeywordsAreDropped(Qwen3VLTextModel):
+    def forward(self, *args, cue_recovery_context=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_decoder_that_takes_no_further_keywords_is_refused():
+    model, _ = FAMILIES["qwen3_vl"]()
+    model.get_decoder().__class__ = NoKeywords
+    with pytest.raises(ValueError, match="the NoKeywords of Qwen3VLForConditionalGeneration is none"):
+        attach(model)
+
+
+def test_a_decoder_that_drops_keywords_is_refused_at_the_first_call():
+    model, processor = FAMILIES["qwen3_vl"]()
+    inputs = batch(processor)
+    expected = logits(model, inputs)
+    model.get_decoder().__class__ = KeywordsAreDropped
+    model = attach(model)
+    with pytest.raises(ValueError, match="Qwen3VLModel does not hand its keyword arguments on to its decoder layers"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="This model family is not supported"):
+        model.generate(**inputs, max_new_tokens=1)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(logits(model.unload(), inputs), expected)
 
 
 def test_several_streams_of_hidden_states_are_refused():

@@ -1,5 +1,5 @@
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -8,7 +8,8 @@ from torch import nn
 from .config import CueRecoveryConfig
 
 
-class CueRecoveryContext(NamedTuple):
+@dataclass
+class CueRecoveryContext:
     """
     Where the sink and the visual tokens stand in one forward call. It travels with the call as a keyword argument.
 
@@ -18,10 +19,13 @@ class CueRecoveryContext(NamedTuple):
         sink_positions (`dict[str, torch.Tensor]`):
             For each active adapter, the sink's index in the sequence, of shape `(batch,)`; `-1` where the sample has
             no sink or no visual token and is left untouched.
+        has_arrived (`bool`, *optional*, defaults to `False`):
+            Whether it has reached a decoder layer.
     """
 
     visual_mask: torch.Tensor
     sink_positions: dict[str, torch.Tensor]
+    has_arrived: bool = False
 
 
 class SinkCrossAttention(nn.Module):
@@ -346,6 +350,7 @@ def update_sink_before_layer(decoder_layer: nn.Module, args: tuple, kwargs: dict
     kwargs = dict(kwargs)
     context = kwargs.pop("cue_recovery_context", None)
     if context is not None:
+        context.has_arrived = True
         if args:
             args = (decoder_layer.cue_recovery(args[0], context), *args[1:])
         else:

@@ -1,6 +1,7 @@
 import re
 import warnings
 from functools import cached_property, reduce
+from inspect import signature
 from typing import Any
 
 import torch
@@ -33,10 +34,12 @@ class CueRecoveryModel(LoraModel):
             The name of the adapter.
 
     Raises:
-        `ValueError`: If the model has no visual tokens among those of its decoder, if `layer_interval` is larger than
-            the model, if the sink token has not been resolved, if the adapter was made for a model of another size, or
-            if an adapter with `train_base=True` would share the model with another one; if transformers attaches it by
-            itself, without PEFT's model around; and, when weights are loaded, if one of them is NaN or infinite.
+        `ValueError`: If the model has no visual tokens among those of its decoder, if its family does not hand
+            keyword arguments on to its decoder layers (at the first call where its signatures do not say so), if
+            `layer_interval` is larger than the model, if the sink token has not been resolved, if the adapter was made
+            for a model of another size, or if an adapter with `train_base=True` would share the model with another one
+            or has quantized weights to train; if transformers attaches it by itself, without PEFT's model around; and,
+            when weights are loaded, if one of them is NaN or infinite.
 
     Example:
 
@@ -67,7 +70,10 @@ class CueRecoveryModel(LoraModel):
             )
         super().__init__(model, config, *args, **kwargs)
         # The backbone, not the head model: trainers with fused losses call it directly
-        self._context_hook = model.base_model.register_forward_pre_hook(self._add_context, with_kwargs=True)
+        self._context_hooks = [
+            model.base_model.register_forward_pre_hook(self._add_context, with_kwargs=True),
+            model.base_model.register_forward_hook(self._check_context, with_kwargs=True),
+        ]
         self.register_load_state_dict_pre_hook(check_weights)
 
     # --- Where the layers go ---
@@ -85,6 +91,16 @@ class CueRecoveryModel(LoraModel):
                 "keeps it outside (encoder-decoder, or cross-attention to the image). Use a model whose image tokens "
                 "stand in the prompt, such as Qwen3-VL."
             )
+        decoder = self.model.get_decoder()
+        if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not all(
+            any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature(module.forward).parameters.values())
+            for module in (self.model.base_model, decoder)
+        ):
+            raise ValueError(
+                f"Cue recovery needs a decoder with `layers` that get the keyword arguments of the backbone's call, "
+                f"but the {type(decoder).__name__} of {type(self.model).__name__} is none. This model family is not "
+                "supported."
+            )
         peft_config.check_size(text_config, type(self.model).__name__)
         peft_config.hidden_size = text_config.hidden_size
         peft_config.num_hidden_layers = text_config.num_hidden_layers
@@ -93,6 +109,11 @@ class CueRecoveryModel(LoraModel):
                 f"`layer_interval` is {peft_config.layer_interval}, but the model has only "
                 f"{text_config.num_hidden_layers} decoder layer(s), the last of which cannot carry a module. Choose "
                 "an interval between 1 and the number of layers."
+            )
+        if peft_config.train_base and not all(parameter.is_floating_point() for parameter in self.model.parameters()):
+            raise ValueError(
+                "`train_base=True` trains the backbone's own weights, but quantized weights cannot be trained. Leave "
+                "it out (`r=16` adds LoRA), or load the model without quantization."
             )
         if peft_config.sink_token != "first" and peft_config.sink_token_ids is None:
             raise ValueError(
@@ -225,6 +246,15 @@ class CueRecoveryModel(LoraModel):
         sink_positions = {name: torch.where(has_evidence, each, -1) for name, each in sink_positions.items()}
         return args, {**kwargs, "cue_recovery_context": CueRecoveryContext(visual_mask, sink_positions)}
 
+    def _check_context(self, backbone: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Forward hook of the backbone: what was found must have reached the decoder layers."""
+        context = kwargs.get("cue_recovery_context")
+        if context is not None and not context.has_arrived:
+            raise ValueError(
+                f"{type(backbone).__name__} does not hand its keyword arguments on to its decoder layers, by which "
+                "cue recovery tells them where the sink and the visual tokens are. This model family is not supported."
+            )
+
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
         if kwargs.get("adapter_names") is not None:
             raise NotImplementedError(
@@ -246,7 +276,8 @@ class CueRecoveryModel(LoraModel):
         else:
             for layer in self._recovery_layers():
                 layer.detach()
-            self._context_hook.remove()
+            for hook in self._context_hooks:
+                hook.remove()
         return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
