@@ -1,4 +1,4 @@
-"""Two processes train as one with twice the batch: real ones on a CPU, over gloo, by DDP and by FSDP2."""
+"""Two processes train as one with twice the batch: real ones on a CPU, over gloo, by DDP, FSDP2 and ZeRO-2."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def launch(config: str, models: Path, output: Path, runs: list[str]) -> Path:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
     command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     command += [str(ROOT / "tests" / "distributed_runs.py"), str(models), str(output), "--runs", *runs]
-    environment = {**os.environ, "PYTHONPATH": str(Path(trl_vicur.__file__).parents[1])}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(trl_vicur.__file__).parents[1])}
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
     )
@@ -68,6 +68,12 @@ def ddp(models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fsdp2(models, tmp_path_factory):
     return launch("fsdp2.yaml", models, tmp_path_factory.mktemp("fsdp2"), SHARDED)
+
+
+@pytest.fixture(scope="module")
+def zero2(models, tmp_path_factory):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not among what the tests install")
+    return launch("deepspeed_zero2.yaml", models, tmp_path_factory.mktemp("zero2"), SHARDED)
 
 
 def check_same_training(expected: Path, actual: Path) -> None:
@@ -91,6 +97,11 @@ def test_ddp_trains_as_one_process(one_process, ddp, run):
 def test_fsdp2_trains_as_one_process(one_process, fsdp2, run):
     """Student and teacher are in shards; no process hangs where only the other one has images, or ends later."""
     check_same_training(one_process / run, fsdp2 / run)
+
+
+@pytest.mark.parametrize("run", SHARDED)
+def test_zero2_trains_as_one_process(one_process, zero2, run):
+    check_same_training(one_process / run, zero2 / run)
 
 
 @pytest.mark.parametrize("run", ["adapter", "train_base"])
