@@ -179,7 +179,7 @@ def user(text: str, *images: Image.Image) -> list[dict]:
     return [{"role": "user", "content": [*blocks, {"type": "text", "text": text}]}]
 
 
-def encode(processor, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
+def encode(processor, conversations: list[list[dict]], **kwargs) -> dict[str, torch.Tensor]:
     """Model inputs of a left-padded batch of conversations."""
     return dict(
         processor.apply_chat_template(
@@ -189,6 +189,7 @@ def encode(processor, conversations: list[list[dict]]) -> dict[str, torch.Tensor
             return_dict=True,
             return_tensors="pt",
             padding=True,
+            **kwargs,
         )
     )
 

@@ -16,6 +16,7 @@ os.environ |= {
     "DO_NOT_TRACK": "1",
 }
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -23,6 +24,7 @@ import torch  # noqa: E402
 pytest.importorskip("vllm", reason="these tests have an environment of their own, see .ci/vllm")
 
 from peft import PeftModel, get_peft_model  # noqa: E402
+from PIL import Image  # noqa: E402
 from tiny_models import encode, randomize  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
@@ -82,14 +84,24 @@ def generate(llm: LLM, checkpoint: Checkpoint, conversations: list[list[dict]]) 
     for conversation in conversations:
         blocks = [block for message in conversation for block in message["content"]]
         images = [block["image"] for block in blocks if block["type"] == "image"]
+        videos = [_with_metadata(block["video"]) for block in blocks if block["type"] == "video"]
+        media = ({"image": images} if images else {}) | ({"video": videos} if videos else {})
         text = checkpoint.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        prompts.append({"prompt": text} | ({"multi_modal_data": {"image": images}} if images else {}))
+        prompts.append({"prompt": text} | ({"multi_modal_data": media} if media else {}))
     return llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=0), use_tqdm=False)
+
+
+def _with_metadata(frames: list[Image.Image]) -> tuple[np.ndarray, dict]:
+    # All frames, and what transformers assumes about them where it is told nothing
+    count, fps = len(frames), 24
+    metadata = {"fps": fps, "duration": count / fps, "total_num_frames": count, "frames_indices": list(range(count))}
+    return np.stack([np.asarray(frame) for frame in frames]), metadata | {"do_sample_frames": False}
 
 
 def expected_completion(checkpoint: Checkpoint, conversation: list[dict]):
     """Token ids of the prompt, and those of transformers' greedy completion with their log-probabilities."""
-    inputs = encode(checkpoint.processor, [conversation])
+    all_frames = {"videos_kwargs": {"do_sample_frames": False}}
+    inputs = encode(checkpoint.processor, [conversation], processor_kwargs=all_frames)
     with torch.no_grad():
         output = checkpoint.model.generate(
             **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True

@@ -32,7 +32,11 @@ SYSTEM = {"role": "system", "content": [{"type": "text", "text": "You look close
 @pytest.fixture(scope="module")
 def qwen3_vl(tmp_path_factory):
     model = make_qwen3_vl(hidden_size=64, head_dim=HEAD_DIM, rope_parameters={**MROPE, "mrope_interleaved": True})
-    return make_checkpoint(tmp_path_factory.mktemp("qwen3_vl"), model, make_processor(), r=4)
+    processor = make_processor()
+    # vLLM normalizes videos as it does images; released processors have the same for both, ours has CLIP's for images
+    images, videos = processor.image_processor, processor.video_processor
+    images.image_mean, images.image_std = videos.image_mean, videos.image_std
+    return make_checkpoint(tmp_path_factory.mktemp("qwen3_vl"), model, processor, r=4)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,16 @@ def test_mixed_batch_of_texts_and_images(llm, qwen3_vl):
         user("Compare.", make_image(1), make_image(2, (128, 96))),
         user("And this?", make_image(3, (96, 64))),
         user("Bye."),
+    ]
+    assert_equals_transformers(generate(llm, qwen3_vl, conversations), qwen3_vl, conversations)
+
+
+def test_video_beside_an_image_and_a_text(llm, qwen3_vl):
+    video = {"type": "video", "video": [make_image(seed) for seed in range(4)]}
+    conversations = [
+        [{"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}],
+        user("What is this?", make_image(4)),
+        user("Hello."),
     ]
     assert_equals_transformers(generate(llm, qwen3_vl, conversations), qwen3_vl, conversations)
 
