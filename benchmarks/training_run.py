@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from trl_vicur.trainer.vision_features import get_backbone
 
 # Steps at the beginning that are not counted
 WARMUP_STEPS = 2
+OUTPUT = TemporaryDirectory()  # nothing is saved, but a trainer makes its `output_dir` when it is built
 # Text and vision configs over those of the tests' tiny Qwen3-VL
 MODELS = {
     "tiny": dict(hidden_size=128, num_layers=6),
@@ -203,7 +205,7 @@ def make_trainer(run: TrainingRun, callback: TrainerCallback) -> DistillationTra
         "DistillationTrainer": (DistillationTrainer, DistillationConfig, LoraConfig),
     }[run.trainer]
     arguments = dict(
-        output_dir="unused",
+        output_dir=OUTPUT.name,
         per_device_train_batch_size=run.batch_size,
         gradient_accumulation_steps=2,
         max_steps=run.steps + WARMUP_STEPS,

@@ -4,6 +4,7 @@ right, or refused before training with an error that names the thing, its value,
 """
 
 import math
+from tempfile import TemporaryDirectory
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List
@@ -15,9 +16,12 @@ from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
 from trl_vicur.trainer.dataset_validation import with_row_number
 
 
+OUTPUT = TemporaryDirectory()  # a trainer makes its `output_dir` when it is built
+
+
 def make_config(**arguments) -> ViCuRConfig:
     defaults = dict(
-        output_dir="unused",
+        output_dir=OUTPUT.name,
         bf16=False,
         use_cpu=True,
         report_to="none",
