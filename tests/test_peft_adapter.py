@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from tiny_models import encode, make_image, make_qwen2_5_vl, make_qwen3_vl, randomize, user
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import CueRecoveryLayer
@@ -116,6 +116,32 @@ def test_merge_and_unload_merges_lora_and_keeps_the_module(inputs):
     assert not isinstance(merged, PeftModel)
     assert not any("lora" in name for name, _ in merged.named_modules())
     torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The LoRA weights were merged")
+@pytest.mark.parametrize("name", ["default", "other"])
+@pytest.mark.parametrize("config", [{"r": 4, "sink_token": "<|im_start|>", "num_heads": 2}, {"train_base": True}])
+def test_a_merged_model_is_saved_whole_and_loads_in_one_line(tmp_path, processor, inputs, config, name):
+    """Stock transformers finds the backbone, and nothing that it does not know; stock PEFT the module."""
+    config = CueRecoveryConfig(layer_interval=1, **config).resolve_sink_token(processor)
+    model = randomize(get_peft_model(make_qwen3_vl(), config, adapter_name=name).eval())
+    if config.train_base:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    expected = logits(model, inputs)
+    merged = model.merge_and_unload()
+    expected_of_merged = logits(merged, inputs)
+    merged.save_pretrained(tmp_path)
+
+    base, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    subfolder = "cue_recovery" if name == "default" else f"cue_recovery/{name}"
+    reloaded = PeftModel.from_pretrained(base, tmp_path, subfolder=subfolder)
+    torch.testing.assert_close(logits(reloaded, inputs), expected_of_merged, rtol=0, atol=0)
+    torch.testing.assert_close(logits(reloaded, inputs), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="without its recovery module. Use `model.push_to_hub"):
+        merged.save_pretrained(tmp_path, push_to_hub=True)
 
 
 def test_merge_adapter_keeps_the_outputs(inputs):

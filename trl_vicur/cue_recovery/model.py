@@ -1,12 +1,16 @@
+import os
 import re
 import warnings
 from functools import cached_property, reduce
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -16,6 +20,8 @@ from .layer import CueRecoveryContext, CueRecoveryLayer
 
 # Layers in which a token sees a limited number of the tokens before it, as transformers names them
 WINDOWED_LAYER_TYPES = ("sliding_attention", "chunked_attention", "conv")
+# Where a merged model's `save_pretrained` puts the module
+MERGED_SUBFOLDER = "cue_recovery"
 
 
 class CueRecoveryModel(LoraModel):
@@ -267,10 +273,13 @@ class CueRecoveryModel(LoraModel):
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         if merge:
+            model.save_pretrained = self._save_merged
             warnings.warn(
                 "The LoRA weights were merged. The recovery module is attention over the image and cannot be merged "
-                "into weights, so it stays in the returned model, which gives the same outputs as the adapter. A "
-                "checkpoint saved from it loses the module when it is loaded again. `unload()` removes it.",
+                "into weights, so it stays in the returned model, which gives the same outputs as the adapter. Its "
+                f"`save_pretrained` writes the module as an adapter into the subfolder '{MERGED_SUBFOLDER}'; "
+                f"`PeftModel.from_pretrained(base_model, folder, subfolder='{MERGED_SUBFOLDER}')` loads it. "
+                "`unload()` in place of `merge_and_unload()` removes it.",
                 stacklevel=3,
             )
         else:
@@ -279,6 +288,43 @@ class CueRecoveryModel(LoraModel):
             for hook in self._context_hooks:
                 hook.remove()
         return model
+
+    def _save_merged(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        `save_pretrained` of a merged model: the backbone as transformers saves it, and in a subfolder the module as
+        an adapter of it.
+        """
+        if push_to_hub:
+            raise ValueError(
+                "`save_pretrained(push_to_hub=True)` would upload the model without its recovery module. Use "
+                "`model.push_to_hub(repo_id)`."
+            )
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        backbone = {name: tensor for name, tensor in state_dict.items() if ".cue_recovery." not in name}
+        type(self.model).save_pretrained(self.model, save_directory, is_main_process, backbone, **kwargs)
+        if not is_main_process:
+            return
+        for adapter_name in self.active_adapters:
+            config = self.peft_config[adapter_name]
+            own = {name: getattr(config, name) for name in CueRecoveryConfig.__annotations__}
+            config = CueRecoveryConfig(**{**own, "r": 0, "train_base": False}, inference_mode=True)
+            key = f".cue_recovery.sink_attention.{adapter_name}."
+            weights = {
+                f"base_model.model.{self._remove_adapter_name_from_key(name, adapter_name)}": tensor.contiguous()
+                for name, tensor in state_dict.items()
+                if key in name
+            }
+            # As PEFT saves adapters by other names
+            folder = Path(save_directory, MERGED_SUBFOLDER, "" if adapter_name == "default" else adapter_name)
+            config.save_pretrained(folder)
+            save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("Recovery modules cannot be averaged: attention is not linear in its weights.")
