@@ -1,6 +1,7 @@
 """What others get: the files and the card of a trained model, on disk and on the Hub."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -210,6 +211,7 @@ def test_loading_without_peft_is_refused(tmp_path):
 # --- The Hub ---
 
 TRAIN = """
+import os
 import sys
 sys.path.insert(0, {tests!r})
 from datasets import Dataset
@@ -220,15 +222,19 @@ from trl_vicur import CueRecoveryConfig, ViCuRTrainer
 trainer = ViCuRTrainer(
     model="me/base",
     args=make_config(
-        "out",
+        os.path.abspath("out"),
         hub_model_id="me/adapter",
         push_to_hub=True,
         hub_strategy="checkpoint",
         save_strategy="steps",
         save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
         report_to="tensorboard",
     ),
     train_dataset=Dataset.from_list(make_rows(8)),
+    eval_dataset=Dataset.from_list(make_rows(2)),
     peft_config=CueRecoveryConfig(layer_interval=1),
 )
 trainer.train()
@@ -279,6 +285,7 @@ def test_a_stranger_can_use_what_was_pushed(tmp_path):
         assert not {name for name in at_the_top if Path(name).suffix in PICKLES}
         # What was asked for by `hub_strategy="checkpoint"`; still without arguments and events
         assert "last-checkpoint/optimizer.pt" in files
+        assert json.loads(files["last-checkpoint/trainer_state.json"])["best_global_step"]
         assert not [name for name in files if "training_args" in name or "tfevents" in name]
         for name, content in files.items():
             assert str(tmp_path).encode() not in content and b"hf_secret" not in content, name
@@ -291,4 +298,10 @@ def test_a_stranger_can_use_what_was_pushed(tmp_path):
         code = re.sub(r'image = ".*"', f'image = "{hub.url}/me/images/resolve/main/image.png"', code)
         # Nothing may be unpickled, and no code of a repository may run
         guard = "import pickle, torch\ndef refuse(*_, **__): raise AssertionError\npickle.load = torch.load = refuse\n"
-        run(guard + code + "assert type(model).__name__ == 'PeftModel'\n", tmp_path / "stranger")
+        in_one_line = """
+from peft import AutoPeftModel
+assert type(model) is PeftModel
+model = AutoPeftModel.from_pretrained("me/adapter")
+assert model.generate(**inputs, max_new_tokens=4).equal(output)
+"""
+        run(guard + code + in_one_line, tmp_path / "stranger")

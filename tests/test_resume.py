@@ -33,6 +33,7 @@ def make_trainer(directory, config=ADAPTER, sizes=(), streamed=False, **argument
         model=make_qwen3_vl(**dict(sizes)),
         args=make_config(directory, **{**defaults, **arguments}),
         train_dataset=dataset.to_iterable_dataset() if streamed else dataset,
+        eval_dataset=dataset.select(range(2)),
         processing_class=make_processor(),
         peft_config=None if config is None else CueRecoveryConfig(**config),
     )
@@ -74,6 +75,15 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, arguments, step):
     whole = train(tmp_path, **arguments)
     resumed = train(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), **arguments)
     assert_same_run(resumed, whole)
+
+
+def test_best_checkpoint_is_found_where_the_folder_was_moved_to(tmp_path):
+    evaluated = dict(max_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    trainer = train(tmp_path / "here", **evaluated)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "here" / "checkpoint-1")
+    moved = (tmp_path / "here").rename(tmp_path / "there")
+    trainer = train(moved, resume=True, **evaluated)
+    assert trainer.state.best_model_checkpoint == str(moved / "checkpoint-1")
 
 
 # --- Checkpoints that cannot be resumed ---

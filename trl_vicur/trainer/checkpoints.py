@@ -15,6 +15,7 @@ from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -46,6 +47,24 @@ def write_file_list(directory: str | os.PathLike) -> None:
             raise OSError(f"{path} is cut off after {path.stat().st_size:,} bytes. Free space on its disk.")
     sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in sorted(files)}
     Path(directory, FILE_LIST_NAME).write_text(json.dumps(sizes, indent=2), encoding="utf-8")
+
+
+def forget_best_checkpoint(directory: str | os.PathLike) -> None:
+    """
+    Leave out, in a checkpoint that is going to be pushed, where this machine has the best one. Its step is kept, by
+    which a resumed run finds it.
+
+    Args:
+        directory (`str` or `os.PathLike`):
+            The checkpoint.
+    """
+    path = Path(directory, TRAINER_STATE_NAME)
+    state = TrainerState.load_from_json(str(path))
+    if state.best_model_checkpoint is not None:
+        state.best_model_checkpoint = None
+        # In one piece: the file seals the checkpoint
+        state.save_to_json(str(path.with_suffix(".new")))
+        path.with_suffix(".new").replace(path)
 
 
 def check_checkpoint(directory: str | os.PathLike) -> None:

@@ -37,7 +37,13 @@ from ..cue_recovery.model import visual_token_ids
 from ..dataset_rows import read_image, read_video, row_images, row_videos
 from ..teacher_prompt import add_privilege, hint_marker
 from .blank_image import BlankImageRow
-from .checkpoints import check_adapter, check_checkpoint, get_last_checkpoint, write_file_list
+from .checkpoints import (
+    check_adapter,
+    check_checkpoint,
+    forget_best_checkpoint,
+    get_last_checkpoint,
+    write_file_list,
+)
 from .collapse import CollapseCallback
 from .dataset_validation import RowChecker, check_dataset, with_row_number
 from .ema_teacher import EMATeacherCallback
@@ -970,6 +976,11 @@ class ViCuRTrainer(DistillationTrainer):
         if self.args.should_save:
             write_file_list(output_dir)
 
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.is_world_process_zero():
+            forget_best_checkpoint(checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def _rollouts_path(self, checkpoint: str) -> str:
         """File with this process's generation batch, in checkpoints between two steps on the same rollouts."""
         return os.path.join(checkpoint, f"rollouts_{self.args.process_index}.pt")
@@ -986,6 +997,10 @@ class ViCuRTrainer(DistillationTrainer):
         epochs_trained, steps_trained_in_current_epoch = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        # Its path was left out, or the folder has been moved since
+        if self.state.best_model_checkpoint is None and self.state.best_global_step:
+            best = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         # TRL starts counting anew, with no rollouts, and its sampler with the order of the first epoch
         accumulation_steps = self.args.gradient_accumulation_steps
         self._step = self.state.global_step * accumulation_steps
