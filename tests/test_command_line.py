@@ -75,6 +75,16 @@ def test_train_refuses_options_before_it_launches(tmp_path, capfd, options, mess
     assert message in capfd.readouterr().err
 
 
+def test_train_ends_in_what_is_wrong_with_a_row(tmp_path, capfd, model, dataset):
+    """In the process that `accelerate launch` starts, and without a traceback."""
+    options = ["--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", str(tmp_path / "student")]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *options, "--per_device_train_batch_size", "1", "--use_cpu", "--bf16", "false"])
+    printed = capfd.readouterr().err
+    assert stop.value.code == 1 and "Traceback" not in printed
+    assert printed.splitlines()[-1].startswith("trl-vicur: Row 1 of train_dataset: `cue` is ''")
+
+
 # --- Doctor ---
 
 
@@ -84,18 +94,36 @@ def test_doctor_reports_every_bad_row(capsys, model, dataset):
     assert re.search(r"\n  transformers +5\.", printed.out) and "CUE_RECOVERY" in printed.out
     assert "Row 1 of train_dataset: `cue` is ''" in printed.out
     assert "Row 4 of train_dataset: The text of `prompt` contains the control token" in printed.out
-    assert printed.out.count("  Row ") == 2 and "2 row(s) cannot be trained on" in printed.err
+    assert printed.out.count("  Row ") == 2
+    assert "  train_dataset has 6 row(s), expected at least 8: an incomplete batch is left out" in printed.out
+    assert "A training would stop for 3 reason(s)" in printed.err
 
 
-def test_doctor_takes_what_the_training_is_going_to_be_given(tmp_path, capsys, model, dataset):
+@pytest.mark.parametrize(
+    "launch, processes",
+    [
+        ({}, 1),
+        ({"num_processes": 2}, 2),
+        ({"accelerate_config": "zero3"}, 8),
+        ({"accelerate_config": "zero3", "num_processes": 2}, 2),
+        ({"accelerate_config": "single_gpu"}, 1),
+    ],
+)
+def test_doctor_takes_what_the_training_is_going_to_be_given(tmp_path, capsys, model, dataset, launch, processes):
     """A file with options for a GPU and for accelerate; the bad cue is allowed by one, the bad prompt is left out."""
-    Dataset.load_from_disk(dataset).select([0, 1, 2]).to_parquet(tmp_path / "rows.parquet")
+    Dataset.load_from_disk(dataset).select([0, 1, 2, 3]).to_parquet(tmp_path / "rows.parquet")
     config = {"model_name_or_path": model, "dataset_name": dataset, "missing_privilege": "none", "bf16": True}
-    config |= {"num_processes": 8, "layer_interval": 2, "train_base": True}
+    config |= {"layer_interval": 2, "train_base": True, "per_device_train_batch_size": 1} | launch
+    config |= {"gradient_accumulation_steps": 2}
     (tmp_path / "config.yaml").write_text(yaml.dump(config))
     command = ["doctor", "--config", str(tmp_path / "config.yaml"), "--dataset", str(tmp_path / "rows.parquet")]
-    assert main(command) == 0
-    assert "every row can be trained on" in capsys.readouterr().out
+    status = main(command)
+    printed = capsys.readouterr().out
+    assert f"{2 * processes} rows: 1 at a time, 2 time(s), in {processes} process(es)" in printed
+    if processes <= 2:
+        assert status == 0 and "every row can be trained on" in printed
+    else:
+        assert status == 1 and "train_dataset has 4 row(s), expected at least 16" in printed
 
 
 @pytest.mark.parametrize(
@@ -104,6 +132,7 @@ def test_doctor_takes_what_the_training_is_going_to_be_given(tmp_path, capsys, m
         (["--layer_interval", "9"], "`layer_interval` is 9, but the model has only 4 decoder layer(s)"),
         (["--cue_column", "hint"], "train_dataset has no column `hint`"),
         (["--sink_token", "<|nothing|>"], "<|nothing|>"),
+        (["--learning_rte", "1"], "knows all of these options: --learning_rte 1"),
     ],
 )
 def test_doctor_finds_what_the_trainer_would_refuse(capsys, model, dataset, options, message):

@@ -1,6 +1,8 @@
 """The parser of the commands' arguments."""
 
 import argparse
+import copy
+import shutil
 import textwrap
 from collections.abc import Iterable
 
@@ -8,10 +10,20 @@ from trl import TrlParser
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of examples, and tells defaults where there are some."""
+    """Keeps the lines of examples, tells defaults where there are some, and names each option once."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # The parser takes every name with dashes as well, and argparse would write the value behind each of them
+        if action.option_strings:
+            names = [name for name in action.option_strings if "-" not in name.removeprefix("--")]
+            action = copy.copy(action)
+            action.option_strings = names or action.option_strings
+            if action.nargs == "?" and action.const is True:
+                action.metavar = "true|false"
+        return super()._format_action_invocation(action)
 
 
 class CommandParser(TrlParser):
@@ -36,11 +48,25 @@ class CommandParser(TrlParser):
             dataclass_types,
             prog=prog,
             usage=f"%(prog)s {usage}",
-            description=textwrap.fill(description, 100),
+            description=textwrap.fill(description, min(100, shutil.get_terminal_size().columns - 2)),
             epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
             formatter_class=HelpFormatter,
         )
+        for action in self._actions:
+            # The opposites of options that are true by default, with their help; `--option false` does the same
+            if isinstance(action, argparse._StoreFalseAction):
+                action.help = argparse.SUPPRESS
         # Only for its help; `parse_args_and_config` takes it away before the arguments are parsed
         self.add_argument(
             "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with any of these options."
         )
+
+    def show_first(self, title: str, names: Iterable[str]) -> None:
+        """Lets the help show these options under a title of their own, before those that have none."""
+        actions = {action.dest: action for action in self._optionals._group_actions}
+        group = self.add_argument_group(title)
+        for name in names:
+            self._optionals._group_actions.remove(actions[name])
+            group._group_actions.append(actions[name])
+        self._action_groups.remove(self._optionals)
+        self._action_groups.append(self._optionals)

@@ -7,15 +7,20 @@ Training from the command line.
 The first is the second with what `accelerate launch` needs found among the arguments.
 """
 
+import argparse
+import sys
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+from .cli import report
 from .command_parser import CommandParser
 from .cue_recovery import CueRecoveryConfig
 from .dataset_loading import load_split
@@ -35,19 +40,28 @@ class CueRecoveryArguments:
     )
 
 
+# TRL's words for these speak of mixtures of datasets, which are not offered here
+HELP = {
+    "model_name_or_path": "Id or folder of the model that becomes the student.",
+    "teacher_model_name_or_path": "Id or folder of a larger teacher. By default the student teaches itself.",
+    "dataset_name": "Id on the Hub, a folder that `trl-vicur cues generate` or `save_to_disk` made, or a file of JSON "
+    "lines, CSV or Parquet.",
+    "dataset_config": "Configuration of a dataset on the Hub.",
+    "dataset_train_split": "Split to train on.",
+    "dataset_test_split": "Split to evaluate on, with `--eval_strategy`.",
+    "dataset_streaming": "Whether to read rows when they are trained on; they are checked then.",
+}
 TRAINING_ARGUMENTS = [ScriptArguments, ModelConfig, ViCuRConfig, CueRecoveryArguments]
 
 
 def make_parser(prog: str = "trl-vicur train") -> CommandParser:
     """The parser of all training options: TRL's of scripts and models, `ViCuRConfig`'s, and the module's."""
-    return CommandParser(
+    parser = CommandParser(
         TRAINING_ARGUMENTS,
         prog=prog,
         usage="--model_name_or_path MODEL --dataset_name DATASET --output_dir FOLDER [options]",
         description="Distil a student from a teacher that sees visual cues. Takes the options of TRL's scripts, "
-        "TrainingArguments and DistillationConfig, and last in the list those of ViCuR; and whatever `accelerate "
-        "launch` takes, e.g. --num_processes. The dataset is an id on the Hub, a folder that `trl-vicur cues "
-        "generate` or `save_to_disk` made, or a file of JSON lines, CSV or Parquet.",
+        "DistillationConfig and TrainingArguments, and whatever `accelerate launch` takes, e.g. --num_processes.",
         examples="""
             # the module alone
             trl-vicur train --model_name_or_path Qwen/Qwen3-VL-2B-Instruct --dataset_name geometry-cues \\
@@ -63,6 +77,13 @@ def make_parser(prog: str = "trl-vicur train") -> CommandParser:
             trl-vicur doctor --config vicur_geometry3k.yaml
         """,
     )
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
+    parser.show_first("what is trained, and on what", ["help", "config", *HELP, "output_dir"])
+    parser.show_first("the teacher and the loss (ViCuRConfig)", ViCuRConfig.__annotations__)
+    parser.show_first("the student's module (CueRecoveryConfig)", CueRecoveryArguments.__annotations__)
+    parser._optionals.title = "all else (ModelConfig, DistillationConfig, TrainingArguments)"
+    return parser
 
 
 def make_peft_config(model_args: ModelConfig, recovery_args: CueRecoveryArguments) -> PeftConfig | None:
@@ -98,13 +119,18 @@ def load_datasets(
     }
 
 
-def main(
+def make_trainer(
     script_args: ScriptArguments,
     model_args: ModelConfig,
     training_args: ViCuRConfig,
     recovery_args: CueRecoveryArguments,
-) -> None:
-    """Train, save and, where it is wanted, push."""
+) -> ViCuRTrainer:
+    """
+    The trainer, with its datasets checked and its models loaded.
+
+    Raises:
+        `ValueError` or `OSError`: If an option, a model or a row of a dataset is refused.
+    """
     model_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -117,7 +143,7 @@ def main(
             **teacher_kwargs,
             **(training_args.teacher_model_init_kwargs or {}),
         }
-    trainer = ViCuRTrainer(
+    return ViCuRTrainer(
         model=model_args.model_name_or_path,
         teacher_model=training_args.teacher_model_name_or_path,
         args=training_args,
@@ -125,12 +151,49 @@ def main(
         quantization_config=get_quantization_config(model_args),
         peft_config=make_peft_config(model_args, recovery_args),
     )
+
+
+def main(
+    script_args: ScriptArguments,
+    model_args: ModelConfig,
+    training_args: ViCuRConfig,
+    recovery_args: CueRecoveryArguments,
+) -> None:
+    """Train, save and, where it is wanted, push."""
+    try:
+        trainer = make_trainer(script_args, model_args, training_args, recovery_args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(report(error))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.accelerator.end_training()
+
+
+def parse_launch_arguments(options: list[str], training_arguments: Iterable[str] = ()) -> argparse.Namespace:
+    """
+    What `accelerate launch` is told.
+
+    Args:
+        options (`list[str]`):
+            Options that are none of the training's.
+        training_arguments (iterable of `str`, *optional*):
+            Options for this module, which it launches.
+
+    Raises:
+        `ValueError`: If it does not know one of the options either.
+    """
+    launch_args, unknown = launch_command_parser().parse_known_args(
+        ["--quiet", *resolve_accelerate_config_argument(options), "--module", __name__, *training_arguments]
+    )
+    if unknown or launch_args.training_script != __name__:
+        raise ValueError(
+            f"Neither the training nor `accelerate launch` knows all of these options: {' '.join(options)}. "
+            "`trl-vicur train --help` and `accelerate launch --help` list them."
+        )
+    return launch_args
 
 
 def train(arguments: list[str]) -> None:
@@ -152,17 +215,11 @@ def train(arguments: list[str]) -> None:
             left.popleft()
         else:
             training_arguments.append(argument)
-    launch_arguments = resolve_accelerate_config_argument(of_config + of_command_line)
-    launch_args, unknown = launch_command_parser().parse_known_args(
-        ["--quiet", *launch_arguments, "--module", __name__, *training_arguments]
-    )
-    if unknown or launch_args.training_script != __name__:
-        raise ValueError(
-            f"Neither the training nor `accelerate launch` knows all of these options: "
-            f"{' '.join(of_config + of_command_line)}. `trl-vicur train --help` and `accelerate launch --help` list "
-            "them."
-        )
-    launch_command(launch_args)
+    launch_args = parse_launch_arguments(of_config + of_command_line, training_arguments)
+    try:
+        launch_command(launch_args)
+    except ChildFailedError as error:  # torchrun's, when a process of several has failed
+        sys.exit(next(iter(error.failures.values())).exitcode)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def doctor(arguments: list[str]) -> None:
     from .machine import describe_devices, describe_kernels, describe_rollout_engines
     from .training import TrainingCheck, parse_arguments
 
-    script_args, model_args, training_args, recovery_args = parse_arguments(arguments)
+    script_args, model_args, training_args, recovery_args, num_processes = parse_arguments(arguments)
     print_section("Packages", packages)
     print_section("Devices", describe_devices())
     print_section("Fused kernels and other packages", describe_kernels())
@@ -35,17 +35,17 @@ def doctor(arguments: list[str]) -> None:
             )
         return
 
-    check = TrainingCheck(script_args, model_args, training_args, recovery_args)
+    check = TrainingCheck(script_args, model_args, training_args, recovery_args, num_processes)
     print_section(f"Model: {model_args.model_name_or_path}", check.describe_model())
     if script_args.dataset_name is None:
         return
     print_section(f"Dataset: {script_args.dataset_name}", check.describe_datasets())
-    num_bad_rows = 0
+    num_errors = 0
     for error in check.find_bad_rows():
-        num_bad_rows += 1
+        num_errors += 1
         tqdm.write(f"  {error}")  # beside the progress bar
-    if num_bad_rows:
-        raise ValueError(f"{num_bad_rows:,} row(s) cannot be trained on. Mend or remove them.")
+    if num_errors:
+        raise ValueError(f"A training would stop for {num_errors:,} reason(s), listed above. Mend or remove the rows.")
     print("  every row can be trained on")
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 import torch
+from accelerate.commands.config import load_config_from_file
+from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -12,7 +14,7 @@ from trl import ModelConfig, ScriptArguments
 
 from ..command_parser import CommandParser
 from ..cue_recovery import CueRecoveryConfig
-from ..train import TRAINING_ARGUMENTS, CueRecoveryArguments, load_datasets, make_peft_config
+from ..train import TRAINING_ARGUMENTS, CueRecoveryArguments, load_datasets, make_peft_config, parse_launch_arguments
 from ..trainer import ViCuRConfig, ViCuRTrainer
 from ..trainer.dataset_validation import RowChecker, find_bad_rows
 
@@ -28,8 +30,11 @@ SHOWN = {
 
 def parse_arguments(
     arguments: list[str],
-) -> tuple[ScriptArguments, ModelConfig, ViCuRConfig, CueRecoveryArguments]:
-    """The arguments of `trl-vicur doctor`: those of `trl-vicur train`, two of them with a short name, too."""
+) -> tuple[ScriptArguments, ModelConfig, ViCuRConfig, CueRecoveryArguments, int]:
+    """
+    The arguments of `trl-vicur doctor`: those of `trl-vicur train`, two of them with a short name, too; and the number
+    of processes that would train.
+    """
     parser = CommandParser(
         TRAINING_ARGUMENTS,
         prog="trl-vicur doctor",
@@ -52,8 +57,17 @@ def parse_arguments(
             action.help = argparse.SUPPRESS
     for name, dest in (("--model", "model_name_or_path"), ("--dataset", "dataset_name")):
         parser.add_argument(name, dest=dest, default=argparse.SUPPRESS, help=f"The same as `--{dest}`.")
-    # Options for a GPU are no errors where there is none yet; and the file may hold options of `accelerate launch`
-    return parser.parse_args_and_config([*arguments, "--use_cpu"], fail_with_unknown_args=False)
+    # Options for a GPU are no errors where there is none yet
+    *training_arguments, of_launch = parser.parse_args_and_config(
+        [*arguments, "--use_cpu"], return_remaining_strings=True
+    )
+    launch_args = parse_launch_arguments(of_launch)
+    num_processes = launch_args.num_processes
+    if num_processes is None and launch_args.config_file is not None:
+        launch_config = load_config_from_file(launch_args.config_file)
+        if launch_config.distributed_type != DistributedType.NO:
+            num_processes = launch_config.num_processes
+    return *training_arguments, num_processes or 1
 
 
 class TrainingCheck:
@@ -64,6 +78,8 @@ class TrainingCheck:
         script_args ([`~trl.ScriptArguments`]), model_args ([`~trl.ModelConfig`]), training_args ([`ViCuRConfig`]) and
             recovery_args ([`CueRecoveryArguments`]):
             Its options.
+        num_processes (`int`):
+            How many processes would train.
 
     Raises:
         `ValueError`: If the trainer would refuse the model or the options.
@@ -75,8 +91,10 @@ class TrainingCheck:
         model_args: ModelConfig,
         training_args: ViCuRConfig,
         recovery_args: CueRecoveryArguments,
+        num_processes: int,
     ):
         self.training_args = training_args
+        self.num_processes = num_processes
         name = {"pretrained_model_name_or_path": model_args.model_name_or_path, "revision": model_args.model_revision}
         self.config = AutoConfig.from_pretrained(**name)
         self.processor = AutoProcessor.from_pretrained(**name)
@@ -118,21 +136,36 @@ class TrainingCheck:
         ]
 
     def describe_datasets(self) -> list[tuple[str, str]]:
-        """How many rows each dataset has."""
+        """How many rows each dataset has, and how many a step takes."""
+        args = self.training_args
+        factors = (args.per_device_train_batch_size, args.gradient_accumulation_steps, self.num_processes)
         return [
-            (name, "streamed: its rows are checked when they are trained on")
-            if isinstance(dataset, IterableDataset)
-            else (name, f"{len(dataset):,} rows")
-            for name, dataset in self.datasets.items()
+            *(
+                (name, "streamed: its rows are checked when they are trained on")
+                if isinstance(dataset, IterableDataset)
+                else (name, f"{len(dataset):,} rows")
+                for name, dataset in self.datasets.items()
+            ),
+            (
+                "each step",
+                "{:,} rows: {} at a time, {} time(s), in {} process(es)".format(self.rows_per_step, *factors),
+            ),
         ]
+
+    @property
+    def rows_per_step(self) -> int:
+        """How many rows of the training dataset a step takes, over all processes."""
+        args = self.training_args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.num_processes
 
     def find_bad_rows(self) -> Iterator[ValueError]:
         """
-        For each row that cannot be trained on, the error that says so.
+        The errors of too few rows, and of each row that cannot be trained on.
 
         Raises:
             `ValueError`: If a column is missing.
         """
         checker = RowChecker(self.training_args, self.processor, self.config.get_text_config().max_position_embeddings)
         for name, dataset in self.datasets.items():
-            yield from find_bad_rows(dataset, name, checker, self.training_args)
+            min_rows = self.rows_per_step if name == "train_dataset" else 1
+            yield from find_bad_rows(dataset, name, checker, self.training_args, min_rows)

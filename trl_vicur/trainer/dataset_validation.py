@@ -266,10 +266,11 @@ def find_bad_rows(
     dataset: Dataset | IterableDataset, name: str, checker: RowChecker, args: ViCuRConfig, min_rows: int = 1
 ) -> Iterator[ValueError]:
     """
-    For each bad row the error that names it, in their order; arguments as in [`check_dataset`].
+    The errors that [`check_dataset`] would raise one by one: that there are too few rows, then for each bad row the
+    one that names it, in their order. Arguments as there.
 
     Raises:
-        `ValueError`: If it is no dataset, has too few rows or misses a column.
+        `ValueError`: If it is no dataset or misses a column.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         held = f" of {list(dataset)}" if isinstance(dataset, dict) else ""
@@ -282,7 +283,7 @@ def find_bad_rows(
     if isinstance(dataset, IterableDataset):
         return
     if len(dataset) < min_rows:
-        raise ValueError(
+        yield ValueError(
             f"{name} has {len(dataset)} row(s), expected at least {min_rows}: an incomplete batch is left out. Take "
             "more rows, or a smaller batch (`per_device_train_batch_size`, `gradient_accumulation_steps`, processes)."
         )
