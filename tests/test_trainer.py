@@ -598,3 +598,9 @@ def test_other_peft_methods_work(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, peft_config=LoraConfig(target_modules=["q_proj"]))
     trainer.train()
     assert trainer.teacher_model is None
+
+
+def test_zero3_is_refused(tmp_path, processor, monkeypatch):
+    monkeypatch.setattr("trl_vicur.trainer.vicur_trainer.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 is not supported: .* Use FSDP2"):
+        make_trainer(tmp_path, processor)

@@ -71,8 +71,8 @@ def make_parser(prog: str = "trl-vicur train") -> CommandParser:
             trl-vicur train … --cue_recovery false
             # options from a file, some of them replaced, on eight GPUs
             trl-vicur train --config vicur_geometry3k.yaml --dataset_name me/geometry3k-with-cues --num_processes 8
-            # ZeRO-3 with TRL's own configuration of accelerate (or a file of yours)
-            trl-vicur train --config vicur_geometry3k.yaml --accelerate_config zero3
+            # FSDP2 with TRL's own configuration of accelerate (or a file of yours)
+            trl-vicur train --config vicur_geometry3k.yaml --accelerate_config fsdp2
             # before a GPU is rented: is this machine fit, and every row?
             trl-vicur doctor --config vicur_geometry3k.yaml
         """,

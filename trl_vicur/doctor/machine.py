@@ -52,7 +52,7 @@ def describe_kernels() -> list[tuple[str, str]]:
             "flash-linear-attention" if is_flash_linear_attention_available() else "torch, slow: no kernels found",
         ),
         ("quantized base", describe_package("bitsandbytes", "`--load_in_4bit`, `--load_in_8bit`")),
-        ("DeepSpeed", describe_package("deepspeed", "`--accelerate_config zero3`")),
+        ("DeepSpeed", describe_package("deepspeed", "`--accelerate_config zero2`")),
     ]
 
 

@@ -24,6 +24,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ModelOutput
@@ -310,6 +311,11 @@ class ViCuRTrainer(DistillationTrainer):
             raise ValueError(
                 f"`teacher_model_kind={args.teacher_model_kind!r}` makes the student its own teacher, but a "
                 "`teacher_model` was passed as well. Leave out one of the two."
+            )
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "DeepSpeed's ZeRO-3 is not supported: losses and the teacher's copy would read shards of weights. "
+                "Use FSDP2 (examples/accelerate_configs/fsdp2.yaml), or ZeRO-2 where the models fit whole."
             )
         if args.teacher_model_server_url is not None and not isinstance(teacher_model, str | None):
             raise ValueError(
