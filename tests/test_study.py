@@ -156,6 +156,18 @@ def test_interventions_reach_the_module(study):
         assert not torch.allclose(changed, intact, atol=1e-4)
 
 
+def test_interventions_have_a_table(tmp_path):
+    assert summary.interventions_markdown(tmp_path, "easy_vqa", "accuracy") == []
+    (tmp_path / "easy_vqa" / "interventions").mkdir(parents=True)
+    with_module = {"zero": {"accuracy": 0.25}, "attention on evidence, over uniform": {"layers.1": 1.5}}
+    for run_name, found in (("cue", {}), ("cue+module", with_module)):
+        path = tmp_path / "easy_vqa" / "interventions" / f"{run_name}.json"
+        path.write_text(json.dumps({"intact": {"accuracy": 0.5}, **found}))
+    *_, header, _, with_module, without, _ = summary.interventions_markdown(tmp_path, "easy_vqa", "accuracy")
+    assert header == "| | intact | zero | attention on evidence, over uniform |"
+    assert without == "| `cue` | 50.0% |  |  |" and with_module == "| `cue+module` | 50.0% | 25.0% | 1.50 |"
+
+
 def test_pictures_are_changed_where_they_should_be():
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).ellipse((24, 2, 40, 18), fill="red")  # all in the middle of the upper third

@@ -36,6 +36,8 @@ from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
 NUM_CURVE_POINTS = 4
 # GRPO's group; it has as many rollouts per step as the others, of fewer prompts
 NUM_GENERATIONS = 4
+# An interval longer than any decoder leaves the first layer
+ONE_LAYER = 1000
 # Linear layers of Qwen3-VL's text decoder and of the mergers between vision tower and decoder
 TEXT_LINEAR = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 MERGER_LINEAR = r".*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc\d"
@@ -64,7 +66,7 @@ def peft_config(cell: Cell, domain: Domain) -> CueRecoveryConfig | Any | None:
         lora = {"r": 16, "lora_alpha": 32, "target_modules": targets}
     if cell.module:
         return CueRecoveryConfig(
-            layer_interval=domain.layer_interval,
+            layer_interval=ONE_LAYER if cell.one_layer else domain.layer_interval,
             sink_token=cell.sink_token,
             num_heads=cell.num_heads,
             train_base=cell.trains == "all",

@@ -85,7 +85,6 @@ def summarize(results: Path, name: str, metric: str) -> dict[str, Any]:
             "learning_rate": first["learning_rate"],
             "seeds": sorted(by_seed),
             "added_parameters": parameters["module"] / (parameters["all"] - parameters["module"]),
-            "training_seconds": spread([run["training_seconds"] for run in by_seed.values()]),
             "scores": {
                 split: {key: spread([run[split][key] for run in by_seed.values()]) for key in metrics}
                 for split in splits
@@ -136,14 +135,30 @@ def markdown(name: str, summary: dict[str, Any]) -> list[str]:
         shares = " | ".join(percent(known["scores"][split][key], seeds) for split, key in columns)
         difference = "" if cell == BASELINE else difference_text(known["differences"][splits[0]][metric])
         lines.append(f"| `{cell}` | {seeds} | {shares} | {difference} |")
-    lines += ["", "| | added by the module | learning rates tried: on validation rows | seconds | leakage per epoch |"]
-    lines.append("|---|---|---|---|---|")
+    lines += ["", "| | added by the module | learning rates tried: on validation rows | leakage per epoch |"]
+    lines.append("|---|---|---|---|")
     for cell, known in summary["cells"].items():
         search = ", ".join(f"{rate}: {score:.1%}" for rate, score in known["search"].items())
         leaks = ", ".join("{samples}/{occurrences}".format(**epoch) for epoch in known["leakage"])
-        seconds = f"{known['training_seconds']['mean']:.0f}"
-        lines.append(f"| `{cell}` | {known['added_parameters']:.1%} | {search} | {seconds} | {leaks} |")
+        lines.append(f"| `{cell}` | {known['added_parameters']:.1%} | {search} | {leaks} |")
     return [*lines, "", f"![Learning curves]({name}.png)", ""]
+
+
+def interventions_markdown(results: Path, name: str, metric: str) -> list[str]:
+    """What `interventions.py` found in students of the domain; nothing if it was not run."""
+    paths = sorted((results / name / "interventions").glob("*.json"))
+    known = {path.stem: json.loads(path.read_text()) for path in paths}
+    if not known:
+        return []
+    columns = list(dict.fromkeys(key for found in known.values() for key in found if metric in found[key]))
+    lines = [f"{metric.replace('_', ' ').capitalize()} after [interventions](../interventions.py):", ""]
+    lines.append("| | " + " | ".join(columns) + " | attention on evidence, over uniform |")
+    lines.append("|" + "---|" * (len(columns) + 2))
+    for run, found in known.items():
+        shares = " | ".join(f"{found[key][metric]:.1%}" if key in found else "" for key in columns)
+        attention = found.get("attention on evidence, over uniform", {})
+        lines.append(f"| `{run}` | {shares} | {', '.join(f'{ratio:.2f}' for ratio in attention.values())} |")
+    return [*lines, ""]
 
 
 def draw_curves(name: str, summary: dict[str, Any], path: Path) -> None:
@@ -185,6 +200,7 @@ def main() -> None:
     ]
     for name, summary in summaries.items():
         lines += markdown(name, summary)
+        lines += interventions_markdown(args.results, name, summary["metric"])
         draw_curves(name, summary, args.results / f"{name}.png")
     (args.results / "README.md").write_text("\n".join(lines))
 
