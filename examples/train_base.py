@@ -93,7 +93,7 @@ def completion_text(scene: Scene, answer: str) -> str:
     return f"the image shows {scene.cue} . the answer is {answer} ."
 
 
-def build_processor(texts: list[str]) -> Qwen3VLProcessor:
+def build_processor(texts: list[str], image_size: int = IMAGE_SIZE) -> Qwen3VLProcessor:
     """Builds a Qwen3-VL processor whose byte-level BPE vocabulary is learned from `texts`."""
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=512, special_tokens=SPECIAL_TOKENS, show_progress=False)
@@ -109,18 +109,18 @@ def build_processor(texts: list[str]) -> Qwen3VLProcessor:
         model_max_length=1024,
     )
     patches = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
-    pixels = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": IMAGE_SIZE**2}
+    pixels = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=pixels, **patches),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(
-            size={"shortest_edge": IMAGE_SIZE**2, "longest_edge": 8 * IMAGE_SIZE**2}, **patches
+            size={"shortest_edge": image_size**2, "longest_edge": 8 * image_size**2}, **patches
         ),
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def build_model(processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
+def build_model(processor: Qwen3VLProcessor, image_size: int = IMAGE_SIZE) -> Qwen3VLForConditionalGeneration:
     """Builds a randomly initialized Qwen3-VL with 0.9M parameters that fits the processor."""
     tokenizer = processor.tokenizer
     config = Qwen3VLConfig(
@@ -145,7 +145,7 @@ def build_model(processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
             "num_heads": 2,
             "patch_size": 16,
             "out_hidden_size": 96,
-            "num_position_embeddings": 36,
+            "num_position_embeddings": (image_size // 16) ** 2,
             "deepstack_visual_indexes": [0],
             "initializer_range": 0.05,
         },
@@ -252,13 +252,18 @@ def make_lesson(kind: str, seen: Scene | None, questions: list[str]) -> tuple[st
     return prompt, completion_text(scene, answer)
 
 
-def encode_lessons(lessons: list[tuple[str, str]], processor: Qwen3VLProcessor, with_image: bool) -> dict:
+def encode_lessons(
+    lessons: list[tuple[str, str]],
+    processor: Qwen3VLProcessor,
+    with_image: bool,
+    num_visual_tokens: int = NUM_VISUAL_TOKENS,
+) -> dict:
     """Tokenizes lessons as chats and pads them on the right. Only the completions have labels."""
     tokenizer = processor.tokenizer
     image = [{"type": "image"}] if with_image else []
     prompts = [[{"role": "user", "content": [*image, {"type": "text", "text": prompt}]}] for prompt, _ in lessons]
     prompts = processor.apply_chat_template(prompts, add_generation_prompt=True)
-    prompts = [prompt.replace("<|image_pad|>", "<|image_pad|>" * NUM_VISUAL_TOKENS) for prompt in prompts]
+    prompts = [prompt.replace("<|image_pad|>", "<|image_pad|>" * num_visual_tokens) for prompt in prompts]
     input_ids, labels = [], []
     for prompt, (_, completion) in zip(prompts, lessons, strict=True):
         prompt_ids = tokenizer(prompt)["input_ids"]

@@ -1,6 +1,7 @@
 """The component study: its data, one cell from start to end, its tables, and its interventions."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image, ImageDraw
 from tiny_models import make_image
 
+from trl_vicur.cues import audit_cue
 from trl_vicur.dataset_rows import row_images
 
 
@@ -19,9 +21,127 @@ sys.path.insert(0, str(STUDY))
 
 import cells  # noqa: E402
 import domains  # noqa: E402
+import geometry  # noqa: E402
 import interventions  # noqa: E402
 import run  # noqa: E402
 import summary  # noqa: E402
+
+
+# --- The diagrams ---
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """The first scenes of each split, with their pictures."""
+    splits = {name: split._replace(rows=100) for name, split in geometry.SPLITS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry, "SPLITS", splits)
+        return {name: geometry.sample_split(name) for name in splits}
+
+
+def solve(scene):
+    """The answer, from where the lines and labels are, by other means than those of the generator."""
+    figure, (kind, _) = scene.figure, scene[:2]
+    given = dict(re.findall(r"(\w)=(\d+)", figure.question))
+    values = {label: given.get(label.text, label.text) for label in figure.labels}
+    values = {label: int(text) for label, text in values.items() if text.isdigit()}
+
+    def center(label):
+        return complex(label.column + 0.5, label.row + 0.5) * geometry.PATCH
+
+    def nearest(point, labels):
+        return min(labels, key=lambda label: abs(center(label) - point))
+
+    points = [[complex(*point) for point in line] for line in figure.lines]
+    unknown = [label for label in figure.labels if label.text == "x"]
+    if kind == "crossing chords":
+        middle = complex(geometry.IMAGE_SIZE, geometry.IMAGE_SIZE) / 2
+        opposite = nearest(2 * middle - center(unknown[0]), values)
+        a, b = (value for label, value in values.items() if label != opposite)
+        return a * b / values[opposite]
+    if kind == "right triangle":
+        corners = sorted(points[0][:3], key=lambda corner: abs(corner - points[1][1]))[1:]  # without the marked one
+        angles = [nearest(corner, figure.labels) for corner in corners]
+        [known] = [label for label in angles if label.text != "x"]
+        return 90 - values[known]
+    if kind == "isosceles triangle":
+        is_angle = {label: min(abs(center(label) - corner) for corner in points[0][:2]) for label in values}
+        angle, half = sorted(is_angle, key=is_angle.__getitem__)
+        return 2 * values[half] if "base" in figure.question else 180 - 2 * values[angle]
+    if kind == "parallel lines":
+        top, bottom = points[2]
+        down = (bottom - top) / (bottom - top).imag
+
+        def is_acute(label):
+            line = min(points[:2], key=lambda line: abs(line[0].imag - center(label).imag))[0].imag
+            beside = center(label) - (top + down * (line - top.imag))
+            return beside.real * (down * beside.imag).real > 0
+
+        [(known, value)] = values.items()
+        return value if is_acute(known) == is_acute(unknown[0]) else 180 - value
+
+    def read(name):
+        column = next(label.column for label in figure.labels if label.text == name)
+        if scene.style == "direct":
+            return next(value for label, value in values.items() if label.column == column)
+        at = (column + 0.5) * geometry.PATCH
+        tops = [min(bar)[1] for bar in figure.bars if bar[0][0] <= at <= bar[1][0]]
+        tops += [point.imag for point in points[-1] if abs(point.real - at) < 1]
+        return values[nearest(complex(0.5 * geometry.PATCH, tops[0]), values)]
+
+    more, less = re.findall(r" (\w)\b(?= than| \?| to)", figure.question)
+    return read(more) - read(less) if kind == "bar chart" else read(less) - read(more)
+
+
+def test_answers_follow_from_the_lines_and_the_places_of_the_labels(drawn):
+    for scene, _ in (pair for split in drawn.values() for pair in split):
+        assert solve(scene) == scene.figure.answer, scene
+
+
+def test_calculations_are_right_and_start_from_the_cue_and_the_question(drawn):
+    signs = {"-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
+    for scene, _ in (pair for split in drawn.values() for pair in split):
+        known = {*re.findall(r"\d+", f"{scene.figure.cue} {scene.figure.question}"), "2", "90", "180"}
+        for left, sign, right, result in re.findall(r"(\d+) ([-*/]) (\d+) = (\d+)", scene.figure.steps):
+            assert {left, right} <= known
+            assert signs[sign](int(left), int(right)) == int(result)
+            known.add(result)
+        assert str(scene.figure.answer) in known
+        row = {"cue": scene.figure.cue, "answer": str(scene.figure.answer)}
+        assert domains.score_geometry(scene.completion, row) == (True, True)
+        assert domains.score_geometry(scene.completion_ending_in(0), row) == (False, True)
+
+
+def test_splits_have_no_labelling_in_common_and_are_always_the_same(drawn):
+    labellings = {name: {geometry.labelling(scene) for scene, _ in split} for name, split in drawn.items()}
+    for name, own in labellings.items():
+        for other in labellings.keys() - {name}:
+            assert not own & labellings[other]
+    rows = domains.shortened(domains.DOMAINS["geometry"], 3).load("validation")
+    for row, (scene, image) in zip(rows, drawn["validation"], strict=False):
+        assert row["cue"] == scene.figure.cue and row_images(row)[0].tobytes() == image.tobytes()
+
+
+def test_combinations_of_the_out_of_domain_test_are_in_no_other_split(drawn):
+    for name, split in drawn.items():
+        combinations = {(scene.kind, scene.style) for scene, _ in split}
+        assert combinations == set(geometry.OUT_OF_DOMAIN if name == "test_ood" else geometry.IN_DOMAIN)
+
+
+def test_cues_of_diagrams_may_be_used(drawn):
+    for scene, _ in drawn["distillation"]:
+        figure = scene.figure
+        labels = [label.text for label in figure.labels]
+        audit = audit_cue(figure.cue, figure.question, str(figure.answer), labels)
+        assert audit.usable, (scene, audit.reasons)
+
+
+def test_each_label_has_a_visual_token_of_its_own_and_can_be_seen_there(drawn):
+    for scene, image in drawn["test"]:
+        tokens = scene.label_tokens
+        assert len(set(tokens)) == len(tokens)
+        boxes = interventions.tile_boxes(image, geometry.TOKENS_PER_SIDE)
+        assert all(image.crop(boxes[token]).convert("L").getextrema()[0] < 80 for token in tokens)
 
 
 # --- Rows of real datasets ---

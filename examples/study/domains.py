@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
+from geometry import ANSWER_PATTERN, load_geometry
 from math_verify import parse, verify
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -22,7 +23,7 @@ class Domain(NamedTuple):
     """
     Args:
         base (`str`): Folder or id of the model that all students start from.
-        load (`Callable`): Loads `"distillation"`, `"validation"` and the test splits.
+        load (`Callable`): Loads `"distillation"`, `"validation"`, `"test"` and maybe `"test_ood"`.
         test_splits (`tuple[str, ...]`): The splits that students are tested on.
         score (`Callable`): `(completion, row)` to `(answer is right, evidence is right)`; `None` for evidence that
             cannot be judged.
@@ -40,7 +41,11 @@ class Domain(NamedTuple):
     training: dict[str, Any]
 
 
-# --- easy-VQA, as in the quickstart ---
+# One epoch (nearly) of the tiny models of the two domains that need no download
+TINY_TRAINING = {"max_steps": 120, "per_device_train_batch_size": 32, "bf16": False, "gradient_checkpointing": False}
+
+
+# --- (a) easy-VQA, as in the quickstart ---
 
 NUM_TRAINING_ROWS = 4000  # as many as training takes, since all rows are checked
 NUM_VALIDATION_IMAGES = 200
@@ -72,6 +77,13 @@ def score_easy_vqa(completion: str, row: dict[str, Any]) -> tuple[bool, bool]:
         easy_vqa_dataset.ANSWER_PATTERN.findall(completion) == [row["answer"]],
         easy_vqa_dataset.EVIDENCE_PATTERN.findall(completion) == [row["cue"]],
     )
+
+
+# --- (b) geometry diagrams ---
+
+
+def score_geometry(completion: str, row: dict[str, Any]) -> tuple[bool, bool]:
+    return ANSWER_PATTERN.findall(completion) == [row["answer"]], completion.startswith(f"{row['cue']} . ")
 
 
 # --- Rows of real datasets, such as Geometry3K or Vision-R1 ---
@@ -147,14 +159,16 @@ DOMAINS = {
         score=score_easy_vqa,
         metric="grounded_accuracy",
         layer_interval=2,
-        # Nearly one epoch
-        training={
-            "max_steps": 120,
-            "per_device_train_batch_size": 32,
-            "max_completion_length": 24,
-            "bf16": False,
-            "gradient_checkpointing": False,
-        },
+        training={**TINY_TRAINING, "max_completion_length": 24},
+    ),
+    "geometry": Domain(
+        base=str(STUDY / "geometry_base"),
+        load=load_geometry,
+        test_splits=("test", "test_ood"),
+        score=score_geometry,
+        metric="accuracy",
+        layer_interval=2,
+        training={**TINY_TRAINING, "max_completion_length": 40},
     ),
 }
 

@@ -35,7 +35,9 @@ from trl_vicur.cue_recovery import SinkCrossAttention, sink_attention
 
 
 def evidence_tokens(row: dict[str, Any], tokens_per_side: int) -> list[int]:
-    """The visual tokens that show what the cue tells: all that differ from the background."""
+    """The visual tokens that show what the cue tells: a column of the row, or all that differ from the background."""
+    if "evidence_tokens" in row:
+        return sorted(set(row["evidence_tokens"]))
     image = row["images"][0]
     background = torch.tensor(max(image.getcolors(maxcolors=2**24))[1]).view(3, 1, 1)
     differs = (pil_to_tensor(image) != background).any(0, keepdim=True).float()
