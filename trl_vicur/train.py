@@ -63,12 +63,11 @@ def make_parser(prog: str = "trl-vicur train") -> CommandParser:
         description="Distil a student from a teacher that sees visual cues. Takes the options of TRL's scripts, "
         "DistillationConfig and TrainingArguments, and whatever `accelerate launch` takes, e.g. --num_processes.",
         examples="""
-            # the module alone
+            # an adapter of LoRA and the module; without `--use_peft …` the module alone
             trl-vicur train --model_name_or_path Qwen/Qwen3-VL-2B-Instruct --dataset_name geometry-cues \\
-                --learning_rate 1e-4 --output_dir Qwen3-VL-2B-ViCuR
-            # with LoRA on the backbone; without the module
-            trl-vicur train … --use_peft --lora_r 16 --lora_alpha 32
-            trl-vicur train … --cue_recovery false
+                --use_peft --lora_r 16 --lora_alpha 32 --learning_rate 1e-4 --output_dir Qwen3-VL-2B-ViCuR
+            # LoRA alone
+            trl-vicur train … --use_peft --lora_r 16 --lora_alpha 32 --cue_recovery false
             # options from a file, some of them replaced, on eight GPUs
             trl-vicur train --config vicur_geometry3k.yaml --dataset_name me/geometry3k-with-cues --num_processes 8
             # FSDP2 with TRL's own configuration of accelerate (or a file of yours)

@@ -5,18 +5,17 @@ The same as `trl-vicur train`, as a script to begin with: `make_parser` and `mai
 
 The dataset has the columns `prompt` (messages), `images` (or `image`), and `cue` (or `answer`).
 
-The module alone, on one GPU:
+An adapter of LoRA and the module, on one GPU:
 
 ```bash
 python examples/scripts/vicur.py \
     --model_name_or_path Qwen/Qwen3-VL-2B-Instruct \
     --dataset_name me/geometry-with-cues \
-    --privilege cue \
-    --learning_rate 1e-4 \
+    --use_peft --lora_r 16 --lora_alpha 32 --learning_rate 1e-4 \
     --output_dir Qwen3-VL-2B-ViCuR
 ```
 
-With LoRA on the backbone: add `--use_peft --lora_r 16 --lora_alpha 32`. Without the module: `--cue_recovery False`.
+The module alone: leave out `--use_peft` and what belongs to it. LoRA alone: add `--cue_recovery False`.
 
 The paper's recipes, full fine-tuning with the module, on eight GPUs:
 

@@ -68,9 +68,9 @@ from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
 
 trainer = ViCuRTrainer(
     model="Qwen/Qwen3-VL-2B-Instruct",
-    args=ViCuRConfig(output_dir="Qwen3-VL-2B-ViCuR"),
+    args=ViCuRConfig(output_dir="Qwen3-VL-2B-ViCuR", learning_rate=1e-4),
     train_dataset=load_dataset("…", split="train").filter(lambda row: row["{{ 'cue_usable' if audit else 'cue' }}"]),
-    peft_config=CueRecoveryConfig(),
+    peft_config=CueRecoveryConfig(r=16, lora_alpha=32),
 )
 trainer.train()
 ```

@@ -98,9 +98,9 @@ class ViCuRTrainer(DistillationTrainer):
 
     >>> trainer = ViCuRTrainer(
     ...     model="Qwen/Qwen3-VL-2B-Instruct",
-    ...     args=ViCuRConfig(output_dir="Qwen3-VL-2B-ViCuR"),
+    ...     args=ViCuRConfig(output_dir="Qwen3-VL-2B-ViCuR", learning_rate=1e-4),
     ...     train_dataset=load_dataset("me/geometry-with-cues", split="train"),  # prompt, images, cue
-    ...     peft_config=CueRecoveryConfig(),
+    ...     peft_config=CueRecoveryConfig(r=16, lora_alpha=32),
     ... )
     >>> trainer.train()
     ```
