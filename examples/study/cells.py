@@ -28,10 +28,10 @@ class Cell(NamedTuple):
     num_heads: int | None = None
     one_layer: bool = False
     trains: Literal["all", "nothing", "lora", "lora_and_merger"] = "all"
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3)
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
 
 
-ADAPTER_RATES = (3e-3, 1e-2)
+ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
 
 GRID = {
     # The paper's Table 2, and no privilege at all
@@ -63,8 +63,8 @@ GRID = {
     "stronger-teacher": Cell(teacher="stronger"),
     "stronger-teacher-no-cue": Cell(privilege="none", module=False, teacher="stronger"),
     # Reward
-    "grpo": Cell(privilege="reward", module=False, learning_rates=(3e-4, 1e-3)),
-    "grpo+module": Cell(privilege="reward", learning_rates=(3e-4, 1e-3)),
+    "grpo": Cell(privilege="reward", module=False, learning_rates=(1e-4, 3e-4, 1e-3)),
+    "grpo+module": Cell(privilege="reward", learning_rates=(1e-4, 3e-4, 1e-3)),
 }
 
 
