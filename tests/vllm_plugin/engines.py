@@ -47,7 +47,7 @@ class Checkpoint(NamedTuple):
     processor: object
 
 
-def make_checkpoint(directory: Path, model, processor, embedding_scale: float = 20, **config) -> Checkpoint:
+def make_checkpoint(directory: Path, model, processor, embedding_scale: float = 10, **config) -> Checkpoint:
     """Save a model, and an adapter for it whose module changes the outputs."""
     base, adapter = directory / "base", directory / "adapter"
     with torch.no_grad():
