@@ -511,10 +511,6 @@ CONFLICTS = {
         "`distillation_topk=264` exceeds the vocabulary of 263 tokens",
     ),
     "completion-beyond-the-context": (dict(max_completion_length=2048), "exceeds the model's context of 2048 tokens"),
-    "vllm-server-with-a-module": (
-        dict(use_vllm=True, vllm_mode="server", peft_config=CueRecoveryConfig(layer_interval=1)),
-        "`vllm_mode='server'` with a recovery module is not supported",
-    ),
 }
 
 

@@ -153,7 +153,7 @@ ANSWERS = {
     "no-logprobs": (
         dict(tamper=change(GENERATE, prompt_logprobs=None)),
         {},
-        "without the log-probabilities of the prompt and its token ids. It must be vLLM, 0.32 or later",
+        "without the log-probabilities of the prompt and its token ids. It must be vLLM, 0.31 or later",
     ),
     "short-context": (
         dict(max_model_len=70),

@@ -1,7 +1,12 @@
-"""Tiny checkpoints with an adapter, vLLM engines in this process, and what transformers says to the same prompts."""
+"""Tiny checkpoints with an adapter, vLLM engines and servers, and what transformers says to the same prompts."""
 
 import gc
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +23,13 @@ os.environ |= {
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import requests  # noqa: E402
 import torch  # noqa: E402
 
 
 pytest.importorskip("vllm", reason="these tests have an environment of their own, see .ci/vllm")
 
+from openai import OpenAI  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
 from PIL import Image  # noqa: E402
 from tiny_models import encode, randomize  # noqa: E402
@@ -30,12 +37,15 @@ from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 from trl_vicur import CueRecoveryConfig  # noqa: E402
+from trl_vicur.cues.generators import to_openai  # noqa: E402
 
 
 # The smallest head that vLLM's attention on a CPU has
 HEAD_DIM = 64
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]}
 NEW_TOKENS = 12
+# `vllm serve`, which the wheel for CPUs cannot start by that name
+OPENAI_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 
 
 class Checkpoint(NamedTuple):
@@ -76,6 +86,35 @@ def engine(checkpoint: Checkpoint, adapter: Path | None, **options) -> Iterator[
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def server(folder: Path, *arguments: str, program: tuple[str, ...] = OPENAI_SERVER, **environment) -> Iterator[str]:
+    """The address of a server of the model in a folder, which is up."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, *program, "--model", str(folder), "--port", str(port), *arguments]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"]
+    process = subprocess.Popen(
+        command, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}, start_new_session=True
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while process.poll() is None and not _is_up(address):
+            time.sleep(1)
+        assert process.poll() is None, "the server has stopped; it says why above"
+        yield address
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _is_up(address: str) -> bool:
+    try:
+        return requests.get(f"{address}/health").ok
+    except requests.ConnectionError:
+        return False
 
 
 def generate(llm: LLM, checkpoint: Checkpoint, conversations: list[list[dict]]) -> list:
@@ -119,4 +158,21 @@ def assert_equals_transformers(outputs: list, checkpoint: Checkpoint, conversati
         assert prompt_ids == output.prompt_token_ids
         assert token_ids == list(completion.token_ids)
         served = torch.tensor([each[i].logprob for each, i in zip(completion.logprobs, token_ids, strict=True)])
+        torch.testing.assert_close(served, logprobs, rtol=0, atol=1e-4)
+
+
+def assert_server_equals_transformers(address: str, checkpoint: Checkpoint, conversations: list[list[dict]]):
+    """The same by way of the chat API."""
+    client = OpenAI(base_url=f"{address}/v1", api_key="-")
+    for conversation in conversations:
+        choice = client.chat.completions.create(
+            model=str(checkpoint.base),
+            messages=to_openai(conversation),
+            temperature=0,
+            max_completion_tokens=NEW_TOKENS,
+            logprobs=True,
+        ).choices[0]
+        _, token_ids, logprobs = expected_completion(checkpoint, conversation)
+        served = torch.tensor([token.logprob for token in choice.logprobs.content])
+        assert len(served) == len(token_ids)
         torch.testing.assert_close(served, logprobs, rtol=0, atol=1e-4)

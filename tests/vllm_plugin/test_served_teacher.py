@@ -1,19 +1,10 @@
 """A teacher on a real vLLM server: training on its scores is training with the same teacher in this process."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-
-import engines  # noqa: F401  (skips these tests where vLLM is not installed, and sets its environment)
 import pytest
 import torch
-from engines import HEAD_DIM, MROPE
+from engines import HEAD_DIM, MROPE, server  # first, since it skips these tests where vLLM is not installed
 from served_teacher import assert_trains_as_with_local_teacher, make_trainer
 from tiny_models import make_processor, make_qwen3_vl
-
-from trl_vicur.trainer.teacher_server import TeacherServer
 
 
 @pytest.fixture(scope="module")
@@ -27,25 +18,9 @@ def url(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
     teacher.save_pretrained(folder)
     make_processor().save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # `vllm serve`, which the wheel for CPUs cannot start by that name
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", port]
-    command += ["--served-model-name", "me/teacher", "--enable-scale-out", "--max-logprobs", "20"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8"]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with open(folder / "log.txt", "w") as log:
-        server = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        address = f"http://127.0.0.1:{port}"
-        try:
-            TeacherServer(address, make_processor().tokenizer, timeout=600.0)
-            yield address
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+    arguments = ["--served-model-name", "me/teacher", "--enable-scale-out", "--max-logprobs", "20"]
+    with server(folder, *arguments, "--max-model-len", "512") as address:
+        yield address
 
 
 @pytest.mark.parametrize(

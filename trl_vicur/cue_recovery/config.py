@@ -1,7 +1,12 @@
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import LoraConfig, PeftType
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+
+
+# What the recovery module computes, apart from its weights
+MODULE_OPTIONS = ("layer_interval", "sink_token", "num_heads", "sink_token_ids", "sink_token_offset")
 
 
 @dataclass
@@ -98,6 +103,10 @@ class CueRecoveryConfig(LoraConfig):
                 f"`sink_token_offset` must be an index of `sink_token_ids`, got {self.sink_token_offset!r} for "
                 f"{self.sink_token_ids!r}. Leave both out; `resolve_sink_token` fills them in."
             )
+
+    def module_options(self) -> dict[str, Any]:
+        """The options that say what the recovery module computes, apart from its weights."""
+        return {name: getattr(self, name) for name in MODULE_OPTIONS}
 
     def check_size(self, text_config: PreTrainedConfig, model_name: str) -> None:
         """

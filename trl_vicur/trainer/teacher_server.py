@@ -62,7 +62,7 @@ class CompletionScores(NamedTuple):
 
 class TeacherServer:
     """
-    Client of `vllm serve MODEL --enable-scale-out`, of vLLM 0.32 or later.
+    Client of `vllm serve MODEL --enable-scale-out`, of vLLM 0.31 or later.
 
     Token ids go to the server and come back from it, never text. Requests that meet 408, 409, 429, 5xx or a lost
     connection are repeated with exponential back-off. The key, if the server wants one, is read from the environment
@@ -209,7 +209,7 @@ class TeacherServer:
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"The teacher's server at {self.url} answered {path} with {shorten(answer)}, without the "
-                "log-probabilities of the prompt and its token ids. It must be vLLM, 0.32 or later."
+                "log-probabilities of the prompt and its token ids. It must be vLLM, 0.31 or later."
             ) from error
         raise ValueError(
             f"The teacher's server at {self.url} reads a prompt with {len(images)} image(s) as {num_tokens} tokens "

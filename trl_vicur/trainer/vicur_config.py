@@ -50,7 +50,7 @@ class ViCuRConfig(DistillationConfig):
         > Parameters that control a teacher on a vLLM server
 
         teacher_model_server_url (`str`, *optional*):
-            Address of a vLLM server (0.32 or later) that serves the teacher, e.g. `"http://localhost:8000"`, started
+            Address of a vLLM server (0.31 or later) that serves the teacher, e.g. `"http://localhost:8000"`, started
             with `vllm serve TEACHER --enable-scale-out` and, for `"topk_logits"`, `--max-logprobs` of at least
             `distillation_topk`. It scores the token ids of the student's completions behind the teacher's prompt, with
             the same images; no copy of the teacher is loaded. Waited for at most `vllm_server_timeout` seconds. What

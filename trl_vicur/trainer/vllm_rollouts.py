@@ -1,18 +1,15 @@
 """Rollouts with TRL's vLLM: its engine gets the module, and nothing of earlier weights remains in it."""
 
+import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from itertools import pairwise
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
+from peft import PeftModel
 from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ..cue_recovery import CueRecoveryConfig
@@ -22,37 +19,27 @@ from ..cue_recovery.model import visual_token_ids
 @contextmanager
 def engine_with_module(get_model: Callable[[], PeftModel]) -> Iterator[None]:
     """
-    While active, the engine that TRL starts has the model's recovery module.
+    While active, the engine that TRL starts has a recovery module like the model's.
 
-    TRL names a model to vLLM and has no way to name an adapter beside it. LoRA comes with the first synchronization of
-    the weights, merged, as it does for every PEFT model; and so do all later states of the module.
+    TRL names a model to vLLM and has no way to name a module beside it. The module's weights come with each
+    synchronization, as do those of LoRA, merged.
 
     Args:
         get_model (`Callable[[], PeftModel]`):
             Gives the model, which may be made while this is active.
     """
     make_llm = vllm_generation.LLM
-    with TemporaryDirectory() as adapter:
 
-        def make_llm_with_module(*args: Any, **kwargs: Any) -> Any:
-            _save_module(get_model(), adapter)
-            return make_llm(*args, hf_overrides={"cue_recovery": adapter}, **kwargs)
+    def make_llm_with_module(*args: Any, **kwargs: Any) -> Any:
+        model = get_model()
+        module = model.peft_config[model.active_adapter].module_options()
+        return make_llm(*args, hf_overrides={"cue_recovery": module}, **kwargs)
 
-        vllm_generation.LLM = make_llm_with_module
-        try:
-            yield
-        finally:
-            vllm_generation.LLM = make_llm
-
-
-def _save_module(model: PeftModel, directory: str) -> None:
-    config = model.peft_config[model.active_adapter]
-    lora_options = {field.name for field in fields(LoraConfig)}
-    own = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in lora_options}
-    CueRecoveryConfig(**own).save_pretrained(directory)
-    weights = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
-    weights = {name: weight for name, weight in weights.items() if ".sink_attention." in name}
-    save_file(weights, os.path.join(directory, SAFETENSORS_WEIGHTS_NAME))
+    vllm_generation.LLM = make_llm_with_module
+    try:
+        yield
+    finally:
+        vllm_generation.LLM = make_llm
 
 
 class StudentGeneration:
@@ -64,10 +51,18 @@ class StudentGeneration:
     Args:
         generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
             TRL's generation.
+        recovery_config ([`CueRecoveryConfig`], *optional*):
+            That of the student, if it has a module.
+
+    Raises:
+        `ValueError`: If the server rolls out without the student's module, or with another one, or if it does not tell
+            the probabilities that it samples with.
     """
 
-    def __init__(self, generation: VLLMGeneration):
+    def __init__(self, generation: VLLMGeneration, recovery_config: CueRecoveryConfig | None = None):
         self._generation = generation
+        if generation.mode == "server" and generation.accelerator.is_main_process:
+            _check_server(generation.vllm_client, recovery_config)
         generation.logprobs = 0  # that of the sampled token alone
         # A sampled image token would mismatch the image features; TRL suppresses it in transformers' rollouts only
         bias = dict.fromkeys(visual_token_ids(generation.model.config), -100.0)
@@ -77,9 +72,12 @@ class StudentGeneration:
 
     def sync_weights(self) -> None:
         self._generation.sync_weights()
+        # TRL resets the prefix cache only; a vision tower that trains would go on seeing as before
         if self.mode == "colocate":
-            # TRL resets the prefix cache only; a vision tower that trains would go on seeing as before
             self.llm.llm_engine.reset_encoder_cache()
+        elif self.accelerator.is_main_process:
+            client = self.vllm_client
+            client.session.post(f"{client.base_url}/reset_encoder_cache").raise_for_status()
 
     def generate(self, prompts: list[list[int]], images: list[list | None] | None, **kwargs: Any) -> tuple:
         """
@@ -111,3 +109,22 @@ class StudentGeneration:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generation, name)
+
+
+def _check_server(client: VLLMClient, config: CueRecoveryConfig | None) -> None:
+    model_config = client.get_server_info()["model_config"]
+    mode = model_config["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise ValueError(
+            f"The vLLM server at {client.base_url} tells {mode!r}, which are not of what it samples. Start it with "
+            "`--logprobs-mode processed_logprobs`."
+        )
+    student = None if config is None else config.module_options()
+    served = model_config["hf_overrides"].get("cue_recovery")
+    if served != student:
+        options = {} if config is None else {name: value for name, value in student.items() if value is not None}
+        mend = f"with `--hf-overrides '{json.dumps({'cue_recovery': options})}'`" if options else "without"
+        raise ValueError(
+            f"The vLLM server at {client.base_url} has the recovery module {served!r}, but the student's is "
+            f"{student!r}. Start it {mend}; weights come from training."
+        )

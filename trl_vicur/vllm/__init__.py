@@ -7,6 +7,8 @@ named in vLLM's `hf_overrides`:
 ```bash
 vllm serve Qwen/Qwen3-VL-2B-Instruct --hf-overrides '{"cue_recovery": "me/Qwen3-VL-2B-ViCuR"}'
 ```
+
+Rollouts begin with a new module, by its options in the adapter's place; its weights come from training.
 """
 
 SUPPORTED_ARCHITECTURES = ("Qwen3VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")

@@ -1,8 +1,9 @@
 """What an engine with cue recovery must look like: the module reads a prompt's image in one piece, and by itself."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from transformers import AutoProcessor
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -18,7 +19,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
     """
-    Checks and completes vLLM's configuration of an engine whose `hf_overrides` name an adapter (`cue_recovery`).
+    Checks and completes vLLM's configuration of an engine whose `hf_overrides` name an adapter as `cue_recovery`, or
+    hold the options of a new module there, whose weights come from training.
 
     The sink's hidden state depends on the image behind it, and with it the keys and values of every token. So prefix
     caching, which would share them between prompts with different images, and chunked prefill, which would compute
@@ -27,7 +29,7 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
 
     Raises:
         `ValueError`: If the architecture is not supported, if the adapter cannot be served or was made for another
-            model, or with pipeline or prefill context parallelism.
+            model, if an option of a new module is unknown or wrong, or with pipeline or prefill context parallelism.
     """
 
     @staticmethod
@@ -49,7 +51,12 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
                     f"`{name}` is {getattr(parallel, name)}, but cue recovery needs every prompt's hidden states "
                     "whole, in one process. Use `tensor_parallel_size` or `data_parallel_size`."
                 )
-        config = _load_adapter_config(adapter, model_config)
+        if isinstance(adapter, str):
+            config = _load_adapter_config(adapter, model_config)
+        else:
+            config = _make_module_config(adapter, model_config)
+            # Whoever trains the module asks the server which one it has (`/server_info`)
+            model_config.hf_config.cue_recovery = model_config.hf_overrides["cue_recovery"] = config.module_options()
         # A part of this config for the sake of vLLM's cache of compiled models, which goes by it
         model_config.hf_config.cue_recovery_layer_interval = config.layer_interval
 
@@ -105,4 +112,24 @@ def _load_adapter_config(adapter: str, model_config: ModelConfig) -> "CueRecover
             f"The cue recovery adapter {adapter!r} uses {', '.join(unsupported) or f'bias={config.bias!r}'}, which "
             "cannot be merged into the served weights. Plain LoRA can; or serve it with transformers."
         )
+    return config
+
+
+def _make_module_config(options: dict[str, Any], model_config: ModelConfig) -> "CueRecoveryConfig":
+    from ..cue_recovery import CueRecoveryConfig
+    from ..cue_recovery.config import MODULE_OPTIONS
+
+    if not isinstance(options, dict) or not options.keys() <= set(MODULE_OPTIONS):
+        raise ValueError(
+            "`cue_recovery` in `hf_overrides` must be an adapter (a folder or an id on the Hub), or the options of a "
+            f"new module, of {', '.join(MODULE_OPTIONS)}; got {options!r}."
+        )
+    config = CueRecoveryConfig(**options)
+    if config.sink_token != "first" and config.sink_token_ids is None:
+        processor = AutoProcessor.from_pretrained(
+            model_config.tokenizer,
+            revision=model_config.tokenizer_revision,
+            trust_remote_code=model_config.trust_remote_code,
+        )
+        config.resolve_sink_token(processor)
     return config

@@ -26,11 +26,13 @@ _MODULE = ".cue_recovery.sink_attention."
 class CueRecoveryMixin:
     """
     A vision-language model of vLLM that updates each prompt's sink token in prefill (ViCuR, Eq. 3-5), in a model whose
-    config names an adapter as `cue_recovery`; every other model stays as it is.
+    config names an adapter as `cue_recovery`, or has the options of a new module there; every other model stays as it
+    is.
 
     Recovery modules stand at the same decoder layers as in [`CueRecoveryModel`] and are the same
     [`SinkCrossAttention`], whole on every tensor-parallel rank. LoRA of the adapter is merged while weights are
-    loaded; an adapter with `train_base=True` replaces the backbone's weights.
+    loaded; an adapter with `train_base=True` replaces the backbone's weights. A new module changes nothing, until
+    training sends weights.
 
     Raises:
         `ValueError`: If the engine would prefill a prompt in pieces, or replay prefill as a CUDA graph.
@@ -50,8 +52,11 @@ class CueRecoveryMixin:
                 "Cue recovery needs prompts that are prefilled whole and outside of CUDA graphs. Start vLLM with "
                 "`--no-enable-prefix-caching --no-enable-chunked-prefill -cc.cudagraph_mode=FULL_DECODE_ONLY`."
             )
-        self._recovery_config = CueRecoveryConfig.from_pretrained(self._adapter)
-        self.secondary_weights = [DefaultModelLoader.Source(self._adapter, revision=None, fall_back_to_pt=False)]
+        if isinstance(self._adapter, str):
+            self._recovery_config = CueRecoveryConfig.from_pretrained(self._adapter)
+            self.secondary_weights = [DefaultModelLoader.Source(self._adapter, revision=None, fall_back_to_pt=False)]
+        else:
+            self._recovery_config = CueRecoveryConfig(**self._adapter)
         # Of the step that is being prepared: token ids, and which of them are visual
         self._prefill: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -89,6 +94,9 @@ class CueRecoveryMixin:
         Load a checkpoint and the adapter behind it, or some weights that training has changed (merged, and the
         module's under their names in the adapter).
 
+        Returns:
+            `set[str]`: Names of the weights that need no other value; vLLM misses what is not among them.
+
         Raises:
             `ValueError`: If the adapter's LoRA belongs to weights that are not among them.
         """
@@ -121,6 +129,8 @@ class CueRecoveryMixin:
                 parameter = parameters[name]
                 # While weights are exchanged in a running engine, vLLM puts loaders of its own there
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
+        if not isinstance(self._adapter, str):  # a new module is complete as it is
+            return loaded | {name for name in parameters if _MODULE in name}
         return loaded | module_weights.keys()
 
     def _lora_updates(self) -> dict:
@@ -135,13 +145,14 @@ class CueRecoveryMixin:
             product = b.float() @ a.float()
             return (product.T if config.fan_in_fan_out else product) * scaling
 
-        return {
-            self.hf_to_vllm_mapper.map_name(_without_peft(name).replace(".lora_A.", ".")): partial(
+        updates = {
+            _without_peft(name).replace(".lora_A.", "."): partial(
                 update, a, factors[name.replace(".lora_A.", ".lora_B.")]
             )
             for name, a in factors.items()
             if ".lora_A." in name
         }
+        return self.hf_to_vllm_mapper.apply_dict(updates)
 
 
 class CueRecoveryQwen3VLForConditionalGeneration(CueRecoveryMixin, Qwen3VLForConditionalGeneration):
