@@ -3,7 +3,8 @@ What tests/test_many_processes.py trains, in one process or, by `accelerate laun
 
     accelerate launch ... tests/distributed_runs.py MODELS OUTPUT --runs NAME ... [--batch_size N]
 
-Rollouts are greedy, so that all ways to train have the same completions. Each run saves the model and its logs.
+Rollouts are greedy, so that all ways to train have the same completions. Each run saves the model and its logs; one
+with checkpoints is trained a second time, from the first of them.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
 IS_SHARDED = bool({"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys())
 ADAPTER = dict(layer_interval=1, r=2)
 EVERYTHING = dict(layer_interval=1, train_base=True)
+# FSDP2 resumes no optimizer without a state. With such an epsilon, Adam follows the gradients
+RESUMED = dict(save_strategy="steps", save_steps=1, optim="adamw_torch", adam_epsilon=1.0)
 # Student, options of its adapter, options of the trainer
 RUNS = {
     "adapter": ("student", ADAPTER, dict(gradient_accumulation_steps=2)),
@@ -31,6 +34,8 @@ RUNS = {
     "ema_teacher": ("student", ADAPTER, dict(teacher_model_kind="ema")),
     "without_module": ("student", None, dict(distillation_mode="full_logits", gradient_checkpointing=True)),
     "videos": ("student", EVERYTHING, dict(teacher_model_kind="live", distillation_mode="topk_logits")),
+    "resumed_adapter": ("student", ADAPTER, dict(RESUMED, num_iterations=2)),
+    "resumed_train_base": ("tied_student", EVERYTHING, RESUMED),
 }
 
 
@@ -74,14 +79,21 @@ def train(name: str, models: Path, output_dir: Path, batch_size: int) -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = ViCuRTrainer(
-        model=str(models / student),
-        teacher_model=str(models / "teacher") if name == "larger_teacher" else None,
-        args=ViCuRConfig(output_dir=str(output_dir), **{**defaults, **options}),
-        train_dataset=Dataset.from_list(make_rows(24, videos=name == "videos")),
-        peft_config=None if adapter is None else CueRecoveryConfig(**adapter),
-    )
+
+    def make_trainer() -> ViCuRTrainer:
+        return ViCuRTrainer(
+            model=str(models / student),
+            teacher_model=str(models / "teacher") if name == "larger_teacher" else None,
+            args=ViCuRConfig(output_dir=str(output_dir), **{**defaults, **options}),
+            train_dataset=Dataset.from_list(make_rows(24, videos=name == "videos")),
+            peft_config=None if adapter is None else CueRecoveryConfig(**adapter),
+        )
+
+    trainer = make_trainer()
     trainer.train()
+    if "save_steps" in options:
+        trainer = make_trainer()
+        trainer.train(resume_from_checkpoint=str(output_dir / "checkpoint-1"))
     trainer.save_model()
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "loss" in log]

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import encode, make_image, make_qwen2_5_vl, make_qwen3_vl, randomize, user
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
@@ -283,6 +284,28 @@ def test_adapter_that_is_not_finite(tmp_path, value):
         next(p for name, p in model.named_parameters() if "o_proj" in name and "sink_attention" in name)[0, :2] = value
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="2 of the 1024 values to be loaded for '.*sink_attention.*o_proj.*' are NaN"):
+        PeftModel.from_pretrained(make_qwen3_vl(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"r": 4}, r"lacks \d+ weight\(s\), among them '.*lora_A"),
+        ({"train_base": True}, "lacks .*embed_tokens.weight'"),
+        ({"layer_interval": 2}, "has, against its config, .*sink_attention"),
+        ({}, "lacks 1 weight.*q_proj.weight'"),
+    ],
+    ids=["rank", "train_base", "layers", "weight-lost"],
+)
+def test_adapter_whose_weights_are_not_those_of_its_config(tmp_path, config, message):
+    attach(make_qwen3_vl()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if not config:
+        weights = load_file(tmp_path / "adapter_model.safetensors")
+        del weights[next(name for name in weights if "q_proj" in name)]
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"The adapter 'default' {message}"):
         PeftModel.from_pretrained(make_qwen3_vl(), tmp_path)
 
 

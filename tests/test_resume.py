@@ -86,6 +86,12 @@ def test_best_checkpoint_is_found_where_the_folder_was_moved_to(tmp_path):
     assert trainer.state.best_model_checkpoint == str(moved / "checkpoint-1")
 
 
+def test_checkpoint_in_the_place_of_an_earlier_one_is_whole(tmp_path):
+    for _ in range(2):
+        train(tmp_path, max_steps=1)
+        assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
 # --- Checkpoints that cannot be resumed ---
 
 

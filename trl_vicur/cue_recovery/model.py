@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import CueRecoveryConfig
@@ -45,7 +46,7 @@ class CueRecoveryModel(LoraModel):
             `layer_interval` is larger than the model, if the sink token has not been resolved, if the adapter was made
             for a model of another size, or if an adapter with `train_base=True` would share the model with another one
             or has quantized weights to train; if transformers attaches it by itself, without PEFT's model around; and,
-            when weights are loaded, if one of them is NaN or infinite.
+            when weights are loaded, if some are missing, or NaN or infinite.
 
     Example:
 
@@ -344,10 +345,31 @@ class CueRecoveryModel(LoraModel):
             return key.replace(f".sink_attention.{adapter_name}.", ".sink_attention.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # PEFT would leave what is missing as it was made, without a word
+        names = {name for name, _ in model.named_parameters()}
+        kinds = r"\.(sink_attention|lora_\w+)\."
+        is_own = re.compile(rf"{kinds}{re.escape(adapter_name)}(\.|$)").search
+        missing = sorted(name for name in names - state_dict.keys() if config.train_base or is_own(name))
+        unknown = sorted(name for name in state_dict.keys() - names if re.search(kinds, name))
+        for found, what in ((missing, "lacks"), (unknown, "has, against its config,")):
+            if found:
+                raise ValueError(
+                    f"The adapter '{adapter_name}' {what} {len(found)} weight(s), among them '{found[0]}'. Its "
+                    f"adapter_config.json (`r={config.r}`, `layer_interval={config.layer_interval}`, "
+                    f"`train_base={config.train_base}`) and its weights do not belong together, or a part of them is "
+                    "lost: save or download it again."
+                )
+        return state_dict
+
 
 def check_weights(model: CueRecoveryModel, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
     """Pre-hook of `load_state_dict`: refuse weights that are not finite, from a training that diverged."""
     for name, tensor in state_dict.items():
+        if isinstance(tensor, DTensor):  # each process looks at its own shard, since not all come by here together
+            tensor = tensor.to_local()
         if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise ValueError(

@@ -25,8 +25,9 @@ from ..cue_recovery import CueRecoveryConfig
 logger = logging.getLogger(__name__)
 
 FILE_LIST_NAME = "checkpoint_files.json"
-# Not read by a resumed run; the first stays at home when a checkpoint is pushed, the second may be edited
-NOT_LISTED = (TRAINING_ARGS_NAME, "README.md")
+# Not read by a resumed run (the first stays at home when a checkpoint is pushed, the second may be edited), and the
+# list itself
+NOT_LISTED = (TRAINING_ARGS_NAME, "README.md", FILE_LIST_NAME)
 
 
 def write_file_list(directory: str | os.PathLike) -> None:

@@ -39,6 +39,7 @@ from ..dataset_rows import read_image, read_video, row_images, row_videos
 from ..teacher_prompt import add_privilege, hint_marker
 from .blank_image import BlankImageRow
 from .checkpoints import (
+    FILE_LIST_NAME,
     check_adapter,
     check_checkpoint,
     forget_best_checkpoint,
@@ -237,7 +238,7 @@ class ViCuRTrainer(DistillationTrainer):
                 tools=tools,
             )
         if args.use_vllm:
-            self.vllm_generation = StudentGeneration(self.vllm_generation)
+            self.vllm_generation = StudentGeneration(self.vllm_generation, *recovery_configs)
         self._corrects_vllm = (
             args.use_vllm
             and args.vllm_importance_sampling_correction
@@ -321,11 +322,6 @@ class ViCuRTrainer(DistillationTrainer):
             raise ValueError(
                 f"`teacher_model_server_url={args.teacher_model_server_url!r}` is set, but a loaded `teacher_model` "
                 f"({type(teacher_model).__name__}) was passed as well. Leave out one of the two."
-            )
-        if args.use_vllm and recovery_configs and args.vllm_mode == "server":
-            raise ValueError(
-                "`vllm_mode='server'` with a recovery module is not supported: whether the server rolls out with this "
-                "module cannot be seen from here. Set `vllm_mode='colocate'`, or train without `CueRecoveryConfig`."
             )
         if args.use_vllm and len(recovery_configs) > 1:
             raise ValueError(
@@ -959,8 +955,9 @@ class ViCuRTrainer(DistillationTrainer):
         run_dir = self._get_output_dir(trial=trial)
         directory = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            # Written last, it seals the checkpoint; that of an earlier run must not seal a part of this one
-            (directory / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            # Written last, they seal the checkpoint; those of an earlier run must not seal a part of this one
+            for name in (TRAINER_STATE_NAME, FILE_LIST_NAME):
+                (directory / name).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
@@ -1014,7 +1011,9 @@ class ViCuRTrainer(DistillationTrainer):
         self._buffered_inputs = None
         if self._is_within_rollouts:
             path = self._rollouts_path(resume_from_checkpoint)
-            self._buffered_inputs = torch.load(path, map_location=self.args.device, weights_only=True)
+            # By way of the CPU: a process's own device may be none that `torch.load` knows ("cpu:0")
+            rollouts = torch.load(path, map_location="cpu", weights_only=True)
+            self._buffered_inputs = send_to_device(rollouts, self.args.device)
             self._vision_is_frozen = is_vision_frozen(self.model)
         if isinstance(self.train_dataset, IterableDataset):
             # Trainer counts on an epoch of `max_steps` steps, but the stream may have begun anew earlier
