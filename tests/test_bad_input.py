@@ -560,7 +560,11 @@ def test_text_model_and_tokenizer():
 
 REFUSED_RECOVERY_OPTIONS = [
     *[("layer_interval", value, f"`layer_interval` {INTEGER} {value!r}") for value in (0, -1, 1.5, "5", None, True)],
-    *[("num_heads", value, f"`num_heads` {INTEGER} {value!r}") for value in (0, -1, 1.5, "4")],
+    *[
+        (name, value, f"`{name}` {INTEGER} {value!r}")
+        for name in ("num_heads", "bottleneck_size")
+        for value in (0, -1, 1.5, "4")
+    ],
     *[
         ("r", value, f"`r` must be 0 (no LoRA) or a positive LoRA rank, got {value!r}")
         for value in (-1, 1.5, "8", None)
@@ -589,7 +593,11 @@ UNTRAINABLE = {
     ),
     "heads-that-do-not-divide": (
         dict(num_heads=3),
-        "`num_heads` must divide the hidden size, got 3 heads for hidden size 32",
+        "`num_heads` must divide the hidden size, got 3 heads for 32",
+    ),
+    "heads-that-do-not-divide-the-bottleneck": (
+        dict(num_heads=4, bottleneck_size=6),
+        "`num_heads` must divide `bottleneck_size`, got 4 heads for 6",
     ),
     "another-hidden-size": (dict(hidden_size=64), "made for a model with `hidden_size` 64, but Qwen3VLFor"),
     "lora-on-the-head": (dict(r=4, target_modules=["lm_head"]), "adapter to `lm_head` is not supported"),

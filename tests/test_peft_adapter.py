@@ -33,7 +33,10 @@ def logits(model, inputs):
 # --- 8. One adapter ---
 
 
-@pytest.mark.parametrize("config", [{}, {"r": 4}, {"train_base": True}, {"r": 4, "lora_alpha": 1, "num_heads": 2}])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"r": 4}, {"train_base": True}, {"r": 4, "lora_alpha": 1, "num_heads": 2}, {"bottleneck_size": 8}],
+)
 def test_invariant_8_saved_as_one_adapter_and_reloaded_bit_for_bit(tmp_path, inputs, config):
     model = attach(make_qwen3_vl(), **config)
     if config.get("train_base"):
@@ -238,7 +241,7 @@ def test_bad_configs():
         ({"layer_interval": 5}, r"`layer_interval` is 5, but the model has only 4 decoder layer\(s\)"),
         (
             {"layer_interval": 1, "num_heads": 5},
-            "`num_heads` must divide the hidden size, got 5 heads for hidden size 32",
+            "`num_heads` must divide the hidden size, got 5 heads for 32",
         ),
         (
             {"layer_interval": 1, "sink_token": "assistant"},

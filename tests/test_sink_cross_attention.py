@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from trl_vicur.cue_recovery import CueRecoveryConfig, CueRecoveryContext, CueRecoveryLayer, SinkCrossAttention
 
 
-def make_attention(num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> SinkCrossAttention:
-    attention = SinkCrossAttention(num_heads * head_dim, num_heads, eps=1e-6)
+def make_attention(
+    num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32, hidden_size: int | None = None
+) -> SinkCrossAttention:
+    width = num_heads * head_dim
+    attention = SinkCrossAttention(hidden_size or width, num_heads, eps=1e-6, bottleneck_size=width)
     with torch.no_grad():
         attention.o_proj.weight.normal_(std=0.2)
         attention.q_norm.weight.uniform_(0.5, 1.5)
@@ -33,14 +36,15 @@ def make_inputs(batch: int, seq: int, hidden: int, dtype: torch.dtype = torch.fl
     seq=st.integers(1, 40),
     num_heads=st.sampled_from([1, 2, 4]),
     head_dim=st.sampled_from([4, 8, 24]),
+    hidden_size=st.sampled_from([8, 24, 96]),
     seed=st.integers(0, 2**16),
 )
-def test_folded_equals_plain_forward_and_backward(batch, seq, num_heads, head_dim, seed):
+def test_folded_equals_plain_forward_and_backward(batch, seq, num_heads, head_dim, hidden_size, seed):
     torch.manual_seed(seed)
-    attention = make_attention(num_heads, head_dim)
-    sink, hidden_states, visual_mask = make_inputs(batch, seq, num_heads * head_dim)
+    attention = make_attention(num_heads, head_dim, hidden_size=hidden_size)
+    sink, hidden_states, visual_mask = make_inputs(batch, seq, hidden_size)
     wanted = [sink, hidden_states, *attention.parameters()]
-    direction = torch.randn(batch, num_heads * head_dim)
+    direction = torch.randn(batch, hidden_size)
 
     folded = attention(sink, hidden_states, visual_mask)
     plain = attention.forward_plain(sink, hidden_states, visual_mask)

@@ -35,6 +35,9 @@ class CueRecoveryArguments:
     layer_interval: int = field(default=5, metadata={"help": "Decoder layers between two recovery modules."})
     sink_token: str = field(default="first", metadata={"help": "'first', 'assistant' or a token string."})
     num_heads: int | None = field(default=None, metadata={"help": "Heads of the module. Default: the text model's."})
+    bottleneck_size: int | None = field(
+        default=None, metadata={"help": "Width of queries, keys and values. Default: the model's hidden size."}
+    )
     train_base: bool = field(
         default=False, metadata={"help": "Whether the backbone trains together with the module (the paper's setting)."}
     )
@@ -100,6 +103,7 @@ def make_peft_config(model_args: ModelConfig, recovery_args: CueRecoveryArgument
         layer_interval=recovery_args.layer_interval,
         sink_token=recovery_args.sink_token,
         num_heads=recovery_args.num_heads,
+        bottleneck_size=recovery_args.bottleneck_size,
         train_base=recovery_args.train_base,
         **lora,
     )

@@ -14,6 +14,7 @@ class Cell(NamedTuple):
         objective: Forward or reverse KL over the vocabulary, or the paper's sampled token.
         sink_token: As in `CueRecoveryConfig`.
         num_heads: As in `CueRecoveryConfig`.
+        bottleneck_size: As in `CueRecoveryConfig`.
         one_layer: Whether only the first decoder layer has a module, and not every one that the domain says.
         trains: What trains beside the module: everything, nothing, LoRA on the text decoder, or LoRA on the text
             decoder and the linear layers of the vision merger.
@@ -26,11 +27,14 @@ class Cell(NamedTuple):
     objective: Literal["forward_kl", "reverse_kl", "sampled_token"] = "forward_kl"
     sink_token: str = "first"
     num_heads: int | None = None
+    bottleneck_size: int | None = None
     one_layer: bool = False
     trains: Literal["all", "nothing", "lora", "lora_and_merger"] = "all"
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
 
 
+# A module with less than one percent of the model's parameters
+BOTTLENECK = 9
 ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
 
 GRID = {
@@ -45,11 +49,13 @@ GRID = {
     "sink-assistant": Cell(sink_token="assistant"),
     "one-head": Cell(num_heads=1),
     "one-layer": Cell(one_layer=True),
+    "bottleneck": Cell(bottleneck_size=BOTTLENECK),
     # What an adapter needs
     "module-alone": Cell(trains="nothing", learning_rates=ADAPTER_RATES),
     "module-alone-assistant": Cell(trains="nothing", sink_token="assistant", learning_rates=ADAPTER_RATES),
     "module-alone-one-head": Cell(trains="nothing", num_heads=1, learning_rates=ADAPTER_RATES),
     "module-alone-one-layer": Cell(trains="nothing", one_layer=True, learning_rates=ADAPTER_RATES),
+    "module-alone-bottleneck": Cell(trains="nothing", bottleneck_size=BOTTLENECK, learning_rates=ADAPTER_RATES),
     "lora": Cell(module=False, trains="lora", learning_rates=ADAPTER_RATES),
     "lora+module": Cell(trains="lora", learning_rates=ADAPTER_RATES),
     "lora-merger": Cell(module=False, trains="lora_and_merger", learning_rates=ADAPTER_RATES),

@@ -69,6 +69,7 @@ def peft_config(cell: Cell, domain: Domain) -> CueRecoveryConfig | Any | None:
             layer_interval=ONE_LAYER if cell.one_layer else domain.layer_interval,
             sink_token=cell.sink_token,
             num_heads=cell.num_heads,
+            bottleneck_size=cell.bottleneck_size,
             train_base=cell.trains == "all",
             **lora,
         )

@@ -6,7 +6,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 
 
 # What the recovery module computes, apart from its weights
-MODULE_OPTIONS = ("layer_interval", "sink_token", "num_heads", "sink_token_ids", "sink_token_offset")
+MODULE_OPTIONS = (
+    *("layer_interval", "sink_token", "num_heads", "bottleneck_size"),
+    *("sink_token_ids", "sink_token_offset"),
+)
 
 
 @dataclass
@@ -29,7 +32,11 @@ class CueRecoveryConfig(LoraConfig):
             the first token of the header of the turn to be generated; it stands behind the question. All but
             `"first"` need [`CueRecoveryConfig.resolve_sink_token`], which [`ViCuRTrainer`] calls by itself.
         num_heads (`int`, *optional*):
-            Number of attention heads; must divide the hidden size. Defaults to the text model's.
+            Number of attention heads; must divide the width of queries, keys and values. Defaults to the text
+            model's.
+        bottleneck_size (`int`, *optional*):
+            Width of queries, keys and values, over all heads, for a smaller module: it has `4 * bottleneck_size *
+            hidden_size` parameters per layer. Defaults to the hidden size (the paper's setting).
 
         > Parameters that control what else is trained
 
@@ -69,6 +76,10 @@ class CueRecoveryConfig(LoraConfig):
     num_heads: int | None = field(
         default=None, metadata={"help": "Number of attention heads. Defaults to the text model's."}
     )
+    bottleneck_size: int | None = field(
+        default=None,
+        metadata={"help": "Width of queries, keys and values, for a smaller module. Defaults to the hidden size."},
+    )
     train_base: bool = field(
         default=False, metadata={"help": "Whether the backbone's own weights train and are saved as well."}
     )
@@ -90,8 +101,10 @@ class CueRecoveryConfig(LoraConfig):
         self.peft_type = PeftType.CUE_RECOVERY
         if type(self.layer_interval) is not int or self.layer_interval < 1:
             raise ValueError(f"`layer_interval` must be an integer of at least 1, got {self.layer_interval!r}.")
-        if self.num_heads is not None and (type(self.num_heads) is not int or self.num_heads < 1):
-            raise ValueError(f"`num_heads` must be an integer of at least 1, got {self.num_heads!r}.")
+        for name in ("num_heads", "bottleneck_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         if type(self.r) is not int or self.r < 0:
             raise ValueError(f"`r` must be 0 (no LoRA) or a positive LoRA rank, got {self.r!r}.")
         if not isinstance(self.sink_token, str) or not self.sink_token:

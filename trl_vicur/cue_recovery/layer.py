@@ -40,26 +40,28 @@ class SinkCrossAttention(nn.Module):
         hidden_size (`int`):
             Width d of the text model.
         num_heads (`int`):
-            Number of heads; must divide `hidden_size`.
+            Number of heads; must divide the width of queries, keys and values.
         eps (`float`):
             Epsilon of the two RMSNorms.
+        bottleneck_size (`int`, *optional*):
+            Width of queries, keys and values, over all heads. Defaults to `hidden_size`, as in the paper.
 
     Raises:
-        `ValueError`: If `num_heads` does not divide `hidden_size`.
+        `ValueError`: If `num_heads` does not divide that width.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, eps: float):
+    def __init__(self, hidden_size: int, num_heads: int, eps: float, bottleneck_size: int | None = None):
         super().__init__()
-        if hidden_size % num_heads != 0:
-            raise ValueError(
-                f"`num_heads` must divide the hidden size, got {num_heads} heads for hidden size {hidden_size}."
-            )
+        width = bottleneck_size or hidden_size
+        if width % num_heads != 0:
+            name = "`bottleneck_size`" if bottleneck_size else "the hidden size"
+            raise ValueError(f"`num_heads` must divide {name}, got {num_heads} heads for {width}.")
         self.num_heads = num_heads
-        self.head_dim = hidden_size // num_heads
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.head_dim = width // num_heads
+        self.q_proj = nn.Linear(hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(hidden_size, eps=eps)
         self.kv_norm = nn.RMSNorm(hidden_size, eps=eps)
         nn.init.zeros_(self.o_proj.weight)
@@ -278,7 +280,7 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, config: CueRecoveryConfig, hidden_size: int, num_heads: int, eps: float
     ) -> None:
         """Add the attention of one more adapter."""
-        self.sink_attention[adapter_name] = SinkCrossAttention(hidden_size, num_heads, eps)
+        self.sink_attention[adapter_name] = SinkCrossAttention(hidden_size, num_heads, eps, config.bottleneck_size)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

@@ -69,6 +69,7 @@ class CueRecoveryMixin:
                 text_config.hidden_size,
                 self._recovery_config.num_heads or text_config.num_attention_heads,
                 text_config.rms_norm_eps,
+                self._recovery_config.bottleneck_size,
             )
             name = f"{prefix}.layers.{index}.cue_recovery"
             vllm_config.compilation_config.static_forward_context[name] = layer.cue_recovery.sink_attention
