@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from PIL import Image, ImageDraw
 from tiny_models import make_image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_vicur.cues import audit_cue
 from trl_vicur.dataset_rows import row_images
@@ -19,12 +20,35 @@ from trl_vicur.dataset_rows import row_images
 STUDY = Path(__file__).parents[1] / "examples" / "study"
 sys.path.insert(0, str(STUDY))
 
+import attention_sink  # noqa: E402
 import cells  # noqa: E402
 import domains  # noqa: E402
 import geometry  # noqa: E402
 import interventions  # noqa: E402
 import run  # noqa: E402
 import summary  # noqa: E402
+
+
+# --- Bases with an attention sink ---
+
+
+@pytest.mark.parametrize("name", attention_sink.ROWS)
+def test_attention_rests_on_the_first_token_of_bases_with_a_sink_only(name):
+    shares = []
+    test = domains.DOMAINS[name].load("test")
+    for domain in (domains.DOMAINS[name], domains.DOMAINS[f"{name}_sink"]):
+        processor = AutoProcessor.from_pretrained(domain.base)
+        model = AutoModelForImageTextToText.from_pretrained(domain.base, attn_implementation="eager")
+        inputs = attention_sink.completed(model, processor, domain, [test[row] for row in range(8)])
+        with torch.no_grad():
+            attentions = model(**inputs, output_attentions=True).attentions[1:]
+        on_first = attention_sink.attention_on_first_token(attentions, inputs["attention_mask"])
+        first = inputs["attention_mask"].argmax(1)
+        assert first.max() > 0  # shorter prompts are padded
+        assert len(on_first[0]) == inputs["attention_mask"].sum() - len(first)
+        torch.testing.assert_close(on_first[0][0], attentions[0][0, :, first[0] + 1, first[0]])
+        shares.append(min(weights.mean() for weights in on_first))
+    assert shares[0] < 0.15 and shares[1] > 0.5
 
 
 # --- The diagrams ---
