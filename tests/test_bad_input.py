@@ -460,9 +460,14 @@ REFUSED_OPTIONS = [
         ("temperature", value, f"`temperature` must be positive and finite, got {value!r}")
         for value in (0.0, -1.0, math.nan, math.inf)
     ],
+    *[("top_p", value, f"`top_p` must be in (0, 1], got {value!r}") for value in (0.0, 2.0, math.nan)],
+    *[("max_grad_norm", value, f"`max_grad_norm` must be at least 0, got {value!r}") for value in (-1.0, math.nan)],
     ("beta", 2.0, "beta must be in [0.0, 1.0], got 2.0"),
     ("beta", math.nan, "`beta` must be in [0, 1], got nan"),
-    *[("cue_column", value, f"`cue_column` {COLUMN} {value!r}") for value in ("", None, "prompt", "images")],
+    *[
+        ("cue_column", value, f"`cue_column` {COLUMN} {value!r}")
+        for value in ("", None, "prompt", "images", "videos", "video")
+    ],
     ("answer_column", "image", f"`answer_column` {COLUMN} 'image'"),
     *[
         ("teacher_prompt_template", value, TEMPLATE)
@@ -492,7 +497,8 @@ def test_option_is_refused(name, value, message):
 
 
 def test_options_without_bound():
-    make_config(advantage_clip=math.inf, epsilon_high=math.inf, max_completion_length=None)
+    make_config(advantage_clip=math.inf, epsilon_high=math.inf, max_grad_norm=math.inf, max_completion_length=None)
+    make_config(max_grad_norm=None)
 
 
 def test_literal_braces_in_the_template():

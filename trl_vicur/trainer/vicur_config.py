@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from trl import DistillationConfig
 
+from ..dataset_rows import VISUAL_COLUMNS
 from ..teacher_prompt import TEACHER_PROMPT_TEMPLATE
 
 
@@ -211,6 +212,8 @@ class ViCuRConfig(DistillationConfig):
             "teacher_update_rate": ("in (0, 1]", lambda value: 0.0 < value <= 1.0),
             "beta": ("in [0, 1]", lambda value: 0.0 <= value <= 1.0),
             "temperature": ("positive and finite", lambda value: 0.0 < value < math.inf),
+            "top_p": ("in (0, 1]", lambda value: 0.0 < value <= 1.0),
+            "max_grad_norm": ("at least 0", lambda value: value >= 0.0),
             "epsilon": ("in (0, 1)", lambda value: 0.0 < value < 1.0),
             "epsilon_high": ("positive", lambda value: value > 0.0),
             "advantage_clip": ("positive", lambda value: value > 0.0),
@@ -219,6 +222,7 @@ class ViCuRConfig(DistillationConfig):
         }
         can_be_none = (
             "max_completion_length",
+            "max_grad_norm",
             "epsilon_high",
             "vllm_importance_sampling_clip_max",
             "vllm_importance_sampling_clip_min",
@@ -231,7 +235,7 @@ class ViCuRConfig(DistillationConfig):
                 raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
         for name in ("cue_column", "answer_column"):
             value = getattr(self, name)
-            if not isinstance(value, str) or value in ("", "prompt", "images", "image"):
+            if not isinstance(value, str) or value in ("", "prompt", *VISUAL_COLUMNS):
                 raise ValueError(f"`{name}` must name a column of its own, got {value!r}.")
         if self.loss_aggregation == "sequence" and self.use_liger_kernel and self.distillation_mode == "full_logits":
             raise ValueError(
