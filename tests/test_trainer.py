@@ -601,6 +601,24 @@ def test_other_peft_methods_work(tmp_path, processor):
 
 
 def test_zero3_is_refused(tmp_path, processor, monkeypatch):
-    monkeypatch.setattr("trl_vicur.trainer.vicur_trainer.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("trl_vicur.trainer.sharding.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="ZeRO-3 is not supported: .* Use FSDP2"):
         make_trainer(tmp_path, processor)
+
+
+@pytest.mark.parametrize(
+    "version, arguments, error",
+    [
+        ("1", {}, "FSDP1 is not supported: ViCuRTrainer needs FSDP2. Set `fsdp_version: 2`"),
+        ("2", {"teacher_model_kind": "ema"}, "`teacher_model_kind='ema'` exchanges the student's weights"),
+    ],
+)
+def test_shards_that_cannot_train_are_refused_before_models_are_loaded(
+    tmp_path, processor, monkeypatch, version, arguments, error
+):
+    """What `accelerate launch` tells its processes."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    monkeypatch.setattr("trl.DistillationTrainer.__init__", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=error):
+        make_trainer(tmp_path, processor, **arguments)

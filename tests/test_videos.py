@@ -326,5 +326,6 @@ def test_what_cannot_train_on_videos_says_so(tmp_path, family, arguments, has_to
 
 def test_a_sharded_vision_tower_says_so(tmp_path, processor, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ValueError, match="would let processes with a sharded vision tower wait for each other"):
-        RowChecker(make_config(tmp_path), processor, 2048).check(make_rows(1)[0])
+        make_trainer(tmp_path, processor, rows=make_rows(4))

@@ -8,11 +8,14 @@ The first is the second with what `accelerate launch` needs found among the argu
 """
 
 import argparse
+import os
 import sys
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
+from accelerate.commands.config import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
@@ -25,6 +28,7 @@ from .command_parser import CommandParser
 from .cue_recovery import CueRecoveryConfig
 from .dataset_loading import load_split
 from .trainer import ViCuRConfig, ViCuRTrainer
+from .trainer.checkpoints import CheckpointError
 
 
 @dataclass
@@ -54,6 +58,7 @@ HELP = {
     "dataset_test_split": "Split to evaluate on, with `--eval_strategy`.",
     "dataset_streaming": "Whether to read rows when they are trained on; they are checked then.",
 }
+REQUIRED = ("model_name_or_path", "dataset_name")
 TRAINING_ARGUMENTS = [ScriptArguments, ModelConfig, ViCuRConfig, CueRecoveryArguments]
 
 
@@ -81,6 +86,8 @@ def make_parser(prog: str = "trl-vicur train") -> CommandParser:
     )
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
+        # Here, so that they are missed before anything is made of the other options
+        action.required = action.dest in REQUIRED
     parser.show_first("what is trained, and on what", ["help", "config", *HELP, "output_dir"])
     parser.show_first("the teacher and the loss (ViCuRConfig)", ViCuRConfig.__annotations__)
     parser.show_first("the student's module (CueRecoveryConfig)", CueRecoveryArguments.__annotations__)
@@ -167,7 +174,14 @@ def main(
         trainer = make_trainer(script_args, model_args, training_args, recovery_args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(report(error))
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume_from_checkpoint = training_args.resume_from_checkpoint  # a text on the command line
+    resume_from_checkpoint = {"true": True, "false": False}.get(
+        str(resume_from_checkpoint).lower(), resume_from_checkpoint
+    )
+    try:
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    except CheckpointError as error:
+        sys.exit(report(error))
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
@@ -196,7 +210,26 @@ def parse_launch_arguments(options: list[str], training_arguments: Iterable[str]
             f"Neither the training nor `accelerate launch` knows all of these options: {' '.join(options)}. "
             "`trl-vicur train --help` and `accelerate launch --help` list them."
         )
+    if launch_args.config_file is None and (launch_args.cpu or not os.path.isfile(default_config_file)):
+        set_launch_defaults(launch_args)
     return launch_args
+
+
+def set_launch_defaults(launch_args: argparse.Namespace) -> None:
+    """
+    What `accelerate launch` takes without a file, but that it would tell of at every start; and on CPUs as many
+    processes as are asked for, where it would start one.
+    """
+    launch_args.num_processes = launch_args.num_processes or max(1, torch.accelerator.device_count())
+    launch_args.num_machines = launch_args.num_machines or 1
+    launch_args.mixed_precision = launch_args.mixed_precision or "no"  # `--bf16` and `--fp16` replace it
+    launch_args.dynamo_backend = launch_args.dynamo_backend or "no"
+    others = ("tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "mpirun_hostfile")
+    if launch_args.num_processes > 1 and not any(getattr(launch_args, name) for name in others):
+        launch_args.multi_gpu = True  # its name for several processes
+        if launch_args.cpu or not torch.accelerator.is_available():
+            launch_args.cpu = False
+            launch_args.training_script_args.append("--use_cpu")
 
 
 def train(arguments: list[str]) -> None:
@@ -204,10 +237,7 @@ def train(arguments: list[str]) -> None:
     script_args, model_args, *_, of_config, of_command_line = make_parser().parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
-    for name, value in (
-        ("model_name_or_path", model_args.model_name_or_path),
-        ("dataset_name", script_args.dataset_name),
-    ):
+    for name, value in zip(REQUIRED, (model_args.model_name_or_path, script_args.dataset_name), strict=True):
         if value is None:
             raise ValueError(f"`--{name}` is missing, on the command line and in the file of `--config`.")
     # What the training does not know is for accelerate; in the command line it is taken out, in its order

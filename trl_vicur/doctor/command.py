@@ -23,7 +23,7 @@ def doctor(arguments: list[str]) -> None:
     from .machine import describe_devices, describe_kernels, describe_rollout_engines
     from .training import TrainingCheck, parse_arguments
 
-    script_args, model_args, training_args, recovery_args, num_processes = parse_arguments(arguments)
+    script_args, model_args, training_args, recovery_args, launch_plan = parse_arguments(arguments)
     print_section("Packages", packages)
     print_section("Devices", describe_devices())
     print_section("Fused kernels and other packages", describe_kernels())
@@ -35,7 +35,7 @@ def doctor(arguments: list[str]) -> None:
             )
         return
 
-    check = TrainingCheck(script_args, model_args, training_args, recovery_args, num_processes)
+    check = TrainingCheck(script_args, model_args, training_args, recovery_args, launch_plan)
     print_section(f"Model: {model_args.model_name_or_path}", check.describe_model())
     if script_args.dataset_name is None:
         return

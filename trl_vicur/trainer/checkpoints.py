@@ -30,6 +30,10 @@ FILE_LIST_NAME = "checkpoint_files.json"
 NOT_LISTED = (TRAINING_ARGS_NAME, "README.md", FILE_LIST_NAME)
 
 
+class CheckpointError(ValueError):
+    """There is no checkpoint to resume from, it is not whole, or it does not fit what is trained."""
+
+
 def write_file_list(directory: str | os.PathLike) -> None:
     """
     Call when all files of a checkpoint but `trainer_state.json` are written: note their names and sizes.
@@ -77,11 +81,11 @@ def check_checkpoint(directory: str | os.PathLike) -> None:
             The folder, `checkpoint-N`.
 
     Raises:
-        `ValueError`: If it is not, with the file and the reason.
+        `CheckpointError`: If it is not, with the file and the reason.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"There is no checkpoint {str(directory)!r}.")
+        raise CheckpointError(f"There is no checkpoint {str(directory)!r}.")
     refused = f"The checkpoint {str(directory)!r} cannot be resumed: "
     mend = " Resume from another one; `resume_from_checkpoint=True` takes the newest that is whole."
     contents = {}
@@ -91,17 +95,19 @@ def check_checkpoint(directory: str | os.PathLike) -> None:
     ):
         path = directory / name
         if not path.is_file():
-            raise ValueError(f"{refused}it has no {name}; {meaning}.{mend}")
+            raise CheckpointError(f"{refused}it has no {name}; {meaning}.{mend}")
         try:
             contents[name] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{refused}its {name} is cut off or damaged ({error}).{mend}") from error
+            raise CheckpointError(f"{refused}its {name} is cut off or damaged ({error}).{mend}") from error
     for name, size in contents[FILE_LIST_NAME].items():
         path = directory / name
         if not path.is_file():
-            raise ValueError(f"{refused}its file {name} is missing.{mend}")
+            raise CheckpointError(f"{refused}its file {name} is missing.{mend}")
         if path.stat().st_size != size:
-            raise ValueError(f"{refused}its file {name} has {path.stat().st_size} bytes, not {size} as written.{mend}")
+            raise CheckpointError(
+                f"{refused}its file {name} has {path.stat().st_size} bytes, not {size} as written.{mend}"
+            )
 
 
 def get_last_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -122,7 +128,7 @@ def get_last_checkpoint(folder: str | os.PathLike) -> str | None:
     for _, path in sorted([(int(step), path) for step, path in steps if step.isdecimal()], reverse=True):
         try:
             check_checkpoint(path)
-        except ValueError as error:
+        except CheckpointError as error:
             logger.warning(str(error))
         else:
             return str(path)
@@ -140,8 +146,8 @@ def check_adapter(directory: str, model: nn.Module) -> None:
             The model that is trained.
 
     Raises:
-        `ValueError`: If one of the two is an adapter and the other is not, or if they differ in a setting by which the
-            weights would have another meaning.
+        `CheckpointError`: If one of the two is an adapter and the other is not, or if they differ in a setting by
+            which the weights would have another meaning.
     """
     refused = f"The checkpoint {directory!r} does not fit the model that is trained: "
     mend = " Resume with the settings that it was made with, or start anew."
@@ -154,11 +160,11 @@ def check_adapter(directory: str, model: nn.Module) -> None:
         saved = PeftConfig.from_pretrained(directory)
     kinds = ["a whole model" if config is None else config.peft_type.value for config in (saved, adapter)]
     if kinds[0] != kinds[1]:
-        raise ValueError(f"{refused}it holds {kinds[0]}, but {kinds[1]} is trained.{mend}")
+        raise CheckpointError(f"{refused}it holds {kinds[0]}, but {kinds[1]} is trained.{mend}")
     if isinstance(adapter, CueRecoveryConfig):
         for name in (*CueRecoveryConfig.__annotations__, "lora_alpha", "target_modules"):
             if getattr(saved, name) != getattr(adapter, name):
-                raise ValueError(
+                raise CheckpointError(
                     f"{refused}its adapter has `{name}={getattr(saved, name)!r}`, but the adapter that is trained has "
                     f"`{name}={getattr(adapter, name)!r}`.{mend}"
                 )

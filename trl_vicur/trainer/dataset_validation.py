@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from PIL import Image
 from tqdm.auto import tqdm
@@ -48,10 +47,20 @@ class RowChecker:
             Context length of the model, in tokens.
         has_tools (`bool`, *optional*, defaults to `False`):
             Whether the model can call tools.
+        is_sharded (`bool`, *optional*, defaults to `False`):
+            Whether processes share the weights among them.
     """
 
-    def __init__(self, args: ViCuRConfig, processing_class: ProcessorMixin, max_length: int, has_tools: bool = False):
+    def __init__(
+        self,
+        args: ViCuRConfig,
+        processing_class: ProcessorMixin,
+        max_length: int,
+        has_tools: bool = False,
+        is_sharded: bool = False,
+    ):
         self.has_tools = has_tools
+        self.is_sharded = is_sharded
         self.args = args
         self.processing_class = processing_class
         self.max_prompt_length = max_length - (args.max_completion_length or 0)
@@ -92,7 +101,6 @@ class RowChecker:
 
     def _check_videos_are_supported(self) -> None:
         processor = type(self.processing_class).__name__
-        is_sharded = any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")))
         for is_so, problem, mend in (
             (
                 "video_grid_thw" not in self.processing_class.model_input_names,
@@ -106,7 +114,7 @@ class RowChecker:
                 "Pass the teacher as `teacher_model`",
             ),
             (self.has_tools, "TRL does not pass on to turns that answer tools", "Train without `tools`"),
-            (is_sharded, "would let processes with a sharded vision tower wait for each other", "Train with DDP"),
+            (self.is_sharded, "would let processes with a sharded vision tower wait for each other", "Train with DDP"),
         ):
             if is_so:
                 raise ValueError(f"The row has videos, which {problem}. {mend}, or give the frames as images.")

@@ -24,10 +24,10 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ModelOutput
+from transformers.utils.quantization_config import QuantizationMethod
 from trl import DistillationTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.import_utils import is_vllm_available
@@ -36,10 +36,12 @@ from trl.trainer.utils import get_config_model_id, pad
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
 from ..cue_recovery.model import visual_token_ids
 from ..dataset_rows import read_image, read_video, row_images, row_videos
+from ..model_loading import naming_model
 from ..teacher_prompt import add_privilege, hint_marker
 from .blank_image import BlankImageRow
 from .checkpoints import (
     FILE_LIST_NAME,
+    CheckpointError,
     check_adapter,
     check_checkpoint,
     forget_best_checkpoint,
@@ -70,6 +72,7 @@ from .model_card import (
     training_settings,
 )
 from .privilege import get_privilege
+from .sharding import Sharding, check_sharding, find_sharding
 from .teacher_server import ScoringRequest, TeacherServer
 from .trackers import log_histogram
 from .vicur_config import ViCuRConfig
@@ -173,21 +176,25 @@ class ViCuRTrainer(DistillationTrainer):
         if args is None:
             args = ViCuRConfig(f"{model_name.split('/')[-1]}-ViCuR")
         revision = (args.model_init_kwargs or {}).get("revision")
-        if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(
-                model_name,
-                revision=revision,
-                truncation_side="left",
-                padding_side="left",
-                trust_remote_code=args.trust_remote_code,
-            )
-        if isinstance(model, str):
-            config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
-        else:
-            config = model.config
+        with naming_model(model_name):
+            if processing_class is None:
+                processing_class = AutoProcessor.from_pretrained(
+                    model_name,
+                    revision=revision,
+                    truncation_side="left",
+                    padding_side="left",
+                    trust_remote_code=args.trust_remote_code,
+                )
+            if isinstance(model, str):
+                config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+            else:
+                config = model.config
         peft_configs = [*model.peft_config.values()] if isinstance(model, PeftModel) else [peft_config]
         recovery_configs = [other for other in peft_configs if isinstance(other, CueRecoveryConfig)]
-        self.check_arguments(config, teacher_model, args, train_dataset, processing_class, recovery_configs)
+        sharding = find_sharding(args)
+        self.check_arguments(
+            config, teacher_model, args, train_dataset, processing_class, peft_configs, quantization_config, sharding
+        )
         if isinstance(peft_config, CueRecoveryConfig):
             peft_config.resolve_sink_token(processing_class, **(args.chat_template_kwargs or {}))
 
@@ -203,7 +210,7 @@ class ViCuRTrainer(DistillationTrainer):
             self.teacher_server = TeacherServer.from_config(args, processing_class, teacher_model)
             max_length = min(max_length, self.teacher_server.max_length)
             teacher_model = None
-        self._row_checker = RowChecker(args, processing_class, max_length, has_tools=bool(tools))
+        self._row_checker = RowChecker(args, processing_class, max_length, bool(tools), sharding is not None)
         self._num_streamed_rows = 0
         if train_dataset is not None:
             batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -222,7 +229,7 @@ class ViCuRTrainer(DistillationTrainer):
                 "only its fused loss is used."
             )
             args.use_liger_kernel = False
-        rolls_out_with_module = args.use_vllm and recovery_configs and is_vllm_available()
+        rolls_out_with_module = args.use_vllm and recovery_configs
         with engine_with_module(lambda: self.model) if rolls_out_with_module else nullcontext():
             super().__init__(
                 model=model,
@@ -253,8 +260,6 @@ class ViCuRTrainer(DistillationTrainer):
             )
         self._is_self_distilled = self.teacher_model is None and self.teacher_server is None
         if self.is_fsdp_enabled:
-            if self.accelerator.state.fsdp_plugin.fsdp_version != 2:
-                raise ValueError("ViCuRTrainer needs FSDP2. Set `fsdp_version: 2` in accelerate's config.")
             # By it `generate` keeps every process until all have finished. Accelerate leaves it unset
             student = self.model.get_base_model() if is_peft_model(self.model) else self.model
             student._is_fsdp_managed_module = True
@@ -262,11 +267,6 @@ class ViCuRTrainer(DistillationTrainer):
                 self.teacher_model = self._shard_teacher(self.teacher_model)
         self.ema_teacher = None
         if self._is_self_distilled and args.teacher_model_kind == "ema":
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "`teacher_model_kind='ema'` exchanges the student's weights, which FSDP and DeepSpeed keep in "
-                    "buffers of their own. Train with DDP, or choose `teacher_model_kind='base'` or `'live'`."
-                )
             self.ema_teacher = EMATeacherCallback(self.model, args.teacher_update_rate, args.teacher_sync_steps)
             self.add_callback(self.ema_teacher)
         elif self._is_self_distilled and args.teacher_model_kind == "base":
@@ -293,8 +293,18 @@ class ViCuRTrainer(DistillationTrainer):
         args: ViCuRConfig,
         train_dataset: Dataset | IterableDataset | None,
         processing_class: ProcessorMixin,
-        recovery_configs: list[CueRecoveryConfig],
+        peft_configs: list[PeftConfig | None],
+        quantization_config: BitsAndBytesConfig | None,
+        sharding: Sharding | None,
     ) -> None:
+        """
+        What is refused before weights are loaded and rows are checked.
+
+        Raises:
+            `ValueError`: If a model or an option is refused.
+            `OSError`: If there is no such teacher.
+            `ImportError`: If vLLM is wanted and not installed.
+        """
         has_visual_tokens = bool(visual_token_ids(config))
         if not isinstance(processing_class, ProcessorMixin) or not has_visual_tokens:
             raise ValueError(
@@ -313,22 +323,48 @@ class ViCuRTrainer(DistillationTrainer):
                 f"`teacher_model_kind={args.teacher_model_kind!r}` makes the student its own teacher, but a "
                 "`teacher_model` was passed as well. Leave out one of the two."
             )
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "DeepSpeed's ZeRO-3 is not supported: losses and the teacher's copy would read shards of weights. "
-                "Use FSDP2 (examples/accelerate_configs/fsdp2.yaml), or ZeRO-2 where the models fit whole."
-            )
+        check_sharding(sharding, args)
         if args.teacher_model_server_url is not None and not isinstance(teacher_model, str | None):
             raise ValueError(
                 f"`teacher_model_server_url={args.teacher_model_server_url!r}` is set, but a loaded `teacher_model` "
                 f"({type(teacher_model).__name__}) was passed as well. Leave out one of the two."
             )
+        recovery_configs = [each for each in peft_configs if isinstance(each, CueRecoveryConfig)]
         if args.use_vllm and len(recovery_configs) > 1:
             raise ValueError(
                 f"`use_vllm=True` with {len(recovery_configs)} recovery modules is not supported: vLLM rolls out with "
                 "one. Remove the other adapters with `model.delete_adapter`."
             )
+        if args.use_vllm and not is_vllm_available():
+            raise ImportError(
+                "`use_vllm=True` needs vLLM, which is not installed. Install it with `pip install 'trl[vllm]'`, or "
+                "leave `use_vllm` out: transformers rolls out."
+            )
+        is_quantized = isinstance(quantization_config, BitsAndBytesConfig) or (
+            config.to_dict().get("quantization_config", {}).get("quant_method") == QuantizationMethod.BITS_AND_BYTES
+        )
+        if is_quantized and (None in peft_configs or any(each.train_base for each in recovery_configs)):
+            raise ValueError(
+                "The model is quantized by bitsandbytes, but its own weights are to be trained: there is no adapter, "
+                "or one with `train_base=True`. Quantized weights cannot be trained. Train an adapter without "
+                "`train_base` (`r=16` adds LoRA), or load the model without quantization."
+            )
         vocab_size = config.get_text_config().vocab_size
+        if teacher_model is not None and args.teacher_model_server_url is None:
+            if isinstance(teacher_model, str):
+                revision = (args.teacher_model_init_kwargs or {}).get("revision", args.teacher_model_revision)
+                with naming_model(teacher_model):
+                    teacher_config = AutoConfig.from_pretrained(
+                        teacher_model, revision=revision, trust_remote_code=args.trust_remote_code
+                    )
+            else:
+                teacher_config = teacher_model.config
+            teacher_vocab_size = teacher_config.get_text_config().vocab_size
+            if teacher_vocab_size != vocab_size:
+                raise ValueError(
+                    f"The student model has vocab_size {vocab_size} but the teacher model has vocab_size "
+                    f"{teacher_vocab_size}: it is to score the student's tokens. Use a teacher of the same vocabulary."
+                )
         if args.distillation_mode == "topk_logits" and args.distillation_topk > vocab_size:
             raise ValueError(
                 f"`distillation_topk={args.distillation_topk}` exceeds the vocabulary of {vocab_size} tokens. Choose "
@@ -938,12 +974,12 @@ class ViCuRTrainer(DistillationTrainer):
         is whole, to the same weights as if it had not been killed (on the same machine and, for bits, on a CPU).
 
         Raises:
-            `ValueError`: If the checkpoint is not whole or does not fit what is trained.
+            `CheckpointError` (a `ValueError`): If the checkpoint is not whole or does not fit what is trained.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(
+                raise CheckpointError(
                     f"`resume_from_checkpoint=True`, but {self.args.output_dir!r} holds no checkpoint that is whole. "
                     "Train without it to start anew."
                 )
@@ -990,7 +1026,10 @@ class ViCuRTrainer(DistillationTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_adapter(resume_from_checkpoint, self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except ValueError as error:  # of weights that are missing or not finite
+            raise CheckpointError(str(error)) from error
         if self.ema_teacher is not None:
             self.ema_teacher.load(resume_from_checkpoint)
 

@@ -1,0 +1,64 @@
+"""How processes share the weights among them, and what cannot be trained so."""
+
+import os
+from typing import Literal
+
+from accelerate.utils import parse_flag_from_env
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .vicur_config import ViCuRConfig
+
+
+# DeepSpeed's ZeRO-1 and ZeRO-2 leave the weights whole, in buffers of their own
+Sharding = Literal["FSDP1", "FSDP2", "DeepSpeed", "ZeRO-3"]
+
+
+def find_sharding(args: ViCuRConfig) -> Sharding | None:
+    """
+    What this process has been told by `accelerate launch`, or by its options.
+
+    Args:
+        args ([`ViCuRConfig`]):
+            Training configuration.
+
+    Returns:
+        `str` or `None`: `None` where each process has all weights to itself.
+    """
+    if is_deepspeed_zero3_enabled():
+        return "ZeRO-3"
+    if args.deepspeed_plugin is not None:
+        return "DeepSpeed"
+    if args.fsdp_plugin_args is not None:
+        return f"FSDP{args.fsdp_plugin_args['fsdp_version']}"
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
+    return None
+
+
+def check_sharding(sharding: Sharding | None, args: ViCuRConfig) -> None:
+    """
+    Check that weights in such shards can be trained.
+
+    Args:
+        sharding (`str`, *optional*):
+            What [`find_sharding`] returns.
+        args ([`ViCuRConfig`]):
+            Training configuration.
+
+    Raises:
+        `ValueError`: If they cannot.
+    """
+    if sharding == "ZeRO-3":
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 is not supported: losses and the teacher's copy would read shards of weights. "
+            "Use FSDP2 (examples/accelerate_configs/fsdp2.yaml), or ZeRO-2 where the models fit whole."
+        )
+    if sharding == "FSDP1":
+        raise ValueError(
+            "FSDP1 is not supported: ViCuRTrainer needs FSDP2. Set `fsdp_version: 2` in accelerate's config."
+        )
+    if sharding is not None and args.teacher_model_kind == "ema":
+        raise ValueError(
+            "`teacher_model_kind='ema'` exchanges the student's weights, which FSDP and DeepSpeed keep in "
+            "buffers of their own. Train with DDP, or choose `teacher_model_kind='base'` or `'live'`."
+        )
