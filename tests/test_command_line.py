@@ -6,6 +6,7 @@ import shlex
 import pytest
 import yaml
 from datasets import Dataset
+from scoring_server import ScoringServer
 from tiny_models import make_qwen3_vl, make_rows
 
 from trl_vicur.cli import COMMANDS, main
@@ -55,6 +56,65 @@ def test_help_of_a_command_has_examples_and_every_option_of_its_call(capsys, com
         assert not word.startswith("--") or f"\n  {word}" in text, word
 
 
+def test_help_tells_the_lines_of_a_default(capsys):
+    assert r"(default: {prompt}\n\n[Hint]: {privilege})" in " ".join(print_help(capsys, "train").split())
+
+
+# --- What no command understands ---
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["cues"], "there is no command 'cues', only cues generate, cues audit\n"),
+        (["cues", "make"], "there is no command 'cues make', only cues generate, cues audit\n"),
+        (["cue", "audit"], "there is no command 'cue', only train, doctor, cues generate, cues audit, heatmap, comp"),
+        (["train"], "the following arguments are required: --dataset_name/--dataset-name, --model_name_or_path"),
+        (["doctor", "--config"], "argument --config: expected one argument"),
+        (["train", "--config", "--use_cpu"], "argument --config: expected one argument"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_missing_is_said_with_the_usage(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("usage: trl-vicur") and message in printed
+
+
+@pytest.mark.parametrize("command", ["train", "doctor", "cues generate", "heatmap"])
+def test_a_file_of_options_that_is_no_yaml(tmp_path, capsys, command):
+    (tmp_path / "config.yaml").write_text("learning_rate: [1\nepsilon: }")
+    assert main([*command.split(), "--config", str(tmp_path / "config.yaml")]) == 1
+    printed = capsys.readouterr().err
+    assert "The file of `--config` is no YAML: while parsing" in printed and "config.yaml" in printed
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("rows.jsonl", b'{"prompt": "What?"}\n{"prompt": ', "cannot be read: JSON parse error"),
+        ("rows.csv", b"question,cue\na,b\na,b,c\n", "cannot be read: Error tokenizing data"),
+        ("rows.parquet", b"PAR1", "cannot be read: "),
+        ("rows.jsonl", b"", "is empty"),
+    ],
+)
+@pytest.mark.parametrize("command", ["doctor", "cues generate --output cues"])
+def test_a_damaged_file_of_rows(tmp_path, capsys, monkeypatch, model, command, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    assert main([*command.split(), "--model", model, "--dataset", name]) == 1
+    assert f"\ntrl-vicur: '{name}' {message}" in f"\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("command", ["doctor", "cues generate --output cues"])
+def test_a_model_that_there_is_not_is_named(tmp_path, capsys, monkeypatch, dataset, command):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), "--model", "nobody/nothing", "--dataset", dataset]) == 1
+    assert "trl-vicur: The model 'nobody/nothing' cannot be loaded: " in capsys.readouterr().err
+
+
 # --- Train; that it equals the example script stands in `test_example_scripts.py` ---
 
 
@@ -75,14 +135,52 @@ def test_train_refuses_options_before_it_launches(tmp_path, capfd, options, mess
     assert message in capfd.readouterr().err
 
 
-def test_train_ends_in_what_is_wrong_with_a_row(tmp_path, capfd, model, dataset):
+def run_train(tmp_path, model, dataset, *options) -> None:
+    arguments = ["--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", str(tmp_path / "student")]
+    small = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_steps", "1"]
+    small += ["--max_completion_length", "4", "--layer_interval", "2", "--bf16", "false", "--report_to", "none"]
+    main(["train", *arguments, *small, *options])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "Row 1 of train_dataset: `cue` is ''"),
+        (["--model_name_or_path", "nobody/nothing"], "The model 'nobody/nothing' cannot be loaded: "),
+        (["--missing_privilege", "none", "--resume_from_checkpoint", "true"], "`resume_from_checkpoint=True`, but "),
+        (["--missing_privilege", "none", "--resume_from_checkpoint", "gone"], "There is no checkpoint 'gone'."),
+    ],
+    ids=["row", "model", "no-checkpoint", "checkpoint"],
+)
+def test_train_ends_in_what_is_wrong(tmp_path, capfd, model, dataset, options, message):
     """In the process that `accelerate launch` starts, and without a traceback."""
-    options = ["--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", str(tmp_path / "student")]
+    Dataset.load_from_disk(dataset).select([0, 1, 2, 3]).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(SystemExit) as stop:
-        main(["train", *options, "--per_device_train_batch_size", "1", "--use_cpu", "--bf16", "false"])
+        run_train(tmp_path, model, str(tmp_path / "rows.parquet"), "--use_cpu", *options)
     printed = capfd.readouterr().err
     assert stop.value.code == 1 and "Traceback" not in printed
-    assert printed.splitlines()[-1].startswith("trl-vicur: Row 1 of train_dataset: `cue` is ''")
+    assert f"\ntrl-vicur: {message}" in printed
+
+
+def test_an_error_in_the_midst_of_training_has_its_traceback(tmp_path, capfd, model):
+    """Of a streamed row, which is looked at when it is trained on."""
+    Dataset.from_list([{**row, "cue": ""} for row in make_rows(2)]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(SystemExit):
+        run_train(tmp_path, model, str(tmp_path / "rows.parquet"), "--use_cpu", "--dataset_streaming", "true")
+    printed = capfd.readouterr().err
+    assert "Traceback" in printed and "ValueError: Streamed row 0: `cue` is ''" in printed
+
+
+@pytest.mark.parametrize("on_cpu", [["--use_cpu"], ["--cpu"]], ids=" ".join)
+def test_train_starts_as_many_processes_as_are_asked_for(tmp_path, capfd, model, on_cpu):
+    """On a CPU, where accelerate would start one; with nothing to say about what it was not told."""
+    Dataset.from_list(make_rows(2)).to_parquet(tmp_path / "rows.parquet")
+    options = ["--num_processes", "2", "--main_process_port", "0", "--logging_steps", "1"]
+    run_train(tmp_path, model, str(tmp_path / "rows.parquet"), *on_cpu, *options)
+    printed = capfd.readouterr()
+    assert "'epoch': '1'" in printed.out and "following values were not passed" not in printed.err
+    run_train(tmp_path, model, str(tmp_path / "rows.parquet"), "--use_cpu", "--resume_from_checkpoint", "True")
+    assert "following values were not passed" not in capfd.readouterr().err
 
 
 # --- Doctor ---
@@ -104,8 +202,8 @@ def test_doctor_reports_every_bad_row(capsys, model, dataset):
     [
         ({}, 1),
         ({"num_processes": 2}, 2),
-        ({"accelerate_config": "zero3"}, 8),
-        ({"accelerate_config": "zero3", "num_processes": 2}, 2),
+        ({"accelerate_config": "fsdp2"}, 8),
+        ({"accelerate_config": "fsdp2", "num_processes": 2}, 2),
         ({"accelerate_config": "single_gpu"}, 1),
     ],
 )
@@ -133,11 +231,51 @@ def test_doctor_takes_what_the_training_is_going_to_be_given(tmp_path, capsys, m
         (["--cue_column", "hint"], "train_dataset has no column `hint`"),
         (["--sink_token", "<|nothing|>"], "<|nothing|>"),
         (["--learning_rte", "1"], "knows all of these options: --learning_rte 1"),
+        (["--accelerate_config", "zero3"], "ZeRO-3 is not supported"),
+        (["--accelerate_config", "fsdp1"], "FSDP1 is not supported"),
+        (["--use_fsdp", "--num_processes", "2"], "FSDP1 is not supported"),
+        (["--accelerate_config", "fsdp2", "--teacher_model_kind", "ema"], "`teacher_model_kind='ema'` exchanges"),
+        (["--accelerate_config", "zero2", "--teacher_model_kind", "ema"], "`teacher_model_kind='ema'` exchanges"),
+        (["--teacher_model_name_or_path", "nobody/nothing"], "The model 'nobody/nothing' cannot be loaded: "),
+        (["--use_vllm", "true"], "`use_vllm=True` needs vLLM, which is not installed"),
+        (["--load_in_4bit", "true", "--train_base", "true"], "Quantized weights cannot be trained"),
+        (["--load_in_8bit", "true", "--cue_recovery", "false"], "Quantized weights cannot be trained"),
+        (["--teacher_model_server_url", "http://127.0.0.1:9"], "server at http://127.0.0.1:9 cannot be reached"),
     ],
 )
-def test_doctor_finds_what_the_trainer_would_refuse(capsys, model, dataset, options, message):
+def test_doctor_finds_what_the_trainer_would_refuse(capsys, monkeypatch, model, dataset, options, message):
+    monkeypatch.setattr("trl_vicur.trainer.vicur_trainer.is_vllm_available", lambda: False)
     assert main(["doctor", "--model", model, "--dataset", dataset, "--layer_interval", "2", *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_doctor_reads_the_file_of_deepspeed(tmp_path, capsys, model):
+    (tmp_path / "deepspeed.json").write_text('{"zero_optimization": {"stage": 3}}')
+    options = ["--use_deepspeed", "--deepspeed_config_file", str(tmp_path / "deepspeed.json")]
+    assert main(["doctor", "--model", model, *options]) == 1
+    assert "ZeRO-3 is not supported" in capsys.readouterr().err
+
+
+def test_doctor_misses_deepspeed(capsys, monkeypatch, model):
+    monkeypatch.setattr("trl_vicur.doctor.training.is_deepspeed_available", lambda: False)
+    assert main(["doctor", "--model", model, "--layer_interval", "2", "--accelerate_config", "zero2"]) == 1
+    assert "DeepSpeed is not installed. Install it with `pip install deepspeed`" in capsys.readouterr().err
+
+
+def test_doctor_compares_the_vocabularies_of_student_and_teacher(tmp_path, capsys, model):
+    make_qwen3_vl(vocab_size=300).save_pretrained(tmp_path)
+    options = ["--teacher_model_name_or_path", str(tmp_path)]
+    assert main(["doctor", "--model", model, "--layer_interval", "2", *options]) == 1
+    assert "vocab_size 263 but the teacher model has vocab_size 300" in capsys.readouterr().err
+
+
+def test_doctor_asks_the_server_of_the_teacher(capsys, model, dataset, processor):
+    """Its context is shorter than the student's, and too short for the rows."""
+    with ScoringServer(make_qwen3_vl(seed=5), processor, max_model_len=300) as server:
+        options = ["--teacher_model_server_url", server.url, "--dataset", dataset, "--max_completion_length", "280"]
+        assert main(["doctor", "--model", model, "--layer_interval", "2", *options]) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"context +299 tokens", printed) and "exceeds the model's context of 299 tokens" in printed
 
 
 def test_doctor_tells_about_this_machine(capsys):

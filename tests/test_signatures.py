@@ -1,4 +1,4 @@
-"""What we override in TRL, transformers and PEFT, or call of their insides, has the signature that we know."""
+"""What we override in TRL, transformers, PEFT and accelerate, or call of their insides, has the signature we know."""
 
 import ast
 import importlib
@@ -8,14 +8,17 @@ import pkgutil
 import textwrap
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType, ModuleType
 
+import torch
 from transformers import Trainer
 from trl import DistillationTrainer
 
 import trl_vicur
 
 
-LIBRARIES = ("trl", "transformers", "peft")
+LIBRARIES = ("trl", "transformers", "peft", "accelerate")
+WITH_PACKAGES_OF_THEIR_OWN = ("vllm", "lmms_eval")  # tested against these, by `.ci/vllm` and `.ci/lmms_eval`
 RECORD = Path(__file__).with_name("signatures.json")
 
 
@@ -34,18 +37,36 @@ def signature(function) -> str:
     return str(inspect.Signature(parameters))
 
 
-def own_classes_and_functions():
-    """Classes of the parts that build on the libraries, and the functions that they import from them, by name."""
+def own_classes_and_functions() -> tuple[dict[str, type], dict[str, FunctionType]]:
+    """Our classes, and the functions that we import from the libraries and TRL's methods that we call, by name."""
     classes, functions = {}, {}
     for info in pkgutil.walk_packages(trl_vicur.__path__, "trl_vicur."):
-        if info.name.split(".")[1] not in ("cue_recovery", "cues", "dataset_rows", "trainer"):
+        if info.name.split(".")[1] in WITH_PACKAGES_OF_THEIR_OWN:
             continue
-        for name, thing in vars(importlib.import_module(info.name)).items():
+        module = importlib.import_module(info.name)
+        for name, thing in vars(module).items():
             if inspect.isclass(thing) and library_of(thing) == "trl_vicur":
                 classes[thing.__qualname__] = thing
             elif inspect.isfunction(thing) and library_of(thing) in LIBRARIES:
                 functions[name] = thing
+        functions |= called_methods(module)
     return classes, functions
+
+
+def called_methods(module: ModuleType) -> dict[str, FunctionType]:
+    """Methods of the TRL classes that a module imports and does not subclass, as far as it names them."""
+    named = {node.attr for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Attribute)}
+    classes = [thing for thing in vars(module).values() if inspect.isclass(thing)]
+    methods = {}
+    for imported in classes:
+        is_base = any(imported in other.__mro__[1:] for other in classes)
+        if library_of(imported) != "trl" or is_base:
+            continue
+        names = {"forward"} if issubclass(imported, torch.autograd.Function) else named
+        for name in names & vars(imported).keys():
+            if inspect.isfunction(vars(imported)[name]):
+                methods[f"{imported.__qualname__}.{name}"] = vars(imported)[name]
+    return methods
 
 
 def inherited_names(own_class: type) -> set[str]:

@@ -108,9 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     if command is None:
         parser = make_parser()
         parser.parse_known_args(arguments)  # --help, --version and nothing at all end here
-        parser.error(
-            f"there is no command {' '.join(arguments[:2])!r}, only {', '.join(each.name for each in COMMANDS)}"
-        )
+        begun = [each.name for each in COMMANDS if each.name.startswith(f"{arguments[0]} ")]
+        written = " ".join(arguments[: 2 if begun else 1])
+        parser.error(f"there is no command {written!r}, only {', '.join(begun or [each.name for each in COMMANDS])}")
 
     try:
         module, _, function = command.function.partition(":")

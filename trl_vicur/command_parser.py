@@ -3,9 +3,13 @@
 import argparse
 import copy
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
 
+import yaml
 from trl import TrlParser
 
 
@@ -14,6 +18,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        if isinstance(action.default, str):  # lines are filled anew, and a default's own would be lost
+            action = copy.copy(action)
+            action.default = action.default.replace("\n", "\\n")
+        return super()._expand_help(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         # The parser takes every name with dashes as well, and argparse would write the value behind each of them
@@ -60,6 +70,21 @@ class CommandParser(TrlParser):
         self.add_argument(
             "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with any of these options."
         )
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, *flags: Any, **kwargs: Any) -> tuple:
+        """
+        As TRL's.
+
+        Raises:
+            `ValueError`: If the file is no YAML, or if it has options that there are not.
+        """
+        args = sys.argv[1:] if args is None else list(args)
+        if any(flag == "--config" and value.startswith("-") for flag, value in pairwise([*args, "-"])):
+            self.error("argument --config: expected one argument")
+        try:
+            return super().parse_args_and_config(args, *flags, **kwargs)
+        except yaml.YAMLError as error:
+            raise ValueError(f"The file of `--config` is no YAML: {error}") from error
 
     def show_first(self, title: str, names: Iterable[str]) -> None:
         """Lets the help show these options under a title of their own, before those that have none."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from .cues.dataset_folder import STATE
 from .cues.generate import STORE_NAME
@@ -28,19 +29,25 @@ def load_split(
             Whether rows are read when they are asked for. What `save_to_disk` left is read so in any case.
 
     Raises:
-        `ValueError`: If there is no such dataset or split.
+        `ValueError`: If there is no such dataset or split, or if a file is damaged.
     """
     path = Path(name)
     if (path / STORE_NAME).exists() and not (path / STATE).exists():
         raise ValueError(f"The generation of cues in {name!r} has not finished. Run its command again to finish it.")
     if (path / STATE).exists() or (path / "dataset_dict.json").exists():
         dataset = load_from_disk(name)
-    elif path.is_file():
-        if path.suffix not in FORMATS:
-            raise ValueError(f"{name!r} is none of the kinds of files that can be read: {', '.join(FORMATS)}.")
-        return load_dataset(FORMATS[path.suffix], data_files=name, split="train", streaming=streaming)
     else:
-        return load_dataset(name, config_name, split=split, streaming=streaming)
+        source = {"path": name, "name": config_name, "split": split}
+        if path.is_file():
+            if path.suffix not in FORMATS:
+                raise ValueError(f"{name!r} is none of the kinds of files that can be read: {', '.join(FORMATS)}.")
+            if path.stat().st_size == 0:
+                raise ValueError(f"{name!r} is empty. Write it again.")
+            source = {"path": FORMATS[path.suffix], "data_files": name, "split": "train"}
+        try:
+            return load_dataset(**source, streaming=streaming)
+        except (DatasetGenerationError, ValueError) as error:
+            raise ValueError(f"{name!r} cannot be read: {error.__cause__ or error}") from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise ValueError(f"{name!r} has no split {split!r}, only {list(dataset)}. Choose one of them.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from PIL import Image
 
 from ..dataset_rows import control_token_pattern, message_texts, shorten
+from ..model_loading import naming_model
 
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class TransformersGenerator:
 
     Raises:
         `ValueError`: If an option is out of its range, or a loaded model comes without its processor.
+        `OSError`: If there is no such model.
     """
 
     def __init__(
@@ -127,9 +129,10 @@ class TransformersGenerator:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         name = model if isinstance(model, str) else model.config._name_or_path
         if isinstance(model, str):
-            processing_class = processing_class or AutoProcessor.from_pretrained(model, revision=revision)
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-            model = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=dtype).to(device)
+            with naming_model(name):
+                processing_class = processing_class or AutoProcessor.from_pretrained(model, revision=revision)
+                model = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=dtype).to(device)
         elif processing_class is None:
             raise ValueError(
                 "`processing_class` must be given with a loaded model; only with a name it is loaded too."

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ..command_parser import CommandParser
 from ..cue_recovery import CueRecoveryConfig
 from ..dataset_rows import read_image
+from ..model_loading import naming_model
 from .plot import Figure, plot_sink_attention
 
 
@@ -52,8 +53,9 @@ def heatmap(arguments: list[str]) -> None:
     check_adapter(args.adapter)
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(args.model, revision=args.revision)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, revision=args.revision, dtype=args.dtype)
+    with naming_model(args.model):
+        processor = AutoProcessor.from_pretrained(args.model, revision=args.revision)
+        model = AutoModelForImageTextToText.from_pretrained(args.model, revision=args.revision, dtype=args.dtype)
     model = PeftModel.from_pretrained(model.to(device), args.adapter).eval()
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": args.question}]
     figure = plot_sink_attention(model, processor, [{"role": "user", "content": content}])
