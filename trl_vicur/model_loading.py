@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -20,3 +21,8 @@ def naming_model(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise OSError(f"The model {name!r} cannot be loaded: {error}") from error
+
+
+def hub_model_name(name: str | None) -> str | None:
+    """A model's id, unless it is a folder on this machine."""
+    return None if not name or Path(name).is_dir() or Path(name).is_absolute() else name

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import CueRecoveryConfig
 from .layer import CueRecoveryContext, CueRecoveryLayer
+from .merged_card import complete_merged_card
 
 
 # Layers in which a token sees a limited number of the tokens before it, as transformers names them
@@ -275,6 +276,7 @@ class CueRecoveryModel(LoraModel):
         model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         if merge:
             model.save_pretrained = self._save_merged
+            model._upload_modified_files = self._upload_merged
             warnings.warn(
                 "The LoRA weights were merged. The recovery module is attention over the image and cannot be merged "
                 "into weights, so it stays in the returned model, which gives the same outputs as the adapter. Its "
@@ -326,6 +328,11 @@ class CueRecoveryModel(LoraModel):
             folder = Path(save_directory, MERGED_SUBFOLDER, "" if adapter_name == "default" else adapter_name)
             config.save_pretrained(folder)
             save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _upload_merged(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """The last step of a merged model's `push_to_hub`, which has put an empty form in the card's place."""
+        complete_merged_card(Path(working_dir, "README.md"), repo_id, self.model.name_or_path, MERGED_SUBFOLDER)
+        return type(self.model)._upload_modified_files(self.model, working_dir, repo_id, *args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("Recovery modules cannot be averaged: attention is not linear in its weights.")

@@ -136,8 +136,9 @@ class TrainingCheck:
         self.sharding = launch_plan.sharding or find_sharding(training_args)
         name, revision = model_args.model_name_or_path, model_args.model_revision
         with naming_model(name):
-            self.config = AutoConfig.from_pretrained(name, revision=revision)
-            self.processor = AutoProcessor.from_pretrained(name, revision=revision)
+            options = {"revision": revision, "trust_remote_code": training_args.trust_remote_code}
+            self.config = AutoConfig.from_pretrained(name, **options)
+            self.processor = AutoProcessor.from_pretrained(name, **options)
         self.peft_config = make_peft_config(model_args, recovery_args)
         self.datasets = {} if script_args.dataset_name is None else load_datasets(script_args, training_args)
         teacher = training_args.teacher_model_name_or_path

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment, StrictUndefined
 from transformers.utils import ADAPTER_CONFIG_NAME
 
+from ..model_loading import hub_model_name
 from .vicur_config import ViCuRConfig
 
 
@@ -71,7 +72,15 @@ The recovery module reads the image in the prefill, all of it at once; inference
 leave it out. vLLM knows it where trl-vicur is installed (Qwen3-VL and Qwen2.5-VL):
 
 ```bash
-vllm serve {{ base_model or 'path/to/its/base-model' }} --hf-overrides '{"cue_recovery": "{{ model_id }}"}'
+vllm serve {{ base_model or 'path/to/its/base-model' }} --max-model-len {{ max_model_len }} \\
+    --hf-overrides '{"cue_recovery": "{{ model_id }}"}'
+```
+
+{% elif not is_adapter %}
+vLLM serves it as any model of its family:
+
+```bash
+vllm serve {{ model_id }} --max-model-len {{ max_model_len }}
 ```
 
 {% endif %}
@@ -113,6 +122,7 @@ def complete_model_card(
     dataset_name: str | None,
     settings: list[tuple[str, object]],
     measured: list[tuple[str, tuple[int, float], tuple[int, float]]],
+    max_model_len: int,
     is_adapter: bool,
     is_recovery: bool,
 ) -> None:
@@ -134,6 +144,8 @@ def complete_model_card(
             The main settings of the training, by name.
         measured (`list[tuple[str, tuple[int, float], tuple[int, float]]]`):
             What was measured, by name: step and value where it was first logged, and where it was last.
+        max_model_len (`int`):
+            Tokens of prompt and completion that it is to be served for.
         is_adapter (`bool`):
             Whether the model is a PEFT adapter.
         is_recovery (`bool`):
@@ -149,6 +161,7 @@ def complete_model_card(
         model_id=model_id or model_name,
         base_model=base_model,
         dataset_name=dataset_name,
+        max_model_len=max_model_len,
         is_adapter=is_adapter,
         is_recovery=is_recovery,
     )
@@ -184,11 +197,15 @@ def training_settings(args: ViCuRConfig, teacher: str, adapter: dict[str, object
     settings |= {
         "learning rate": args.learning_rate,
         "prompts per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "training": f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
+        "training": _plural(args.max_steps, "step") if args.max_steps > 0 else _plural(args.num_train_epochs, "epoch"),
         "temperature of rollouts": args.temperature,
         "longest completion": f"{args.max_completion_length} tokens",
     }
     return list(settings.items())
+
+
+def _plural(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def measured_metrics(log_history: list[dict[str, float]]) -> list[tuple[str, tuple[int, float], tuple[int, float]]]:
@@ -221,18 +238,15 @@ def hub_dataset_name(dataset: Dataset | IterableDataset | None, name: str | None
     return names.pop() if len(names) == 1 else None
 
 
-def hub_model_name(name: str | None) -> str | None:
-    """A model's id, unless it is a folder on this machine."""
-    return None if not name or Path(name).is_dir() or Path(name).is_absolute() else name
-
-
 def remove_local_base_model(directory: str) -> None:
-    """Forget, in a saved adapter's config, the path of a base model on this machine; it would lead nowhere else."""
-    path = Path(directory, ADAPTER_CONFIG_NAME)
-    if path.is_file():
+    """Forget, in saved adapters' configs, the path of a base model on this machine; it would lead nowhere else."""
+    # PEFT saves an adapter of another name than "default" into a folder of its name
+    for path in [*Path(directory).glob(ADAPTER_CONFIG_NAME), *Path(directory).glob(f"*/{ADAPTER_CONFIG_NAME}")]:
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = hub_model_name(config["base_model_name_or_path"])
-        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        base_model = hub_model_name(config["base_model_name_or_path"])
+        if config["base_model_name_or_path"] != base_model:
+            config["base_model_name_or_path"] = base_model
+            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def ignore_training_files(directory: str) -> None:

@@ -36,7 +36,7 @@ from trl.trainer.utils import get_config_model_id, pad
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
 from ..cue_recovery.model import visual_token_ids
 from ..dataset_rows import read_image, read_video, row_images, row_videos
-from ..model_loading import naming_model
+from ..model_loading import hub_model_name, naming_model
 from ..teacher_prompt import add_privilege, hint_marker
 from .blank_image import BlankImageRow
 from .checkpoints import (
@@ -65,12 +65,12 @@ from .losses import (
 from .model_card import (
     complete_model_card,
     hub_dataset_name,
-    hub_model_name,
     ignore_training_files,
     measured_metrics,
     remove_local_base_model,
     training_settings,
 )
+from .model_upload import ModelUpload
 from .privilege import get_privilege
 from .sharding import Sharding, check_sharding, find_sharding
 from .teacher_server import ScoringRequest, TeacherServer
@@ -285,6 +285,7 @@ class ViCuRTrainer(DistillationTrainer):
         # Advantages before their clip, `(tokens,)` each, of the micro-batches that the next histogram is made of
         self._advantages: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self.add_callback(CollapseCallback(self))
+        self.model._upload_modified_files = ModelUpload(self)
 
     @staticmethod
     def check_arguments(
@@ -947,6 +948,7 @@ class ViCuRTrainer(DistillationTrainer):
             dataset_name=dataset_name,
             settings=training_settings(self.args, teacher, what_trains),
             measured=measured_metrics(self.state.log_history),
+            max_model_len=min(16384, self.model.config.get_text_config().max_position_embeddings),
             is_adapter=peft_config is not None,
             is_recovery=is_recovery,
         )
@@ -955,11 +957,31 @@ class ViCuRTrainer(DistillationTrainer):
         super()._save(output_dir, state_dict)
         output_dir = self.args.output_dir if output_dir is None else output_dir
         if self.is_world_process_zero():
-            remove_local_base_model(output_dir)
-            # In place of the form that PEFT leaves there to be filled in
-            self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
-            card = Path(self.args.output_dir, "README.md")
-            Path(output_dir, "README.md").write_bytes(card.read_bytes())
+            ignore_training_files(output_dir)
+            self.complete_model(output_dir, self.hub_model_id)
+
+    def complete_model(self, directory: str, model_id: str | None = None, tags: list[str] | None = None) -> None:
+        """
+        Make of a saved model one that may leave this machine: without a path on it, and with the trainer's card, in
+        place of the form that PEFT and transformers leave there to be filled in.
+
+        Args:
+            directory (`str`):
+                Where the model is saved.
+            model_id (`str`, *optional*):
+                Its id on the Hub, if it has one.
+            tags (`list[str]`, *optional*):
+                Further tags of the card.
+        """
+        remove_local_base_model(directory)
+        hub_model_id, self.hub_model_id = self.hub_model_id, model_id
+        try:
+            name = Path(model_id or self.args.hub_model_id or self.args.output_dir).name
+            self.create_model_card(model_name=name, tags=tags)
+        finally:
+            self.hub_model_id = hub_model_id
+        card = Path(self.args.output_dir, "README.md").read_bytes()
+        Path(directory, "README.md").write_bytes(card)
 
     def init_hf_repo(self, *args, **kwargs) -> None:  # transformers 5.16 has no `private` yet
         super().init_hf_repo(*args, **kwargs)

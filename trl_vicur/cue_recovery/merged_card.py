@@ -1,0 +1,62 @@
+"""The card of a merged model, which says how to load it with its recovery module."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from ..model_loading import hub_model_name
+
+
+FORM = "[More Information Needed]"  # in what transformers leaves to be filled in
+
+INTRODUCTION = """
+# Model Card for {name}
+
+This model is {base}, trained by visual-cue-recovery distillation
+([ViCuR](https://huggingface.co/papers/2606.05718)) with [trl-vicur](https://pypi.org/project/trl-vicur).
+"""
+
+SECTION = """
+## The recovery module
+
+LoRA is merged into the weights. The cue recovery module is attention over the image and cannot become a weight: it is
+an adapter, in the folder `{subfolder}`. Without it the model is the backbone alone. With it, after
+`pip install trl-vicur`:
+
+```python
+import trl_vicur  # tells PEFT what this adapter is
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+model = AutoModelForImageTextToText.from_pretrained("{model_id}", dtype="auto", device_map="auto")
+model = PeftModel.from_pretrained(model, "{model_id}", subfolder="{subfolder}")
+```
+"""
+
+
+def complete_merged_card(path: Path, model_id: str, base_model: str | None, subfolder: str) -> None:
+    """
+    Say in a card where the recovery module is. A form that nobody has filled in is replaced.
+
+    Args:
+        path (`Path`):
+            The card, a `README.md`.
+        model_id (`str`):
+            Id of the model on the Hub.
+        base_model (`str`, *optional*):
+            Name of the model that was trained; a path on this machine is not told.
+        subfolder (`str`):
+            Folder of the module within the model's.
+    """
+    card = ModelCard.load(path)
+    section = SECTION.format(model_id=model_id, subfolder=subfolder)
+    if FORM in card.text:
+        base_model = hub_model_name(base_model)
+        base = "a model" if base_model is None else f"[{base_model}](https://huggingface.co/{base_model})"
+        card.text = INTRODUCTION.format(name=Path(model_id).name, base=base)
+        card.data.base_model = base_model
+        card.data.pipeline_tag = "image-text-to-text"
+    if section not in card.text:
+        card.text += section
+    card.data.tags = sorted({*(card.data.tags or []), "vicur"})
+    card.save(path)
