@@ -2,6 +2,7 @@
 
 import math
 
+import bitsandbytes
 import pytest
 import torch
 from datasets import Dataset
@@ -19,6 +20,12 @@ QUANTIZATIONS = {
     "int8": BitsAndBytesConfig(load_in_8bit=True),
 }
 every_quantization = pytest.mark.parametrize("quantization_config", QUANTIZATIONS.values(), ids=QUANTIZATIONS)
+
+
+@pytest.fixture(autouse=True)
+def same_kernels_on_every_cpu(monkeypatch):
+    """Processors with AVX-512 have a kernel of 4-bit products of their own, for widths that are multiples of 32."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
 
 
 @pytest.fixture(scope="module")
