@@ -30,6 +30,7 @@ from transformers import AutoProcessor, ProcessorMixin, Qwen3VLForConditionalGen
 
 from trl_vicur.cues import CuePrompt, TransformersGenerator, audit_cues, generate_cues
 from trl_vicur.cues.audit_summary import summarize_audit
+from trl_vicur.trainer.vision_features import lend_features, split_by_sample
 
 
 # The package's own prompt is longer than this model's context
@@ -54,21 +55,19 @@ def train_generator(
     model.model.visual.requires_grad_(False)
     with torch.no_grad():
         features = model.model.get_image_features(**pixels)
+    features_by_image = split_by_sample(features, [len(image) for image in features.pooler_output])
 
     def compute_loss():
         batch = random.choices(range(len(images)), k=batch_size)
         lessons = [(PROMPT.user.replace("{question}", random.choice(questions)), scenes[index].cue) for index in batch]
         inputs = encode_lessons(lessons, processor, with_image=True)
-        batch_features = type(features)(
-            pooler_output=[features.pooler_output[index] for index in batch],
-            deepstack_features=[[layer[index] for index in batch] for layer in features.deepstack_features],
-        )
-        return model(
-            **inputs,
-            mm_encoder_outputs={"image": batch_features},
-            image_grid_thw=pixels["image_grid_thw"][batch],
-            mm_token_type_ids=(inputs["input_ids"] == processor.image_token_id).int(),
-        ).loss
+        with lend_features(model, {"image": [features_by_image[index] for index in batch]}):
+            return model(
+                **inputs,
+                pixel_values=pixels["pixel_values"],
+                image_grid_thw=pixels["image_grid_thw"][batch],
+                mm_token_type_ids=(inputs["input_ids"] == processor.image_token_id).int(),
+            ).loss
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model, fit(parameters, compute_loss, steps, 5e-4, "Generator")

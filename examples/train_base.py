@@ -51,6 +51,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
     get_cosine_schedule_with_warmup,
 )
+from transformers.utils.versions import require_version
 
 
 ALL_SCENES = [Scene(color, shape) for color in COLORS for shape in SHAPES]
@@ -336,6 +337,7 @@ def main() -> None:
     parser.add_argument("--reading_steps", type=int, default=2600)
     parser.add_argument("--words_steps", type=int, default=700)
     args = parser.parse_args()
+    require_version("transformers>=5.18", "Earlier releases do not read `mm_encoder_outputs`.")
     datasets.disable_progress_bars()
     random.seed(args.seed)
     torch.manual_seed(args.seed)

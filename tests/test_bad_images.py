@@ -69,6 +69,10 @@ def transparent(mode: str) -> Image.Image:
     """The left half is red; of the right half nothing is to be seen."""
     image = Image.new("RGBA", (64, 64), "red")
     image.paste((0, 0, 0, 0), (32, 0, 64, 64))
+    if mode == "PA":  # Pillow converts only the colours before its version 12
+        palette = image.convert("P")
+        palette.putalpha(image.getchannel("A"))
+        return palette
     return image.convert(mode)
 
 
@@ -132,7 +136,7 @@ ACCEPTED = {
     "rgba-webp": (data(encoded(transparent("RGBA"), "WEBP", lossless=True)), HALF_RED),
     "premultiplied": (value(transparent("RGBA").convert("RGBa")), HALF_RED),
     "grey-with-alpha": (value(transparent("LA")), ImageOps.grayscale(HALF_RED).convert("RGB")),
-    "palette-with-alpha": (value(transparent("RGBA").convert("PA")), HALF_RED),
+    "palette-with-alpha": (value(transparent("PA")), HALF_RED),
     "palette-with-transparency": (data(encoded(transparent("RGBA"), "GIF")), HALF_RED),
     "transparent-colour": (data(encoded(transparent("RGB"), "PNG", **BLACK_IS_TRANSPARENT)), HALF_RED),
     "transparent-grey": (

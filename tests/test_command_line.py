@@ -94,7 +94,7 @@ def test_a_file_of_options_that_is_no_yaml(tmp_path, capsys, command):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("rows.jsonl", b'{"prompt": "What?"}\n{"prompt": ', "cannot be read: JSON parse error"),
+        ("rows.jsonl", b'{"prompt": "What?"}\n{"prompt": ', "cannot be read: "),
         ("rows.csv", b"question,cue\na,b\na,b,c\n", "cannot be read: Error tokenizing data"),
         ("rows.parquet", b"PAR1", "cannot be read: "),
         ("rows.jsonl", b"", "is empty"),

@@ -5,6 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from test_cue_recovery import batch, conversations, logits
 from test_trainer import logprobs_alone, make_config, make_rows, make_trainer, row_of, train_logs, weights
@@ -195,6 +197,8 @@ def test_a_row_with_a_blank_image_changes_no_other_row(family):
         together = logits(model, {"input_ids": input_ids, "attention_mask": attention_mask, **others})
     torch.testing.assert_close(together[:-1, -expected.shape[1] :], expected, rtol=1e-3, atol=1e-4)
     (features,) = recorded["image"]
+    if family in ("gemma4", "idefics3", "smolvlm") and Version(transformers.__version__) < Version("5.18"):
+        return  # they do not return their features for each visual token, and encode as ever
     assert split_by_sample(features, [0, 0, blank.num_image_tokens]) is not None
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate.commands.config.config_args import load_config_from_file
 from distributed_runs import RUNS, train
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import encode, make_image, make_qwen3_vl, user
@@ -21,6 +23,9 @@ import trl_vicur
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "accelerate_configs"
+# On CPUs, transformers before 5.18 has the optimizer's state loaded onto "cpu:0", which torch does not know
+CAN_RESUME = Version(transformers.__version__) >= Version("5.18")
+DDP = [name for name in RUNS if CAN_RESUME or not name.startswith("resumed")]
 SHARDED = [name for name in RUNS if name not in ("ema_teacher", "videos")]
 
 
@@ -62,7 +67,7 @@ def launch(config: str, models: Path, output: Path, runs: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def ddp(models, tmp_path_factory):
-    return launch("multi_gpu.yaml", models, tmp_path_factory.mktemp("ddp"), list(RUNS))
+    return launch("multi_gpu.yaml", models, tmp_path_factory.mktemp("ddp"), DDP)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def check_same_training(expected: Path, actual: Path) -> None:
     torch.testing.assert_close(load_file(actual / file), load_file(expected / file), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", DDP)
 def test_ddp_trains_as_one_process(one_process, ddp, run):
     check_same_training(one_process / run, ddp / run)
 

@@ -62,7 +62,7 @@ GRID = {
     "lora-merger+module": Cell(trains="lora_and_merger", learning_rates=ADAPTER_RATES),
     "lora-merger-answer": Cell("answer", module=False, trains="lora_and_merger", learning_rates=ADAPTER_RATES),
     # Objectives
-    "sampled-token": Cell(objective="sampled_token"),
+    "sampled-token": Cell(objective="sampled_token", learning_rates=(5e-5, 1.5e-4, 5e-4)),
     "reverse-kl": Cell(objective="reverse_kl"),
     # Teachers
     "ema-teacher": Cell(teacher="ema"),

@@ -1061,8 +1061,9 @@ class ViCuRTrainer(DistillationTrainer):
         epochs_trained, steps_trained_in_current_epoch = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        # Its path was left out, or the folder has been moved since
-        if self.state.best_model_checkpoint is None and self.state.best_global_step:
+        # Its path was left out, or the folder has been moved since (which transformers 5.16 does not notice)
+        best = self.state.best_model_checkpoint
+        if self.state.best_global_step and not (best and Path(best).is_dir()):
             best = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
         # TRL starts counting anew, with no rollouts, and its sampler with the order of the first epoch
