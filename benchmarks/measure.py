@@ -53,12 +53,24 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def alternate(sides: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+def wall_seconds(function: Callable[[], Any]) -> float:
+    """Time of one call by the clock on the wall, where other processes do the work."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alternate(
+    sides: dict[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 1,
+    time_call: Callable[[Callable[[], Any]], float] = seconds,
+) -> dict[str, list[float]]:
     """Seconds of each side's calls. The sides take turns, each turn in the opposite order of the one before."""
     times = {name: [] for name in sides}
     for repeat in range(-warmup, repeats):
         for name in list(sides) if repeat % 2 == 0 else reversed(sides):
-            elapsed = seconds(sides[name])
+            elapsed = time_call(sides[name])
             if repeat >= 0:
                 times[name].append(elapsed)
     return times

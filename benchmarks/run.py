@@ -8,7 +8,7 @@ They run on a GPU where there is one.
 """
 
 import argparse
-import importlib
+import importlib.util
 import subprocess
 import sys
 
@@ -16,7 +16,9 @@ from measure import save
 
 
 # Modules of this folder. Each has `run(quick) -> dict` and `plot(results) -> Figure`
-BENCHMARKS = ("cue_recovery", "loss", "vision_sharing", "step_time", "growth", "cost_model", "cue_generation")
+BENCHMARKS = ["cue_recovery", "loss", "vision_sharing", "step_time", "growth", "cost_model", "cue_generation"]
+if importlib.util.find_spec("vllm"):  # in an environment of its own
+    BENCHMARKS.append("vllm_rollout")
 
 
 def main() -> None:
