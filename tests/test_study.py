@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from peft import get_peft_model
 from PIL import Image, ImageDraw
 from tiny_models import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from trl_vicur.cue_recovery import SinkCrossAttention
 from trl_vicur.cues import audit_cue
 from trl_vicur.dataset_rows import row_images
 
@@ -215,6 +217,18 @@ def study(tmp_path_factory):
     result = subprocess.run([sys.executable, str(STUDY / "run.py"), *arguments, *cell], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, arguments
+
+
+@pytest.mark.parametrize("name", [name for name, cell in cells.GRID.items() if cell.module])
+def test_every_module_of_the_grid_fits_its_base(name):
+    cell, domain = cells.GRID[name]._replace(sink_token="first"), domains.DOMAINS["easy_vqa"]  # no tokenizer here
+    model = AutoModelForImageTextToText.from_pretrained(domain.base)
+    whole_size = model.num_parameters()
+    model = get_peft_model(model, run.peft_config(cell, domain))
+    layers = {module for module in model.modules() if isinstance(module, SinkCrossAttention)}
+    assert len(layers) == (1 if cell.one_layer else 2)
+    added = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    assert (added < 0.01 * whole_size) == (cell.bottleneck_size == cells.BOTTLENECK)
 
 
 def test_cell_leaves_one_file_with_all_that_the_tables_need(study):

@@ -27,7 +27,7 @@ from cells import GRID, Cell, objective_options
 from datasets import Dataset, disable_progress_bars
 from domains import DOMAINS, STUDY, Domain, evaluate, rows_domain, shortened
 from peft import LoraConfig
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
@@ -36,8 +36,6 @@ from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
 NUM_CURVE_POINTS = 4
 # GRPO's group; it has as many rollouts per step as the others, of fewer prompts
 NUM_GENERATIONS = 4
-# An interval longer than any decoder leaves the first layer
-ONE_LAYER = 1000
 # Linear layers of Qwen3-VL's text decoder and of the mergers between vision tower and decoder
 TEXT_LINEAR = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 MERGER_LINEAR = r".*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc\d"
@@ -65,8 +63,11 @@ def peft_config(cell: Cell, domain: Domain) -> CueRecoveryConfig | Any | None:
         targets = TEXT_LINEAR if cell.trains == "lora" else f"{TEXT_LINEAR}|{MERGER_LINEAR}"
         lora = {"r": 16, "lora_alpha": 32, "target_modules": targets}
     if cell.module:
+        layer_interval = domain.layer_interval
+        if cell.one_layer:
+            layer_interval = AutoConfig.from_pretrained(domain.base).get_text_config().num_hidden_layers
         return CueRecoveryConfig(
-            layer_interval=ONE_LAYER if cell.one_layer else domain.layer_interval,
+            layer_interval=layer_interval,
             sink_token=cell.sink_token,
             num_heads=cell.num_heads,
             bottleneck_size=cell.bottleneck_size,
