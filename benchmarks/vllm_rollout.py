@@ -13,6 +13,7 @@ and chunked prefill.
 import os
 from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -93,15 +94,15 @@ def measure(config: dict[str, Any], repeats: int) -> dict[str, Any]:
     ours, plain, transformers = sides
     rollout, prefill = results["rollout"], results["prefill"]
     tokens = PROMPTS * NEW_TOKENS
-    summary = {
-        "tokens_per_second": {name: [tokens / seconds for seconds in rollout[name]] for name in sides},
+    rates = {name: [tokens / seconds for seconds in rollout[name]] for name in sides}
+    ratios = {
         "throughput_over_plain": ratio(rollout[plain], rollout[ours]),
         "throughput_over_transformers": ratio(rollout[transformers], rollout[ours]),
         "prefill_over_plain": ratio(prefill[ours], prefill[plain]),
     }
-    for name, value in list(summary.items())[1:]:
+    for name, value in ratios.items():
         print(f"{name}: {value['median']:.3f} ({value['lowest']:.3f} - {value['highest']:.3f})", flush=True)
-    return {**results, **summary}
+    return {**results, "tokens_per_second": rates, **ratios}
 
 
 def plot(results: dict[str, Any]) -> Figure:
@@ -109,10 +110,8 @@ def plot(results: dict[str, Any]) -> Figure:
     for axes, (name, measured) in zip(
         figure.subplots(1, len(results["models"]), squeeze=False)[0], results["models"].items(), strict=True
     ):
-        rates = {side: sorted(values) for side, values in measured["tokens_per_second"].items()}
-        medians = [values[len(values) // 2] for values in rates.values()]
-        labels = [side.replace(" with", "\nwith") for side in rates]
-        bars = axes.bar(labels, medians, color=["C0", "0.7", "0.85"])
+        rates = {side.replace(" with", "\nwith"): median(v) for side, v in measured["tokens_per_second"].items()}
+        bars = axes.bar(rates.keys(), rates.values(), color=["C0", "0.7", "0.85"])
         axes.bar_label(bars, fmt="{:.0f}")
         axes.set_title(f"{name}: tokens per second", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)

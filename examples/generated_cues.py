@@ -25,12 +25,11 @@ from easy_vqa_dataset import evaluate, load_easy_vqa
 from quickstart import BASE, NUM_TEST_QUESTIONS, TRAINING, load_base, train
 from rich.console import Console
 from rich.table import Table
-from train_base import encode_lessons, fit, unique_images
+from train_base import encode_images, fit, loss_on_images, unique_images
 from transformers import AutoProcessor, ProcessorMixin, Qwen3VLForConditionalGeneration
 
 from trl_vicur.cues import CuePrompt, TransformersGenerator, audit_cues, generate_cues
 from trl_vicur.cues.audit_summary import summarize_audit
-from trl_vicur.trainer.vision_features import lend_features, split_by_sample
 
 
 # The package's own prompt is longer than this model's context
@@ -54,20 +53,12 @@ def train_generator(
     # The eyes are good; it is the words for what they see that are missing
     model.model.visual.requires_grad_(False)
     with torch.no_grad():
-        features = model.model.get_image_features(**pixels)
-    features_by_image = split_by_sample(features, [len(image) for image in features.pooler_output])
+        features = encode_images(model, pixels)
 
     def compute_loss():
         batch = random.choices(range(len(images)), k=batch_size)
         lessons = [(PROMPT.user.replace("{question}", random.choice(questions)), scenes[index].cue) for index in batch]
-        inputs = encode_lessons(lessons, processor, with_image=True)
-        with lend_features(model, {"image": [features_by_image[index] for index in batch]}):
-            return model(
-                **inputs,
-                pixel_values=pixels["pixel_values"],
-                image_grid_thw=pixels["image_grid_thw"][batch],
-                mm_token_type_ids=(inputs["input_ids"] == processor.image_token_id).int(),
-            ).loss
+        return loss_on_images(model, processor, lessons, batch, pixels, features)
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model, fit(parameters, compute_loss, steps, 5e-4, "Generator")

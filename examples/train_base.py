@@ -51,7 +51,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
     get_cosine_schedule_with_warmup,
 )
-from transformers.utils.versions import require_version
+
+from trl_vicur.trainer.vision_features import lend_features, split_by_sample
 
 
 ALL_SCENES = [Scene(color, shape) for color in COLORS for shape in SHAPES]
@@ -276,6 +277,31 @@ def encode_lessons(
     return {"input_ids": input_ids, "attention_mask": (input_ids != tokenizer.pad_token_id).long(), "labels": labels}
 
 
+def encode_images(model: Qwen3VLForConditionalGeneration, pixels: dict[str, torch.Tensor]) -> list[dict]:
+    """The features of each image."""
+    features = model.model.get_image_features(**pixels)
+    return split_by_sample(features, [len(image) for image in features.pooler_output])
+
+
+def loss_on_images(
+    model: Qwen3VLForConditionalGeneration,
+    processor: Qwen3VLProcessor,
+    lessons: list[tuple[str, str]],
+    shown: list[int],
+    pixels: dict[str, torch.Tensor],
+    features: list[dict],
+) -> torch.Tensor:
+    """The loss on lessons, each with the image at an index of `shown`, of which the features are known."""
+    inputs = encode_lessons(lessons, processor, with_image=True)
+    with lend_features(model, {"image": [features[index] for index in shown]}):
+        return model(
+            **inputs,
+            pixel_values=pixels["pixel_values"],
+            image_grid_thw=pixels["image_grid_thw"][shown],
+            mm_token_type_ids=(inputs["input_ids"] == processor.image_token_id).int(),
+        ).loss
+
+
 def train_reading(
     model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, steps: int, batch_size: int = 32
 ) -> float:
@@ -311,17 +337,8 @@ def train_words(
         batch = random.choices(range(len(images)), k=batch_size)
         kinds = random.choices(["plain", "cue", "answer"], weights=[0.2, 0.5, 0.3], k=batch_size)
         lessons = [make_lesson(kind, scenes[index], questions) for kind, index in zip(kinds, batch, strict=True)]
-        inputs = encode_lessons(lessons, processor, with_image=True)
         # There are fewer images than lessons, so each image is seen once and its features shared.
-        features = model.model.get_image_features(**pixels)
-        features.pooler_output = [features.pooler_output[index] for index in batch]
-        features.deepstack_features = [[layer[index] for index in batch] for layer in features.deepstack_features]
-        return model(
-            **inputs,
-            mm_encoder_outputs={"image": features},
-            image_grid_thw=pixels["image_grid_thw"][batch],
-            mm_token_type_ids=(inputs["input_ids"] == processor.image_token_id).int(),
-        ).loss
+        return loss_on_images(model, processor, lessons, batch, pixels, encode_images(model, pixels))
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss = fit(parameters, compute_loss, steps, 5e-4, "Words  ")
@@ -337,7 +354,6 @@ def main() -> None:
     parser.add_argument("--reading_steps", type=int, default=2600)
     parser.add_argument("--words_steps", type=int, default=700)
     args = parser.parse_args()
-    require_version("transformers>=5.18", "Earlier releases do not read `mm_encoder_outputs`.")
     datasets.disable_progress_bars()
     random.seed(args.seed)
     torch.manual_seed(args.seed)

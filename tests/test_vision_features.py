@@ -86,7 +86,8 @@ def test_encodings_with_a_stronger_teacher(tmp_path, processor):
     ],
 )
 def test_sharing_changes_nothing(tmp_path, family, peft_config, arguments):
-    """Rows with none, one and two images, shuffled and split into micro-batches.
+    """
+    Rows with none, one and two images, shuffled and split into micro-batches.
 
     In float64: more images at once may be rounded otherwise, and Adam makes a step of the smallest gradient.
     """

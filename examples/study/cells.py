@@ -10,7 +10,7 @@ class Cell(NamedTuple):
     Args:
         privilege: What the teacher sees; `"reward"` is no teacher, but TRL's GRPO with the right answer as reward.
         module: Whether the student has the recovery module.
-        teacher: The frozen base, the average of the student, or a base whose eyes have better words.
+        teacher: The frozen base, the average of the student, or the model of `--stronger_teacher`.
         objective: Forward or reverse KL over the vocabulary, or the paper's sampled token.
         sink_token: As in `CueRecoveryConfig`.
         num_heads: As in `CueRecoveryConfig`.
