@@ -29,6 +29,7 @@ import geometry  # noqa: E402
 import interventions  # noqa: E402
 import run  # noqa: E402
 import summary  # noqa: E402
+import wrong_evidence  # noqa: E402
 
 
 # --- Bases with an attention sink ---
@@ -225,10 +226,12 @@ def test_every_module_of_the_grid_fits_its_base(name):
     model = AutoModelForImageTextToText.from_pretrained(domain.base)
     whole_size = model.num_parameters()
     model = get_peft_model(model, run.peft_config(cell, domain))
-    layers = {module for module in model.modules() if isinstance(module, SinkCrossAttention)}
-    assert len(layers) == (1 if cell.one_layer else 2)
-    added = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
-    assert (added < 0.01 * whole_size) == (cell.bottleneck_size == cells.BOTTLENECK)
+    if cell.shared_weights:
+        run.share_weights(model)
+    modules = {module for module in model.modules() if isinstance(module, SinkCrossAttention)}
+    assert len(modules) == (1 if cell.one_layer or cell.shared_weights else 2)
+    added = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    assert (added < 0.01 * whole_size) == (cell.bottleneck_size is not None)
 
 
 def test_cell_leaves_one_file_with_all_that_the_tables_need(study):
@@ -338,3 +341,40 @@ def test_pictures_are_changed_where_they_should_be():
     assert blank.tobytes() == image.tobytes()
     [shuffled] = interventions.shuffled(row, 3, seed=0)["images"]
     assert interventions.evidence_tokens({"images": [shuffled]}, 3) != tokens
+
+
+# --- Wrong evidence ---
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("the half is k and the angle is b", "right"),
+        ("the half is b and the angle is k", "swapped"),
+        ("the half is k and the angle is k", "repeated"),
+        ("the half is k and the angle is c", "other"),
+        ("the half is k", "other"),
+    ],
+)
+def test_evidence_is_sorted_by_what_is_wrong(said, kind):
+    completion = f"{said} . k: 4 . 2 * 4 = 8 . the answer is 8 ."
+    assert wrong_evidence.kind_of_evidence(completion, "the half is k and the angle is b") == kind
+
+
+def test_wrong_evidence_of_the_base_is_counted_and_has_a_table(tmp_path, monkeypatch):
+    domain = domains.shortened(domains.DOMAINS["geometry"], 24)
+    monkeypatch.setitem(domains.DOMAINS, "geometry", domain)
+    monkeypatch.setattr(sys, "argv", ["wrong_evidence.py", "--results", str(tmp_path)])
+    wrong_evidence.main()
+    found = json.loads((tmp_path / "geometry" / "wrong_evidence" / "test_ood-base.json").read_text())
+    assert set(found) == {"isosceles triangle, indirect", "line chart, indirect"}
+    assert sum(sum(counts.values()) for counts in found.values()) == 24
+    model = interventions.load_student(domain, Path(domain.base))
+    scores = domains.evaluate(model, AutoProcessor.from_pretrained(domain.base), domain, domain.load("test_ood"))
+    right = sum(counts["right"] for counts in found.values())
+    assert 0 < right == round(24 * scores["evidence_accuracy"])
+
+    assert summary.wrong_evidence_markdown(tmp_path, "easy_vqa") == []
+    *_, row, _, _ = summary.wrong_evidence_markdown(tmp_path, "geometry")
+    counts = " | ".join(str(count) for count in found["isosceles triangle, indirect"].values())
+    assert row == f"| `test_ood-base` | isosceles triangle, indirect | {counts} |"

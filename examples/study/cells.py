@@ -16,6 +16,7 @@ class Cell(NamedTuple):
         num_heads: As in `CueRecoveryConfig`.
         bottleneck_size: As in `CueRecoveryConfig`.
         one_layer: Whether only the first decoder layer has a module, and not every one that the domain says.
+        shared_weights: Whether the modules of all layers are one and the same.
         trains: What trains beside the module: everything, nothing, LoRA on the text decoder, or LoRA on the text
             decoder and the linear layers of the vision merger.
         learning_rates: Those that are tried with seed 0.
@@ -29,12 +30,14 @@ class Cell(NamedTuple):
     num_heads: int | None = None
     bottleneck_size: int | None = None
     one_layer: bool = False
+    shared_weights: bool = False
     trains: Literal["all", "nothing", "lora", "lora_and_merger"] = "all"
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
 
 
-# A module with less than one percent of the model's parameters
+# A module with less than one percent of the model's parameters; twice as wide where two layers share one
 BOTTLENECK = 9
+SHARED_BOTTLENECK = 18
 ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
 
 GRID = {
@@ -55,7 +58,11 @@ GRID = {
     "module-alone-assistant": Cell(trains="nothing", sink_token="assistant", learning_rates=ADAPTER_RATES),
     "module-alone-one-head": Cell(trains="nothing", num_heads=1, learning_rates=ADAPTER_RATES),
     "module-alone-one-layer": Cell(trains="nothing", one_layer=True, learning_rates=ADAPTER_RATES),
+    "module-alone-shared": Cell(trains="nothing", shared_weights=True, learning_rates=ADAPTER_RATES),
     "module-alone-bottleneck": Cell(trains="nothing", bottleneck_size=BOTTLENECK, learning_rates=ADAPTER_RATES),
+    "module-alone-shared-bottleneck": Cell(
+        trains="nothing", bottleneck_size=SHARED_BOTTLENECK, shared_weights=True, learning_rates=ADAPTER_RATES
+    ),
     "lora": Cell(module=False, trains="lora", learning_rates=ADAPTER_RATES),
     "lora+module": Cell(trains="lora", learning_rates=ADAPTER_RATES),
     "lora-merger": Cell(module=False, trains="lora_and_merger", learning_rates=ADAPTER_RATES),

@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
+from trl_vicur.cue_recovery import CueRecoveryLayer
 
 
 NUM_CURVE_POINTS = 4
@@ -75,6 +76,13 @@ def peft_config(cell: Cell, domain: Domain) -> CueRecoveryConfig | Any | None:
             **lora,
         )
     return LoraConfig(**lora) if lora else None
+
+
+def share_weights(model: torch.nn.Module) -> None:
+    """Lets all layers have the first one's module. The adapter has a copy of it for each, and loads as any other."""
+    first, *others = (layer for layer in model.modules() if isinstance(layer, CueRecoveryLayer))
+    for layer in others:
+        layer.sink_attention = first.sink_attention
 
 
 def leakage_per_epoch(log: list[dict[str, Any]], rollouts_per_step: int) -> list[dict[str, int]]:
@@ -135,6 +143,8 @@ def train_cell(
         )
         teacher = stronger_teacher if cell.teacher == "stronger" else None
         trainer = ViCuRTrainer(args=args, teacher_model=teacher, **common)
+    if cell.shared_weights:
+        share_weights(trainer.model)
     sizes = {
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "module": sum(p.numel() for name, p in trainer.model.named_parameters() if "sink_attention" in name),

@@ -16,6 +16,7 @@ from cells import GRID
 from domains import DOMAINS, STUDY
 from matplotlib.figure import Figure
 from run import result_path, searched_learning_rates
+from wrong_evidence import KINDS_OF_EVIDENCE
 
 
 BASELINE = "answer"  # answer-privileged OPSD
@@ -161,6 +162,22 @@ def interventions_markdown(results: Path, name: str, metric: str) -> list[str]:
     return [*lines, ""]
 
 
+def wrong_evidence_markdown(results: Path, name: str) -> list[str]:
+    """What `wrong_evidence.py` found in students of the domain; nothing if it was not run."""
+    known = {path.stem: json.loads(path.read_text()) for path in (results / name / "wrong_evidence").glob("*.json")}
+    if not known:
+        return []
+    lines = ["[What the evidence is](../wrong_evidence.py), in numbers of completions:", ""]
+    lines.append("| split and run | figure | " + " | ".join(KINDS_OF_EVIDENCE) + " |")
+    lines.append("|" + "---|" * (len(KINDS_OF_EVIDENCE) + 2))
+    for run, found in sorted(known.items()):
+        for figure, counts in found.items():
+            lines.append(
+                f"| `{run}` | {figure} | " + " | ".join(str(counts[kind]) for kind in KINDS_OF_EVIDENCE) + " |"
+            )
+    return [*lines, ""]
+
+
 def draw_curves(name: str, summary: dict[str, Any], path: Path) -> None:
     """Validation scores while training, mean over seeds with their standard deviation."""
     metric = summary["metric"]
@@ -201,6 +218,7 @@ def main() -> None:
     for name, summary in summaries.items():
         lines += markdown(name, summary)
         lines += interventions_markdown(args.results, name, summary["metric"])
+        lines += wrong_evidence_markdown(args.results, name)
         draw_curves(name, summary, args.results / f"{name}.png")
     (args.results / "README.md").write_text("\n".join(lines))
 
