@@ -25,6 +25,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value, disable_progress_bars, load_from_disk
 from matplotlib.figure import Figure
+from measure import alternate, ratio, wall_seconds
 from openai import OpenAI
 from PIL import Image as PILImage
 
@@ -77,22 +78,24 @@ def measure_throughput(
     model: str = "m",
     max_new_tokens: int = 64,
 ) -> dict:
-    """Rows per second of both sides."""
+    """Rows per second of both sides, and the ratio of the loop's time to ours."""
     endpoint = scripted_endpoint() if base_url is None else nullcontext(base_url)
-    seconds = {"generate_cues": [], "sequential loop": []}
     with tempfile.TemporaryDirectory() as folder, endpoint as base_url:
         dataset = make_dataset(Path(folder) / "dataset", num_rows, size=64)
-        for pair in range(pairs):
-            start = time.perf_counter()
-            sequential_loop(dataset, base_url, model, max_new_tokens)
-            seconds["sequential loop"].append(time.perf_counter() - start)
-            start = time.perf_counter()
+
+        def with_generate_cues() -> None:
             generator = OpenAIGenerator(model, base_url, concurrency=concurrency, max_new_tokens=max_new_tokens)
-            generate_cues(dataset, generator, f"{folder}/{pair}")
-            seconds["generate_cues"].append(time.perf_counter() - start)
-    rates = {name: num_rows / median(values) for name, values in seconds.items()}
-    ratios = [a / b for a, b in zip(seconds["sequential loop"], seconds["generate_cues"], strict=True)]
-    return {"rows_per_second": rates, "ratios": ratios, "median_ratio": median(ratios)}
+            generate_cues(dataset, generator, tempfile.mkdtemp(dir=folder))
+
+        sides = {
+            "generate_cues": with_generate_cues,
+            "sequential loop": lambda: sequential_loop(dataset, base_url, model, max_new_tokens),
+        }
+        times = alternate(sides, repeats=pairs, warmup=0, time_call=wall_seconds)
+    return {
+        "rows_per_second": {name: num_rows / median(seconds) for name, seconds in times.items()},
+        "ratio": ratio(times["sequential loop"], times["generate_cues"]),
+    }
 
 
 class InstantGenerator:
@@ -148,7 +151,7 @@ def measure_memory(counts: list[int]) -> dict:
 def run(quick: bool = False) -> dict[str, Any]:
     disable_progress_bars()
     throughput = measure_throughput(100 if quick else 400, pairs=1 if quick else 3)
-    print(f"{throughput['rows_per_second']}, ratio {throughput['median_ratio']:.1f}", flush=True)
+    print(f"{throughput['rows_per_second']}, ratio {throughput['ratio']['median']:.1f}", flush=True)
     memory = measure_memory([1_000] if quick else [1_000, 10_000, 100_000])
     print(memory)
     return {"throughput": throughput, "memory": memory}
