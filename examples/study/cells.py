@@ -39,6 +39,9 @@ class Cell(NamedTuple):
 BOTTLENECK = 9
 SHARED_BOTTLENECK = 18
 ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
+# The smaller the module, the larger its best rate
+MODULE_RATES = (*ADAPTER_RATES, 3e-2)
+GRPO_RATES = (3e-5, 1e-4, 3e-4)
 
 GRID = {
     # The paper's Table 2, and no privilege at all
@@ -54,14 +57,17 @@ GRID = {
     "one-layer": Cell(one_layer=True),
     "bottleneck": Cell(bottleneck_size=BOTTLENECK),
     # What an adapter needs
-    "module-alone": Cell(trains="nothing", learning_rates=ADAPTER_RATES),
-    "module-alone-assistant": Cell(trains="nothing", sink_token="assistant", learning_rates=ADAPTER_RATES),
-    "module-alone-one-head": Cell(trains="nothing", num_heads=1, learning_rates=ADAPTER_RATES),
-    "module-alone-one-layer": Cell(trains="nothing", one_layer=True, learning_rates=ADAPTER_RATES),
-    "module-alone-shared": Cell(trains="nothing", shared_weights=True, learning_rates=ADAPTER_RATES),
-    "module-alone-bottleneck": Cell(trains="nothing", bottleneck_size=BOTTLENECK, learning_rates=ADAPTER_RATES),
+    "module-alone": Cell(trains="nothing", learning_rates=MODULE_RATES),
+    "module-alone-assistant": Cell(trains="nothing", sink_token="assistant", learning_rates=MODULE_RATES),
+    "module-alone-one-head": Cell(trains="nothing", num_heads=1, learning_rates=MODULE_RATES),
+    "module-alone-one-layer": Cell(trains="nothing", one_layer=True, learning_rates=MODULE_RATES),
+    "module-alone-shared": Cell(trains="nothing", shared_weights=True, learning_rates=MODULE_RATES),
+    "module-alone-bottleneck": Cell(trains="nothing", bottleneck_size=BOTTLENECK, learning_rates=MODULE_RATES),
+    "module-alone-bottleneck-one-head": Cell(
+        trains="nothing", bottleneck_size=BOTTLENECK, num_heads=1, learning_rates=MODULE_RATES
+    ),
     "module-alone-shared-bottleneck": Cell(
-        trains="nothing", bottleneck_size=SHARED_BOTTLENECK, shared_weights=True, learning_rates=ADAPTER_RATES
+        trains="nothing", bottleneck_size=SHARED_BOTTLENECK, shared_weights=True, learning_rates=MODULE_RATES
     ),
     "lora": Cell(module=False, trains="lora", learning_rates=ADAPTER_RATES),
     "lora+module": Cell(trains="lora", learning_rates=ADAPTER_RATES),
@@ -76,8 +82,8 @@ GRID = {
     "stronger-teacher": Cell(teacher="stronger"),
     "stronger-teacher-no-cue": Cell(privilege="none", module=False, teacher="stronger"),
     # Reward
-    "grpo": Cell(privilege="reward", module=False, learning_rates=(1e-4, 3e-4, 1e-3)),
-    "grpo+module": Cell(privilege="reward", learning_rates=(1e-4, 3e-4, 1e-3)),
+    "grpo": Cell(privilege="reward", module=False, learning_rates=GRPO_RATES),
+    "grpo+module": Cell(privilege="reward", learning_rates=GRPO_RATES),
 }
 
 
