@@ -366,7 +366,8 @@ def test_wrong_evidence_of_the_base_is_counted_and_has_a_table(tmp_path, monkeyp
     monkeypatch.setitem(domains.DOMAINS, "geometry", domain)
     monkeypatch.setattr(sys, "argv", ["wrong_evidence.py", "--results", str(tmp_path)])
     wrong_evidence.main()
-    found = json.loads((tmp_path / "geometry" / "wrong_evidence" / "test_ood-base.json").read_text())
+    known = json.loads((tmp_path / "geometry" / "wrong_evidence" / "test_ood-base.json").read_text())
+    found = known["evidence"]
     assert set(found) == {"isosceles triangle, indirect", "line chart, indirect"}
     assert sum(sum(counts.values()) for counts in found.values()) == 24
     model = interventions.load_student(domain, Path(domain.base))
@@ -375,6 +376,12 @@ def test_wrong_evidence_of_the_base_is_counted_and_has_a_table(tmp_path, monkeyp
     assert 0 < right == round(24 * scores["evidence_accuracy"])
 
     assert summary.wrong_evidence_markdown(tmp_path, "easy_vqa") == []
-    *_, row, _, _ = summary.wrong_evidence_markdown(tmp_path, "geometry")
+    lines = summary.wrong_evidence_markdown(tmp_path, "geometry")
     counts = " | ".join(str(count) for count in found["isosceles triangle, indirect"].values())
-    assert row == f"| `test_ood-base` | isosceles triangle, indirect | {counts} |"
+    assert f"| `test_ood-base` | isosceles triangle, indirect | {counts} |" in lines
+
+    # The teacher says what the cue says, also behind a wrong name; the base says no name twice
+    sides = known["second name, isosceles triangle"]
+    assert sides["teacher"]["right"] > 0.95 and sides["teacher"]["wrong"] > 0.5
+    assert sides["student"]["right"] > 0.9 and sides["student"]["wrong"] < 0.1
+    assert lines[-2].startswith("| `test_ood-base` | isosceles triangle | 1.00 / 0.")

@@ -171,10 +171,17 @@ def wrong_evidence_markdown(results: Path, name: str) -> list[str]:
     lines.append("| split and run | figure | " + " | ".join(KINDS_OF_EVIDENCE) + " |")
     lines.append("|" + "---|" * (len(KINDS_OF_EVIDENCE) + 2))
     for run, found in sorted(known.items()):
-        for figure, counts in found.items():
+        for figure, counts in found["evidence"].items():
             lines.append(
                 f"| `{run}` | {figure} | " + " | ".join(str(counts[kind]) for kind in KINDS_OF_EVIDENCE) + " |"
             )
+    lines += ["", "Probability of the cue's second name behind its first name / a wrong one:", ""]
+    lines += ["| split and run | figure | teacher | student |", "|---|---|---|---|"]
+    for run, found in sorted(known.items()):
+        for key, sides in found.items():
+            if key != "evidence":
+                cells = " | ".join("{right:.2f} / {wrong:.2f}".format(**side) for side in sides.values())
+                lines.append(f"| `{run}` | {key.removeprefix('second name, ')} | {cells} |")
     return [*lines, ""]
 
 

@@ -10,6 +10,9 @@ angle is b"), and is
 - `swapped`: the right names, of which some change places;
 - `repeated`: one name twice, where the figure has another;
 - `other`.
+
+Of triangles with two letters it also tells how probable the second name of the cue is behind the cue's first name, and
+behind a wrong one (the second itself): to the teacher (the base that reads the cue), and to the student.
 """
 
 import argparse
@@ -18,12 +21,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from domains import DOMAINS, STUDY, easy_vqa_dataset
 from interventions import load_student
 from transformers import AutoProcessor
 
 
 KINDS_OF_EVIDENCE = ("right", "swapped", "repeated", "other")
+TRIANGLES = ("isosceles triangle", "right triangle")
+FIRST_NAME = 3  # its token in the cues of triangles
 
 
 def kind_of_evidence(completion: str, cue: str) -> str:
@@ -46,6 +52,26 @@ def sort_evidence(model: Any, processor: Any, rows: list[dict[str, Any]], max_ne
     return {figure: {kind: found[kind] for kind in KINDS_OF_EVIDENCE} for figure, found in sorted(counts.items())}
 
 
+@torch.no_grad()
+def probability_of_second_name(
+    model: torch.nn.Module, processor: Any, rows: list[dict[str, Any]], hint_column: str | None
+) -> dict[str, float]:
+    """Mean probability of the cue's second name behind its first name, and behind a wrong one."""
+    inputs = easy_vqa_dataset.encode(rows, processor, hint_column)
+    cues = processor.tokenizer([row["cue"] for row in rows], add_special_tokens=False, return_tensors="pt").input_ids
+    said, second = cues[:, :-1], cues[:, -1]  # "the half is k and the angle is", "b"
+    prompts, mask = inputs["input_ids"], torch.cat([inputs["attention_mask"], torch.ones_like(said)], dim=1)
+    found = {}
+    for first, name in (("right", said[:, FIRST_NAME]), ("wrong", second)):
+        said[:, FIRST_NAME] = name
+        ids = torch.cat([prompts, said], dim=1)
+        visual = (ids == processor.image_token_id).int()
+        inputs.update(input_ids=ids, attention_mask=mask, mm_token_type_ids=visual)
+        probabilities = model(**inputs).logits[:, -1].softmax(dim=-1)
+        found[first] = probabilities.gather(1, second.unsqueeze(1)).mean().item()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domain", choices=("geometry", "geometry_sink"), default="geometry")
@@ -59,7 +85,16 @@ def main() -> None:
     model, processor = load_student(domain, folder), AutoProcessor.from_pretrained(domain.base)
     test = domain.load(args.split)
     rows = [test[row] for row in range(len(test))]
-    found = sort_evidence(model, processor, rows, domain.training["max_completion_length"])
+    found: dict[str, Any] = {
+        "evidence": sort_evidence(model, processor, rows, domain.training["max_completion_length"])
+    }
+    teacher = load_student(domain, Path(domain.base))
+    for kind in TRIANGLES:
+        if lettered := [row for row in rows if row["kind"] == kind and row["style"] == "indirect"]:
+            found[f"second name, {kind}"] = {
+                "teacher": probability_of_second_name(teacher, processor, lettered, "cue"),
+                "student": probability_of_second_name(model, processor, lettered, None),
+            }
     path = args.results / args.domain / "wrong_evidence" / f"{args.split}-{args.run or 'base'}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
