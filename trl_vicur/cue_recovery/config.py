@@ -33,7 +33,7 @@ class CueRecoveryConfig(LoraConfig):
             `"first"` need [`CueRecoveryConfig.resolve_sink_token`], which [`ViCuRTrainer`] calls by itself.
         num_heads (`int`, *optional*):
             Number of attention heads; must divide the width of queries, keys and values. Defaults to the text
-            model's.
+            model's. A small `bottleneck_size` wants fewer, so that each is not too narrow.
         bottleneck_size (`int`, *optional*):
             Width of queries, keys and values, over all heads, for a smaller module: it has `4 * bottleneck_size *
             hidden_size` parameters per layer. Defaults to the hidden size (the paper's setting).
