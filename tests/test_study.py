@@ -381,7 +381,7 @@ def test_wrong_evidence_of_the_base_is_counted_and_has_a_table(tmp_path, monkeyp
     assert f"| `test_ood-base` | isosceles triangle, indirect | {counts} |" in lines
 
     # The teacher says what the cue says, also behind a wrong name; the base says no name twice
-    sides = known["second name, isosceles triangle"]
+    sides = known["second name"]["isosceles triangle"]
     assert sides["teacher"]["right"] > 0.95 and sides["teacher"]["wrong"] > 0.5
     assert sides["student"]["right"] > 0.9 and sides["student"]["wrong"] < 0.1
     assert lines[-2].startswith("| `test_ood-base` | isosceles triangle | 1.00 / 0.")

@@ -28,6 +28,7 @@ import torch
 from domains import DOMAINS, STUDY, Domain, easy_vqa_dataset, evaluate
 from peft import PeftModel
 from PIL import Image
+from run import write_json
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -191,8 +192,7 @@ def main() -> None:
     test = domain.load("test").select(range(args.num_rows))
     results = intervene(model, processor, domain, [test[row] for row in range(len(test))])
     path = args.results / args.domain / "interventions" / f"{args.run}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(path, results)
     print(json.dumps(results, indent=1))
 
 

@@ -178,10 +178,9 @@ def wrong_evidence_markdown(results: Path, name: str) -> list[str]:
     lines += ["", "Probability of the cue's second name behind its first name / a wrong one:", ""]
     lines += ["| split and run | figure | teacher | student |", "|---|---|---|---|"]
     for run, found in sorted(known.items()):
-        for key, sides in found.items():
-            if key != "evidence":
-                cells = " | ".join("{right:.2f} / {wrong:.2f}".format(**side) for side in sides.values())
-                lines.append(f"| `{run}` | {key.removeprefix('second name, ')} | {cells} |")
+        for kind, sides in found["second name"].items():
+            cells = " | ".join("{right:.2f} / {wrong:.2f}".format(**side) for side in sides.values())
+            lines.append(f"| `{run}` | {kind} | {cells} |")
     return [*lines, ""]
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from domains import DOMAINS, STUDY, easy_vqa_dataset
 from interventions import load_student
+from run import write_json
 from transformers import AutoProcessor
 
 
@@ -85,19 +86,17 @@ def main() -> None:
     model, processor = load_student(domain, folder), AutoProcessor.from_pretrained(domain.base)
     test = domain.load(args.split)
     rows = [test[row] for row in range(len(test))]
-    found: dict[str, Any] = {
-        "evidence": sort_evidence(model, processor, rows, domain.training["max_completion_length"])
-    }
+    evidence = sort_evidence(model, processor, rows, domain.training["max_completion_length"])
+    found: dict[str, Any] = {"evidence": evidence, "second name": {}}
     teacher = load_student(domain, Path(domain.base))
     for kind in TRIANGLES:
         if lettered := [row for row in rows if row["kind"] == kind and row["style"] == "indirect"]:
-            found[f"second name, {kind}"] = {
+            found["second name"][kind] = {
                 "teacher": probability_of_second_name(teacher, processor, lettered, "cue"),
                 "student": probability_of_second_name(model, processor, lettered, None),
             }
     path = args.results / args.domain / "wrong_evidence" / f"{args.split}-{args.run or 'base'}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(path, found)
     print(json.dumps(found, indent=1))
 
 
