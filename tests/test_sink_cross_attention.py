@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.utils import _apply_to_tensors
 
 from trl_vicur.cue_recovery import CueRecoveryConfig, CueRecoveryContext, CueRecoveryLayer, SinkCrossAttention
 
@@ -213,3 +214,10 @@ def test_autocast_copies_neither_hidden_states_nor_weights(weight_dtype):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         update = attention(sink, hidden_states, visual_mask)
     assert torch.equal(update, attention(sink, hidden_states, visual_mask))
+
+
+def test_context_is_not_copied_by_mixed_precision_of_fsdp2():
+    """FSDP2 rebuilds the arguments of a forward call with every float tensor cast, and copies dataclasses."""
+    context = CueRecoveryContext(torch.ones(1, 2, dtype=torch.bool), {"default": torch.tensor([0])})
+    arguments = _apply_to_tensors(lambda tensor: tensor.bfloat16(), {"cue_recovery_context": context})
+    assert arguments["cue_recovery_context"] is context

@@ -1,5 +1,4 @@
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -8,7 +7,6 @@ from torch import nn
 from .config import CueRecoveryConfig
 
 
-@dataclass
 class CueRecoveryContext:
     """
     Where the sink and the visual tokens stand in one forward call. It travels with the call as a keyword argument.
@@ -19,13 +17,18 @@ class CueRecoveryContext:
         sink_positions (`dict[str, torch.Tensor]`):
             For each active adapter, the sink's index in the sequence, of shape `(batch,)`; `-1` where the sample has
             no sink or no visual token and is left untouched.
-        has_arrived (`bool`, *optional*, defaults to `False`):
+
+    Attributes:
+        has_arrived (`bool`):
             Whether it has reached a decoder layer.
     """
 
-    visual_mask: torch.Tensor
-    sink_positions: dict[str, torch.Tensor]
-    has_arrived: bool = False
+    # Not a dataclass: under mixed precision FSDP2 rebuilds a forward's arguments by `torch.distributed.utils.
+    # _apply_to_tensors`, which copies dataclasses; the layers would then note their arrival on a copy
+    def __init__(self, visual_mask: torch.Tensor, sink_positions: dict[str, torch.Tensor]):
+        self.visual_mask = visual_mask
+        self.sink_positions = sink_positions
+        self.has_arrived = False
 
 
 class SinkCrossAttention(nn.Module):
