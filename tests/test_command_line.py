@@ -2,17 +2,21 @@
 
 import re
 import shlex
+from dataclasses import fields
 
 import datasets
 import pytest
 import yaml
 from datasets import Dataset
 from packaging.version import Version
+from peft import LoraConfig
 from scoring_server import ScoringServer
 from tiny_models import make_qwen3_vl, make_rows
+from trl import ModelConfig, get_peft_config
 
 from trl_vicur.cli import COMMANDS, main
 from trl_vicur.doctor import packages
+from trl_vicur.train import CueRecoveryArguments, make_peft_config
 
 
 # pandas says it before datasets 5
@@ -139,6 +143,26 @@ def test_train_refuses_options_before_it_launches(tmp_path, capfd, options, mess
     (tmp_path / "config.yaml").write_text(yaml.dump(options))
     assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 1
     assert message in capfd.readouterr().err
+
+
+def test_every_lora_option_reaches_the_adapter_with_the_module():
+    options = {
+        "lora_r": 3,
+        "lora_alpha": 5,
+        "lora_dropout": 0.5,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_target_parameters": ["mlp.experts.gate_up_proj"],
+        "lora_modules_to_save": ["lm_head"],
+        "lora_task_type": "FEATURE_EXTRACTION",
+        "use_rslora": True,
+        "use_dora": True,
+    }
+    offered = {each.name for each in fields(ModelConfig) if each.name.startswith(("lora_", "use_rslora", "use_dora"))}
+    assert offered == options.keys()
+    model_args = ModelConfig(model_name_or_path="m", use_peft=True, **options)
+    theirs, ours = get_peft_config(model_args), make_peft_config(model_args, CueRecoveryArguments())
+    names = {each.name for each in fields(LoraConfig)}
+    assert {name for name in names if getattr(theirs, name) != getattr(ours, name)} == {"peft_type"}
 
 
 def run_train(tmp_path, model, dataset, *options) -> None:

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_families import make_qwen3_vl_moe
 from tiny_models import encode, make_image, make_qwen2_5_vl, make_qwen3_vl, randomize, user
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
@@ -55,6 +56,18 @@ def test_invariant_8_saved_as_one_adapter_and_reloaded_bit_for_bit(tmp_path, inp
     torch.testing.assert_close(logits(reloaded, inputs), expected, rtol=0, atol=0)
     assert isinstance(PeftConfig.from_pretrained(tmp_path), CueRecoveryConfig)
     assert not any(parameter.requires_grad for parameter in reloaded.parameters())
+
+
+@pytest.mark.parametrize("target_modules", [None, []], ids=["beside-linear-layers", "alone"])
+def test_invariant_8_lora_on_parameters_of_experts(tmp_path, inputs, target_modules):
+    """`target_parameters`: the weights of a mixture's experts are in no linear layer."""
+    options = {"target_modules": target_modules, "target_parameters": ["mlp.experts.gate_up_proj"]}
+    model = attach(make_qwen3_vl_moe()[0], r=2, **options)
+    kinds = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert kinds == {"experts"} | ({"q_proj", "k_proj", "v_proj", "o_proj"} if target_modules is None else set())
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(make_qwen3_vl_moe()[0], tmp_path)
+    torch.testing.assert_close(logits(reloaded, inputs), logits(model, inputs), rtol=0, atol=0)
 
 
 def test_invariant_8_the_file_holds_the_adapter_alone(tmp_path):

@@ -12,13 +12,13 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from accelerate.commands.config import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -102,10 +102,9 @@ def make_peft_config(model_args: ModelConfig, recovery_args: CueRecoveryArgument
         return lora_config
     lora = {}
     if lora_config is not None:
-        names = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "modules_to_save")
-        lora = {name: getattr(lora_config, name) for name in names}
-        if model_args.lora_target_modules is not None:  # otherwise all linear layers of the decoder
-            lora["target_modules"] = lora_config.target_modules
+        lora = {each.name: getattr(lora_config, each.name) for each in fields(LoraConfig) if each.init}
+        if model_args.lora_target_modules is None:  # by default all linear layers of the decoder
+            del lora["target_modules"]
     return CueRecoveryConfig(
         layer_interval=recovery_args.layer_interval,
         sink_token=recovery_args.sink_token,

@@ -144,7 +144,8 @@ class CueRecoveryModel(LoraModel):
         config = self.peft_config[adapter_name]
         targets = [model.get_submodule(name) for name in self.targeted_module_names]
         # PEFT itself sees that nothing is found, but it has found the recovery module
-        if config.r > 0 and all(self._carries_recovery(config, target) for target in targets):
+        has_lora = self.targeted_parameter_names or not all(self._carries_recovery(config, each) for each in targets)
+        if config.r > 0 and not has_lora:
             raise ValueError(
                 f"`target_modules` are {config.target_modules!r}, but {type(self.model).__name__} has no such module "
                 f"for LoRA of rank {config.r}. Name some of its linear layers, leave `target_modules` out for all of "
