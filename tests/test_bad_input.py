@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
 from trl_vicur.trainer.dataset_validation import with_row_number
+from trl_vicur.trainer.sharding import check_sharding, find_sharding
 
 
 OUTPUT = TemporaryDirectory()  # a trainer makes its `output_dir` when it is built
@@ -630,3 +631,12 @@ def test_adapter_loaded_for_inference(tmp_path):
     with pytest.raises(ValueError, match="No weight of the model trains.*is_trainable=True"):
         build(model=PeftModel.from_pretrained(make_qwen3_vl(), tmp_path))
     build(model=PeftModel.from_pretrained(make_qwen3_vl(), tmp_path, is_trainable=True))
+
+
+@pytest.mark.parametrize("version", ["1", "3", ""])
+def test_fsdp_of_an_unsupported_version(monkeypatch, version):
+    arguments = make_config()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(ValueError, match=f"FSDP{version} is not supported: ViCuRTrainer needs FSDP2"):
+        check_sharding(find_sharding(arguments), arguments)

@@ -9,8 +9,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .vicur_config import ViCuRConfig
 
 
-# DeepSpeed's ZeRO-1 and ZeRO-2 leave the weights whole, in buffers of their own
-Sharding = Literal["FSDP1", "FSDP2", "DeepSpeed", "ZeRO-3"]
+# DeepSpeed's ZeRO-1 and ZeRO-2 leave the weights whole, in buffers of their own. Another FSDP is named by its version
+Sharding = Literal["FSDP1", "FSDP2", "DeepSpeed", "ZeRO-3"] | str
 
 
 def find_sharding(args: ViCuRConfig) -> Sharding | None:
@@ -53,9 +53,9 @@ def check_sharding(sharding: Sharding | None, args: ViCuRConfig) -> None:
             "DeepSpeed's ZeRO-3 is not supported: losses and the teacher's copy would read shards of weights. "
             "Use FSDP2 (examples/accelerate_configs/fsdp2.yaml), or ZeRO-2 where the models fit whole."
         )
-    if sharding == "FSDP1":
+    if sharding is not None and sharding.startswith("FSDP") and sharding != "FSDP2":
         raise ValueError(
-            "FSDP1 is not supported: ViCuRTrainer needs FSDP2. Set `fsdp_version: 2` in accelerate's config."
+            f"{sharding} is not supported: ViCuRTrainer needs FSDP2. Set `fsdp_version: 2` in accelerate's config."
         )
     if sharding is not None and args.teacher_model_kind == "ema":
         raise ValueError(
