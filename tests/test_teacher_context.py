@@ -86,7 +86,15 @@ def test_braces_in_data_are_text(prompt, privilege):
     [
         (TEMPLATE, "Hint"),
         ("{prompt} Visible evidence: {privilege}!", "Visible evidence"),
+        ("{privilege}\n\n{prompt}", ""),
+        ("[Hint]: {privilege}\n\n{prompt}", "Hint"),
+        ("{prompt}\n<hint>{privilege}</hint>", "hint"),
+        ("{prompt}\n\nLook at the picture first.\n**Hint**:\n\n{privilege}", "Hint"),
+        ("{prompt} {{evidence}}: {privilege}", "evidence"),
+        ("Say {{prompt}}. {prompt} Clue: {privilege}", "Clue"),
+        # No word, so nothing to be recognized by
         ("{prompt}{privilege}", ""),
+        ("{prompt}\n=> {privilege} (a hint)", ""),
     ],
 )
 def test_hint_marker(template, marker):

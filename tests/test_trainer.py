@@ -1,6 +1,7 @@
 """ViCuRTrainer end to end, on tiny real models: invariants 9 and 11, and every option."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -556,6 +557,16 @@ def test_hint_leakage_counts_completions_that_speak_of_the_hint(tmp_path, proces
     trainer._log_hint_leakage(ids)
     assert trainer._metrics["train"]["hint_leakage"] == [0.5]
     assert trainer._metrics["train"]["hint_leakage/occurrences"] == [0.75]
+
+
+def test_template_without_a_word_for_hint_leakage_warns(tmp_path, processor):
+    template = "{privilege}\n\n{prompt}"
+    with pytest.warns(UserWarning, match="`teacher_prompt_template=.* so `hint_leakage` is not logged"):
+        make_trainer(tmp_path, processor, teacher_prompt_template=template)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="`teacher_prompt_template")
+        make_trainer(tmp_path, processor, teacher_prompt_template="[Hint]: " + template)
+        make_trainer(tmp_path, processor, teacher_prompt_template=template, privilege="none")
 
 
 def test_evaluation_completions_and_tensorboard(tmp_path, processor):

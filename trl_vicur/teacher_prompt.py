@@ -1,5 +1,7 @@
 """What a teacher reads: the student's prompt with the privilege added to its last user turn."""
 
+import re
+from string import Formatter
 from typing import Any
 
 
@@ -45,5 +47,17 @@ def add_privilege(prompt: list[dict[str, Any]], privilege: str | None, template:
 
 
 def hint_marker(template: str) -> str:
-    """The word by which a leaked hint is recognized: the text between prompt and privilege, e.g. `"Hint"`."""
-    return template.partition("{prompt}")[2].partition("{privilege}")[0].strip(" \n\t[](){}<>:*#-")
+    """
+    The word by which a leaked hint is recognized: what introduces the privilege on its line or, if that has no word,
+    on the last line before it that has one, e.g. `"Hint"`. An empty string if no word stands between the privilege and
+    the prompt, or the beginning.
+    """
+    introduction = ""
+    for literal, field, _, _ in Formatter().parse(template):
+        introduction += literal
+        if field == "privilege":
+            break
+        if field is not None:
+            introduction = ""
+    lines = [re.sub(r"^\W+|\W+$", "", line) for line in introduction.splitlines()]
+    return next(filter(None, reversed(lines)), "")

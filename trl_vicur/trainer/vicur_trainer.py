@@ -278,6 +278,12 @@ class ViCuRTrainer(DistillationTrainer):
             self.processing_class, self.model.config.image_token_id, self.chat_template_kwargs
         )
         self._hint_marker = hint_marker(args.teacher_prompt_template)
+        if args.privilege != "none" and not self._hint_marker:
+            warnings.warn(
+                f"`teacher_prompt_template={args.teacher_prompt_template!r}` has no word before `{{privilege}}` by "
+                "which a completion that speaks of the hint could be recognized, so `hint_leakage` is not logged. "
+                "Introduce the privilege, as in '[Hint]: {privilege}'."
+            )
         # What `_get_last_hidden_state` takes beside the tokens, e.g. `pixel_values`
         self._multimodal_keys = [*inspect.signature(super()._get_last_hidden_state).parameters][4:] + [*VIDEO_KEYS]
         # Sums and counts of the current `compute_loss` call
