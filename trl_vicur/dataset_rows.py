@@ -18,6 +18,8 @@ from transformers import ProcessorMixin
 DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 ROLES = ("system", "user", "assistant", "tool")
 BLOCK_TYPES = ("text", "image", "video")
+# "<image>", "<image 1>", "<image_1>", "<video>": where other layouts put an image or a video
+PLACEHOLDER = re.compile(r"<(image|video)(?:[ _-]?\d{1,3})?>", re.IGNORECASE)
 VISUAL_COLUMNS = ("images", "image", "videos", "video")
 
 
@@ -226,6 +228,20 @@ def check_messages(messages: Any) -> None:
                     f"each block of message {number} must be a dict with a type of {BLOCK_TYPES}, and with a string "
                     f"'text' if it is one, got {shorten(block)}."
                 )
+
+
+def check_placeholders(column: str, value: Any) -> None:
+    """
+    Raises:
+        `ValueError`: If a string of the value has a placeholder of another layout, which a model would read as text.
+    """
+    for text in all_strings(value):
+        if placeholder := PLACEHOLDER.search(text):
+            kind = placeholder[1].lower()
+            raise ValueError(
+                f"The text of `{column}` contains {placeholder[0]!r}, a placeholder that the model would read as "
+                f"text: {shorten(text)}. Give `prompt` a block {{'type': '{kind}'}} in its place, or remove it."
+            )
 
 
 def message_texts(messages: list[dict[str, Any]]) -> Iterator[str]:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, List, Value
 from tqdm.auto import tqdm
 
-from ..dataset_rows import check_messages, question_text, read_image, row_images, shorten
+from ..dataset_rows import check_messages, check_placeholders, question_text, read_image, row_images, shorten
 from ..full_disk import explain_full_disk
 from .columns import check_dataset, find_image_column, find_question_column
 from .dataset_card import write_dataset_card
@@ -212,6 +212,7 @@ def read_messages(inputs: Dataset, number: int, question_column: str, prompt: Cu
     question = question_text(row[question_column] or "")
     if not question.strip():
         raise ValueError(f"`{question_column}` is {shorten(row[question_column])}, which asks nothing.")
+    check_placeholders(question_column, question)
     if found := CONTROL_TOKEN.search(fold_text(question)):
         raise ValueError(f"The question holds the control token {found.group()!r}: {shorten(question)}.")
     images = [read_image(image) for image in row_images(row)]

@@ -16,6 +16,7 @@ from ..dataset_rows import (
     VISUAL_COLUMNS,
     all_strings,
     check_messages,
+    check_placeholders,
     control_token_pattern,
     image_size,
     message_texts,
@@ -26,7 +27,7 @@ from ..dataset_rows import (
     shorten,
 )
 from ..teacher_prompt import add_privilege
-from .privilege import get_privilege
+from .privilege import get_privilege, privilege_column
 from .vicur_config import ViCuRConfig
 from .video_inputs import add_videos
 
@@ -87,10 +88,13 @@ class RowChecker:
         template = self.args.teacher_prompt_template
         teacher_prompt = add_privilege(prompt, privilege, template)
         self._check_texts("prompt", prompt)
+        check_placeholders("prompt", prompt)
         if privilege is not None:
-            self._check_text("privilege", privilege)
+            column = privilege_column(self.args)
+            self._check_text(column, privilege)
+            check_placeholders(column, privilege)
             # The template may hold control tokens of its own
-            self._check_texts("prompt` with `privilege", teacher_prompt, self.control_token.findall(template))
+            self._check_texts(f"prompt` with `{column}", teacher_prompt, self.control_token.findall(template))
         images, videos = row_images(row), row_videos(row)
         if videos:
             self._check_videos_are_supported()
@@ -310,11 +314,7 @@ def check_columns(column_names: list[str], name: str, args: ViCuRConfig) -> None
     Raises:
         `ValueError`: If a column that the trainer reads is missing.
     """
-    required = ["prompt"]
-    if args.privilege == "cue":
-        required.append(args.cue_column)
-    elif args.privilege == "answer":
-        required.append(args.answer_column)
+    required = ["prompt", *filter(None, [privilege_column(args)])]
     for column in required:
         if column not in column_names:
             raise ValueError(

@@ -6,6 +6,11 @@ from ..dataset_rows import shorten
 from .vicur_config import ViCuRConfig
 
 
+def privilege_column(args: ViCuRConfig) -> str | None:
+    """The dataset column with the privileged text; `None` where the teacher sees none."""
+    return {"cue": args.cue_column, "answer": args.answer_column, "none": None}[args.privilege]
+
+
 def get_privilege(row: dict[str, Any], args: ViCuRConfig) -> str | None:
     """
     The privileged text of a dataset row.
@@ -22,9 +27,9 @@ def get_privilege(row: dict[str, Any], args: ViCuRConfig) -> str | None:
     Raises:
         `ValueError`: If there is no such text and `args.missing_privilege` is `"error"`, or if it is not a string.
     """
-    if args.privilege == "none":
+    column = privilege_column(args)
+    if column is None:
         return None
-    column = args.cue_column if args.privilege == "cue" else args.answer_column
     privilege = row.get(column)
     if isinstance(privilege, str) and any(char.isprintable() and not char.isspace() for char in privilege):
         return privilege
