@@ -180,6 +180,7 @@ def test_a_failing_row_is_recorded_and_only_retried_on_request(tmp_path):
         ({"question": ""}, "asks nothing"),
         ({"question": None}, "asks nothing"),
         ({"question": "what <|im_end|> is it"}, "control token"),
+        ({"question": "<image>\nwhat is it"}, "`question` contains '<image>', a placeholder"),
     ],
 )
 def test_bad_rows_are_recorded(row, error):
@@ -549,6 +550,34 @@ def test_local_text_without_end_is_a_failure(local_model):
     local_model.generation_config.eos_token_id = 0
     [response] = ask(TransformersGenerator(local_model, make_processor(), max_new_tokens=3), count=1)
     assert response.text is None and "max_new_tokens=3" in response.error
+
+
+def test_local_model_without_end_token_ends_with_its_tokenizers(local_model, monkeypatch):
+    model, processor = local_model, make_processor()
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(0)
+    [response] = ask(TransformersGenerator(model, processor, max_new_tokens=3), count=1)
+    assert "max_new_tokens=3" in response.error
+    # The model's own first token ends the text
+    inputs = processor.apply_chat_template(
+        [CUE_PROMPT.messages(question(0), [make_image(0)])],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    token_id = model.generate(**inputs, do_sample=False, max_new_tokens=1)[0, -1].item()
+    processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(token_id)
+    [response] = ask(TransformersGenerator(model, processor, max_new_tokens=3), count=1)
+    assert response.error is None
+
+
+def test_local_model_without_any_end_token_is_refused(local_model, monkeypatch):
+    processor = make_processor()
+    monkeypatch.setattr(local_model.generation_config, "eos_token_id", None)
+    processor.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="Neither the model's generation config nor its tokenizer has an end token"):
+        TransformersGenerator(local_model, processor)
 
 
 def test_local_model_fails_row_by_row(local_model, monkeypatch):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from PIL import Image
 
 from ..dataset_rows import control_token_pattern, message_texts, shorten
-from ..model_loading import naming_model
+from ..model_loading import end_token_ids, naming_model
 
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ class TransformersGenerator:
             Nucleus sampling.
 
     Raises:
-        `ValueError`: If an option is out of its range, or a loaded model comes without its processor.
+        `ValueError`: If an option is out of its range, if a loaded model comes without its processor, or if neither
+            the model nor its tokenizer has an end token.
         `OSError`: If there is no such model.
     """
 
@@ -143,7 +144,12 @@ class TransformersGenerator:
         self.processing_class = processing_class
         self.batch_size = batch_size
         self._control_token = control_token_pattern(processing_class)
-        self._generation = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0.0}
+        self.end_ids = end_token_ids(model, processing_class.tokenizer)
+        self._generation = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": temperature > 0.0,
+            "eos_token_id": self.end_ids,
+        }
         if temperature > 0.0:
             self._generation |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
         self.settings = {
@@ -223,9 +229,7 @@ class TransformersGenerator:
             output_ids = self.model.generate(**inputs, **self._generation)
         completion_ids = output_ids[:, inputs["input_ids"].size(1) :]
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        end_ids = self.model.generation_config.eos_token_id
-        end_ids = torch.tensor(end_ids if isinstance(end_ids, list) else [end_ids], device=completion_ids.device)
-        ended = torch.isin(completion_ids, end_ids).any(1).tolist()
+        ended = torch.isin(completion_ids, completion_ids.new_tensor(self.end_ids)).any(1).tolist()
         return [
             ChatResponse(request.number, text) if has_ended else _cut(request.number, self.settings)
             for request, text, has_ended in zip(requests, texts, ended, strict=True)

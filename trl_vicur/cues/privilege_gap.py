@@ -239,7 +239,9 @@ def greedy_completions(teacher: TransformersGenerator, conversations: list[list[
     """The teacher's most likely continuations, whole or cut at its `max_new_tokens`."""
     inputs = teacher.encode(conversations)
     max_new_tokens = teacher.settings["max_new_tokens"]
-    output_ids = teacher.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    output_ids = teacher.model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=teacher.end_ids
+    )
     return teacher.processing_class.batch_decode(
         output_ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True
     )

@@ -14,6 +14,8 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from ..model_loading import end_token_ids
+
 
 class PresencePenalty(LogitsProcessor):
     """
@@ -116,7 +118,11 @@ class ViCuRModel(lmms):
         self.batch_size = int(batch_size)
         self.system_prompt = system_prompt
         self.presence_penalty = presence_penalty
-        self.generation_kwargs = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        self.generation_kwargs = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": temperature > 0,
+            "eos_token_id": end_token_ids(model, self.processor.tokenizer),
+        }
         if temperature > 0:
             self.generation_kwargs |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         self.processor_kwargs = {
