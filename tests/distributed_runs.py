@@ -95,6 +95,8 @@ def train(name: str, models: Path, output_dir: Path, batch_size: int) -> None:
         trainer = make_trainer()
         trainer.train(resume_from_checkpoint=str(output_dir / "checkpoint-1"))
     trainer.save_model()
+    if not IS_SHARDED and adapter == ADAPTER:
+        assert "inputs" not in vars(trainer._blank_image_row), "a frozen, whole vision tower needs no blank image"
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "loss" in log]
         (output_dir / "logs.json").write_text(json.dumps(logs))

@@ -120,6 +120,19 @@ def test_evaluation_encodes_once(tmp_path, processor):
     assert images.count == num_images(trainer)
 
 
+def test_a_loss_before_the_first_rollout(tmp_path, processor):
+    """Whether features can be shared is known as soon as the trainer is built."""
+    losses = []
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, processor, peft_config=recovery())
+        trainer.model.train()
+        if not losses:
+            inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in range(4)])
+            inputs = {key: value for key, value in inputs.items() if not key.endswith("_features")}
+        losses.append(trainer.compute_loss(trainer.model, dict(inputs)))
+    assert losses[0] == losses[1]
+
+
 def test_features_of_one_generation_batch_are_kept_at_a_time(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, peft_config=recovery())
     kept = []

@@ -1,8 +1,8 @@
 """
 A row with a blank image, for passes over text alone while other processes have images.
 
-A sharded model (FSDP, DeepSpeed ZeRO-3) gathers the layers of its vision tower from all processes, and a tower that
-trains gathers their gradients. A process whose rows have no image would leave the others waiting for ever.
+A sharded model (FSDP2) gathers the layers of its vision tower from all processes, in rollouts as well, and a tower
+that trains gathers their gradients. A process whose rows have no image would leave the others waiting for ever.
 """
 
 from functools import cached_property

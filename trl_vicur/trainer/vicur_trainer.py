@@ -277,6 +277,7 @@ class ViCuRTrainer(DistillationTrainer):
         self._blank_image_row = BlankImageRow(
             self.processing_class, self.model.config.image_token_id, self.chat_template_kwargs
         )
+        self._vision_is_frozen = is_vision_frozen(self.model)
         self._hint_marker = hint_marker(args.teacher_prompt_template)
         if args.privilege != "none" and not self._hint_marker:
             warnings.warn(
@@ -413,6 +414,11 @@ class ViCuRTrainer(DistillationTrainer):
         return self._train_sampler
 
     @property
+    def _vision_is_sharded(self) -> bool:
+        """Whether no process can encode an image unless all of them do."""
+        return self.is_fsdp_enabled and self.accelerator.num_processes > 1
+
+    @property
     def _is_within_rollouts(self) -> bool:
         """Whether the next micro-batch is of the same rollouts as the one before."""
         return self._step % (self.args.gradient_accumulation_steps * self.args.num_iterations) != 0
@@ -453,7 +459,7 @@ class ViCuRTrainer(DistillationTrainer):
         if has_videos:
             suppressed = [*(suppressed or []), *visual_token_ids(self.model.config)]
         self.generation_config.suppress_tokens = suppressed
-        if images is not None or has_videos or self.use_vllm or self.accelerator.num_processes == 1:
+        if images is not None or has_videos or self.use_vllm or not self._vision_is_sharded:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         prompt_ids, multimodal_fields = self._blank_image_row.add_to_prompts(prompt_ids, multimodal_fields)
         return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)[:-1]
@@ -654,15 +660,18 @@ class ViCuRTrainer(DistillationTrainer):
         """Add them to a batch, by sample, so that they are shuffled, split and freed with it."""
         num_samples = len(inputs["num_image_tokens"])
         num_tokens = {kind: inputs.get(f"num_{kind}_tokens", [0] * num_samples) for kind in ("image", "video")}
-        if not any(map(any, num_tokens.values())) and self.accelerator.num_processes > 1:
+        if not any(map(any, num_tokens.values())) and self._vision_is_sharded:
             num_tokens["image"] = [*num_tokens["image"], self._blank_image_row.num_image_tokens]
         samples = {
             kind: split_by_sample(recorded[kind][0], numbers) if len(recorded[kind]) == 1 else None
             for kind, numbers in num_tokens.items()
             if any(numbers)
         }
-        # One process that encodes images again would wait for the others in a sharded vision tower
-        if all(gather_object([bool(samples) and None not in samples.values()])):
+        has_features = bool(samples) and None not in samples.values()
+        if self._vision_is_sharded:
+            # One process that encodes images again would wait for the others
+            has_features = all(gather_object([has_features]))
+        if has_features:
             inputs.update({f"{kind}_features": of_kind[:num_samples] for kind, of_kind in samples.items()})
 
     # --- Hidden states of student and teacher at the same completion tokens ---
@@ -677,9 +686,11 @@ class ViCuRTrainer(DistillationTrainer):
         encodes_images: bool = True,
     ) -> torch.Tensor:
         """Hidden states that predict the completion tokens, `(batch, completion, hidden)`."""
-        others_may_have_images = encodes_images and self.accelerator.num_processes > 1
+        # Processes gather the shards of the vision tower from each other, and its gradients
+        needs_gradients = torch.is_grad_enabled() and not self._vision_is_frozen
+        is_gathered = self._vision_is_sharded or (needs_gradients and self.accelerator.num_processes > 1)
         has_visuals = "pixel_values" in multimodal_inputs or "pixel_values_videos" in multimodal_inputs
-        if has_visuals or not others_may_have_images:
+        if has_visuals or not (encodes_images and is_gathered):
             return self._get_last_hidden_state(
                 model, input_ids, attention_mask, completion_length, **multimodal_inputs
             )
@@ -1082,7 +1093,6 @@ class ViCuRTrainer(DistillationTrainer):
             # By way of the CPU: a process's own device may be none that `torch.load` knows ("cpu:0")
             rollouts = torch.load(path, map_location="cpu", weights_only=True)
             self._buffered_inputs = send_to_device(rollouts, self.args.device)
-            self._vision_is_frozen = is_vision_frozen(self.model)
         if isinstance(self.train_dataset, IterableDataset):
             # Trainer counts on an epoch of `max_steps` steps, but the stream may have begun anew earlier
             epochs_trained = int(self.state.epoch or 0)
