@@ -1,7 +1,8 @@
-"""ViCuRTrainer end to end, on tiny real models: invariants 9 and 11, and every option."""
+"""ViCuRTrainer end to end, on tiny real models: invariants 9, 11 and 12, and every option."""
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,13 +15,17 @@ from tiny_models import (
     make_qwen2_5_processor,
     make_qwen2_5_vl,
     make_qwen3_vl,
+    randomize,
     with_completion,
 )
+from torch.distributed.utils import _apply_to_tensors
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
+from trl_vicur.trainer import vicur_trainer
 from trl_vicur.trainer.losses import LMHead, token_logprobs
+from trl_vicur.trainer.mixed_precision import ForwardRedirection
 
 
 ADAPTER = dict(layer_interval=1)
@@ -171,6 +176,192 @@ def logprobs_alone(model, processor, row, hint, completion):
     with torch.no_grad():
         logits = model.eval()(**inputs).logits[0, length - 1 : -1]
     return logits.log_softmax(-1).gather(-1, completion[:, None]).squeeze(-1)
+
+
+# --- 12. Precision is what was asked for ---
+
+
+class watch_dtypes:
+    """Notes, while active, what decoder layers compute in: in rollouts, and in the student's and teacher's passes."""
+
+    def __init__(self, trainer):
+        self.trainer, self.seen, self.pass_ = trainer, {}, "rollout"
+        self.handles = []
+
+    def __enter__(self):
+        for model in (self.trainer.model, self.trainer.teacher_model):
+            for name, module in model.named_modules() if model is not None else ():
+                # Recovery modules keep the dtype of their weights: they compute for one token, and cast no others
+                is_in_layer = "language_model.layers" in name and "sink_attention" not in name
+                if isinstance(module, torch.nn.Linear) and is_in_layer:
+                    self.handles.append(module.register_forward_hook(self.note))
+        for name in ("_student_hidden_states", "_teacher_hidden_states"):
+            setattr(self.trainer, name, self.within(name, getattr(self.trainer, name)))
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+        del self.trainer._student_hidden_states, self.trainer._teacher_hidden_states
+
+    def within(self, name, method):
+        def call(*args):
+            self.pass_ = f"{name.split('_')[1]}{', evaluation' * (not self.trainer.model.training)}"
+            if name == "_student_hidden_states" and self.trainer.model.training and not torch.is_grad_enabled():
+                self.pass_ = "old log-probabilities"
+            try:
+                return method(*args)
+            finally:
+                self.pass_ = "rollout"
+
+        return call
+
+    def note(self, module, args, output):
+        self.seen.setdefault(self.pass_, set()).add(output.dtype)
+
+
+def watch_objective(monkeypatch) -> dict[str, set[torch.dtype]]:
+    """Dtypes of the hidden states that the objectives get, and of what they return."""
+    seen = {"states": set(), "values": set()}
+    for name in ("token_logprobs", "full_divergence", "topk_divergence", "topk_logprobs", "liger_divergence_sum"):
+        function = getattr(vicur_trainer, name)
+
+        def watched(states, *args, function=function):
+            assert not torch.is_autocast_enabled("cpu")
+            results = function(states, *args)
+            seen["states"].add(states.dtype)
+            results = [results] if isinstance(results, torch.Tensor) else results
+            seen["values"] |= {result.dtype for result in results if result.is_floating_point()}
+            return results[0] if len(results) == 1 else results
+
+        monkeypatch.setattr(vicur_trainer, name, watched)
+    return seen
+
+
+STUDENTS = {
+    "adapter": lambda: CueRecoveryConfig(**ADAPTER, r=2),
+    "train_base": lambda: CueRecoveryConfig(**ADAPTER, train_base=True),
+    "full": lambda: None,
+}
+
+
+@pytest.mark.parametrize("teacher", ["base", "live", "ema", "external"])
+@pytest.mark.parametrize("student", STUDENTS)
+def test_invariant_12_layers_compute_in_bfloat16_and_losses_in_float32(
+    tmp_path, processor, monkeypatch, student, teacher
+):
+    """Each student and teacher, in rollouts, old log-probabilities, losses and evaluation."""
+    trainer = make_trainer(
+        tmp_path,
+        processor,
+        peft_config=STUDENTS[student](),
+        teacher_model=make_qwen3_vl(seed=5) if teacher == "external" else None,
+        teacher_model_kind="base" if teacher == "external" else teacher,
+        bf16=True,
+        num_iterations=2,
+    )
+    objective = watch_objective(monkeypatch)
+    losses = []
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: (losses.append(compute_loss(*args, **kwargs)), losses[-1])[1]
+    with watch_dtypes(trainer) as layers:
+        trainer.train()
+        trainer.evaluate(trainer.train_dataset)
+    passes = ["rollout", "old log-probabilities", "student", "teacher", "student, evaluation", "teacher, evaluation"]
+    assert layers.seen == {name: {torch.bfloat16} for name in passes}
+    assert objective == {"states": {torch.bfloat16}, "values": {torch.float32}}
+    assert {loss.dtype for loss in losses} == {torch.float32}
+    assert {batch["old_logprobs"].dtype for batch in trainer._buffered_inputs} == {torch.float32}
+    # Weights and gradients stay in float32
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert all(math.isfinite(log["loss"]) and log["grad_norm"] > 0 for log in train_logs(trainer))
+
+
+@pytest.mark.parametrize("mode", ["sampled_token", "full_logits", "topk_logits", "liger"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bf16_objectives_see_bfloat16_states(tmp_path, processor, monkeypatch, mode, checkpointing):
+    trainer = make_trainer(
+        tmp_path,
+        processor,
+        bf16=True,
+        distillation_mode="full_logits" if mode == "liger" else mode,
+        use_liger_kernel=mode == "liger",
+        gradient_checkpointing=checkpointing,
+        peft_config=CueRecoveryConfig(**ADAPTER, r=2),
+    )
+    objective = watch_objective(monkeypatch)
+    with watch_dtypes(trainer) as layers:
+        trainer.train()
+    assert set().union(*layers.seen.values()) == {torch.bfloat16}
+    assert objective == {"states": {torch.bfloat16}, "values": {torch.float32}}
+    assert all(math.isfinite(log["loss"]) and log["grad_norm"] > 0 for log in train_logs(trainer))
+
+
+def test_fp16_layers_compute_in_float16(tmp_path, processor, monkeypatch):
+    trainer = make_trainer(tmp_path, processor, peft_config=CueRecoveryConfig(**ADAPTER, r=2))
+    # Accelerate has float16 for GPUs only
+    monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
+    objective = watch_objective(monkeypatch)
+    with watch_dtypes(trainer) as layers:
+        trainer.train()
+    assert layers.seen == {name: {torch.float16} for name in ("rollout", "student", "teacher")}
+    assert objective == {"states": {torch.float16}, "values": {torch.float32}}
+
+
+@pytest.mark.parametrize("teacher", ["base", "external"])
+def test_bf16_scores_the_distribution_that_the_model_samples_from(tmp_path, processor, teacher):
+    """The head gets the very states that it gets in `model(...)` under autocast, of student and teacher."""
+    trainer = make_trainer(
+        tmp_path,
+        processor,
+        peft_config=CueRecoveryConfig(**ADAPTER, r=2),
+        teacher_model=make_qwen3_vl(seed=5) if teacher == "external" else None,
+        privilege="none",
+        bf16=True,
+    )
+    randomize(trainer.model)
+    trainer.model.train()
+    inputs = trainer._prepare_inputs([trainer.train_dataset[i] for i in range(4)])
+    length = inputs["completion_ids"].shape[1]
+    kwargs = {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
+    names = (("input_ids", "ids"), ("attention_mask", "mask"))
+    kwargs |= {key: torch.cat([inputs[f"prompt_{n}"], inputs[f"completion_{n}"]], dim=1) for key, n in names}
+    kwargs["mm_token_type_ids"] = inputs["mm_token_type_ids"]
+
+    def states_of_head(model):
+        states = []
+        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: states.append(args[0]))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            model.eval()(**kwargs)
+        hook.remove()
+        return states[0][:, -length - 1 : -1].bfloat16()
+
+    with torch.no_grad():
+        student = trainer._student_hidden_states(trainer.model, inputs)
+        teacher_states, _ = trainer._teacher_hidden_states(trainer.model, inputs)
+    assert student.equal(states_of_head(trainer.model))
+    with trainer.model.disable_adapter() if teacher == "base" else nullcontext():
+        assert teacher_states.equal(states_of_head(trainer.teacher_model or trainer.model))
+
+
+def test_nothing_is_rounded_on_its_way_through_a_wrapped_forward():
+    """FSDP2 casts arguments of a forward, and hands on copies of dicts."""
+    model = torch.nn.Linear(1, 1)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: _apply_to_tensors(lambda tensor: tensor.bfloat16(), (args, kwargs)), with_kwargs=True
+    )
+    inputs = {"old_logprobs": torch.tensor([-1.2345678])}
+    redirection = ForwardRedirection("cpu")
+
+    def method(model, inputs, num_items):
+        assert not torch.is_autocast_enabled("cpu")
+        inputs["features"] = "noted"
+        return inputs["old_logprobs"] / num_items
+
+    with torch.autocast("cpu", torch.bfloat16):
+        result = redirection(model, model, method, model, inputs, torch.tensor(2049.0))
+    assert result.equal(torch.tensor([-1.2345678]) / 2049.0)
+    assert inputs["features"] == "noted"
 
 
 # --- Teachers ---
@@ -513,15 +704,6 @@ def test_gradient_checkpointing_gives_the_same_run(tmp_path, processor, r, use_r
     for plain, checkpointed in zip(*runs, strict=True):
         assert checkpointed["loss"] == pytest.approx(plain["loss"], rel=1e-4, abs=1e-8)
         assert checkpointed["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
-
-
-@pytest.mark.parametrize("mode", ["sampled_token", "full_logits", "topk_logits"])
-def test_bf16(tmp_path, processor, mode):
-    trainer = make_trainer(
-        tmp_path, processor, bf16=True, distillation_mode=mode, peft_config=CueRecoveryConfig(**ADAPTER, r=2)
-    )
-    trainer.train()
-    assert all(math.isfinite(log["loss"]) and log["grad_norm"] > 0 for log in train_logs(trainer))
 
 
 def test_logged_metrics(tmp_path, processor):

@@ -77,6 +77,25 @@ def test_encodings_with_a_stronger_teacher(tmp_path, processor):
     assert of_student.count == of_teacher.count == num_images(trainer)
 
 
+@pytest.mark.parametrize("arguments", [{}, dict(num_iterations=2, max_steps=4)])
+def test_sharing_is_exact_under_bf16(tmp_path, processor, arguments):
+    """Rollout and losses encode images in the same precision: to the bit where they encode as many at once."""
+    runs = []
+    for share in ("auto", "never"):
+        trainer = make_trainer(
+            tmp_path,
+            processor,
+            peft_config=recovery(r=4),
+            bf16=True,
+            gradient_accumulation_steps=1,
+            share_vision_features=share,
+            **arguments,
+        )
+        trainer.train()
+        runs.append(weights(trainer.model))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("peft_config", "arguments"),
     [

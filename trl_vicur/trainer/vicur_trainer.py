@@ -6,6 +6,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from trl import DistillationTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.import_utils import is_vllm_available
+from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id, pad
 
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
@@ -62,6 +64,7 @@ from .losses import (
     topk_divergence,
     topk_logprobs,
 )
+from .mixed_precision import ForwardRedirection, autocast, compute_dtype
 from .model_card import (
     complete_model_card,
     hub_dataset_name,
@@ -259,7 +262,13 @@ class ViCuRTrainer(DistillationTrainer):
                 "to train on with `PeftModel.from_pretrained(..., is_trainable=True)`."
             )
         self._is_self_distilled = self.teacher_model is None and self.teacher_server is None
+        self._forward_redirection = ForwardRedirection(self.accelerator.device.type)
         if self.is_fsdp_enabled:
+            policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
+            if policy is not None:
+                # Accelerate's rounds what a forward returns, which is the loss here
+                policy = replace(policy, output_dtype=None)
+                self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
             # By it `generate` keeps every process until all have finished. Accelerate leaves it unset
             student = self.model.get_base_model() if is_peft_model(self.model) else self.model
             student._is_fsdp_managed_module = True
@@ -389,6 +398,8 @@ class ViCuRTrainer(DistillationTrainer):
         if is_peft_model(teacher):
             teacher = teacher.unload()
         teacher.requires_grad_(False)
+        if self.is_deepspeed_enabled:  # whose engine has the student's weights in bfloat16, too
+            return prepare_deepspeed(teacher, self.accelerator)
         teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         return self._shard_teacher(teacher) if self.is_fsdp_enabled else teacher
 
@@ -459,10 +470,14 @@ class ViCuRTrainer(DistillationTrainer):
         if has_videos:
             suppressed = [*(suppressed or []), *visual_token_ids(self.model.config)]
         self.generation_config.suppress_tokens = suppressed
-        if images is not None or has_videos or self.use_vllm or not self._vision_is_sharded:
+        if self.use_vllm:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-        prompt_ids, multimodal_fields = self._blank_image_row.add_to_prompts(prompt_ids, multimodal_fields)
-        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)[:-1]
+        needs_image = images is None and not has_videos and self._vision_is_sharded
+        if needs_image:
+            prompt_ids, multimodal_fields = self._blank_image_row.add_to_prompts(prompt_ids, multimodal_fields)
+        with autocast(self.accelerator):  # accelerate has it around the forward of a PEFT model, not of its base
+            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        return completion_ids[:-1] if needs_image else completion_ids
 
     def _generate(self, prompts: list):
         prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
@@ -492,7 +507,7 @@ class ViCuRTrainer(DistillationTrainer):
         student = self.accelerator.unwrap_model(self.model_wrapped)
         self._vision_is_frozen = is_vision_frozen(student)
         rolls_out = not self.use_vllm and (self._shares_features() or self._shares_features(of_teacher=True))
-        recording = record_features(student, self.accelerator.autocast) if rolls_out else nullcontext()
+        recording = record_features(student) if rolls_out else nullcontext()
         with ExitStack() as stack:
             for name in ("image_processor", "video_processor"):
                 if hasattr(self.processing_class, name):
@@ -652,7 +667,7 @@ class ViCuRTrainer(DistillationTrainer):
             with lend_features(unwrapped_student, features):
                 yield False
         else:
-            with record_features(unwrapped_student, self.accelerator.autocast) as recorded:
+            with record_features(unwrapped_student) as recorded:
                 yield True
             self._note_features(recorded, inputs)
 
@@ -713,17 +728,18 @@ class ViCuRTrainer(DistillationTrainer):
         return multimodal_inputs
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **multimodal_inputs):
-        # TRL hands over what it knows, which is no videos
+        # TRL's method accepts no video inputs
         videos = {key: multimodal_inputs.pop(key) for key in VIDEO_KEYS if key in multimodal_inputs}
-        if not videos:
-            return super()._get_last_hidden_state(unwrapped_model, *args, **multimodal_inputs)
-        hook = get_backbone(unwrapped_model).register_forward_pre_hook(
-            lambda backbone, args, kwargs: (args, {**kwargs, **videos}), with_kwargs=True
-        )
-        try:
-            return super()._get_last_hidden_state(unwrapped_model, *args, **multimodal_inputs)
-        finally:
-            hook.remove()
+        with ExitStack() as stack:
+            if videos:
+                hook = get_backbone(unwrapped_model).register_forward_pre_hook(
+                    lambda backbone, args, kwargs: (args, {**kwargs, **videos}), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+            with autocast(self.accelerator):
+                states = super()._get_last_hidden_state(unwrapped_model, *args, **multimodal_inputs)
+        # As autocast would hand them to the head: all losses see the distribution that the model samples from
+        return states.to(compute_dtype(self.accelerator) or states.dtype)
 
     def _student_hidden_states(self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         with self._shared_features(unwrapped_student, inputs) as encodes_images:

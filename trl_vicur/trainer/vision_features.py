@@ -36,17 +36,13 @@ def is_vision_frozen(model: nn.Module) -> bool:
 
 
 @contextmanager
-def record_features(
-    model: nn.Module, autocast: Callable[[], AbstractContextManager]
-) -> Iterator[dict[str, list[ModelOutput]]]:
+def record_features(model: nn.Module) -> Iterator[dict[str, list[ModelOutput]]]:
     """
     While active, note what the vision tower computes. It computes it without gradient.
 
     Args:
         model (`nn.Module`):
             The vision-language model.
-        autocast (`Callable`):
-            Makes the context of mixed precision: `generate` encodes images outside of the forward call, which has it.
 
     Yields:
         `dict[str, list[ModelOutput]]`: Filled with the features of each call for an `"image"` or a `"video"`, as the
@@ -55,7 +51,7 @@ def record_features(
     outputs = {"image": [], "video": []}
 
     def record(kind: str, encode: Callable[..., ModelOutput], *args, **kwargs) -> ModelOutput:
-        with torch.no_grad(), autocast():
+        with torch.no_grad():
             output = encode(*args, **kwargs)
         if kind == "video" and outputs["image"] and outputs["image"][-1] is output:
             outputs["image"].pop()  # Qwen3-VL has its videos encoded as images
