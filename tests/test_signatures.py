@@ -1,11 +1,18 @@
-"""What we override in TRL, transformers, PEFT and accelerate, or call of their insides, has the signature we know."""
+"""
+What we override in TRL, transformers, PEFT and accelerate, or call or read of their internals, is as we know it: its
+parameters, how many values or which keys it returns, and which methods assign the private state that we share.
+"""
 
 import ast
 import importlib
 import inspect
 import json
 import pkgutil
+import re
 import textwrap
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -27,14 +34,43 @@ def library_of(thing) -> str:
 
 
 def signature(function) -> str:
-    """Parameters and plain defaults; annotations may change as they like."""
+    """Parameters and plain defaults, and what is returned if it has parts; annotations may change as they like."""
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
         default = parameter.default
         if not isinstance(default, str | int | float | tuple | None) and default is not parameter.empty:
             default = ...
         parameters.append(parameter.replace(annotation=parameter.empty, default=default))
-    return str(inspect.Signature(parameters))
+    return str(inspect.Signature(parameters)) + returned_parts(function)
+
+
+def returned_parts(function) -> str:
+    """The number of returned values, or the keys of a `dict` that the function fills and returns."""
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    nodes = list(own_nodes(definition))
+    returned = [node.value for node in nodes if isinstance(node, ast.Return)]
+    if counts := sorted({len(value.elts) for value in returned if isinstance(value, ast.Tuple)}):
+        return f" -> {' or '.join(map(str, counts))} values"
+    if len(returned) != 1 or not isinstance(returned[0], ast.Name):
+        return ""
+    keys = []
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            if ast.unparse(node.targets[0]) == returned[0].id:
+                keys += node.value.keys
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            if ast.unparse(node.value) == returned[0].id:
+                keys.append(node.slice)
+    names = sorted({key.value for key in keys if isinstance(key, ast.Constant)})
+    return f" -> {{{', '.join(names)}}}" if names else ""
+
+
+def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below a function's, without those of functions inside it."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.Lambda):
+            yield child
+            yield from own_nodes(child)
 
 
 def own_classes_and_functions() -> tuple[dict[str, type], dict[str, FunctionType]]:
@@ -70,9 +106,10 @@ def called_methods(module: ModuleType) -> dict[str, FunctionType]:
 
 
 def inherited_names(own_class: type) -> set[str]:
-    """Methods that a class defines, and private ones that it uses of itself."""
+    """Methods and attributes that a class defines, and private ones that it uses of itself."""
     [definition] = ast.parse(textwrap.dedent(inspect.getsource(own_class))).body
     defined = {node.name for node in definition.body if isinstance(node, ast.FunctionDef)}
+    defined |= {node.targets[0].id for node in definition.body if isinstance(node, ast.Assign)}
     used = {
         node.attr
         for node in ast.walk(definition)
@@ -83,8 +120,27 @@ def inherited_names(own_class: type) -> set[str]:
     return defined | used
 
 
+@cache
+def assigned_attributes(base: type) -> dict[str, set[str]]:
+    """Private attributes that a class of a library assigns, each with the methods that do."""
+    try:
+        [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+    except (OSError, TypeError):  # an enum, or a class that was made by a function
+        return {}
+    assigned = defaultdict(set)
+    for node in definition.body:
+        is_method = isinstance(node, ast.FunctionDef)
+        where = f"{base.__qualname__}.{node.name}" if is_method else f"class {base.__qualname__}"
+        for each in ast.walk(node) if is_method else ast.iter_child_nodes(node):
+            name = ast.unparse(each).removeprefix("self.") if isinstance(each, ast.Attribute | ast.Name) else ""
+            if isinstance(getattr(each, "ctx", None), ast.Store) and re.fullmatch(r"_[a-z]\w*", name):
+                if isinstance(each, ast.Attribute) == is_method:
+                    assigned[name].add(where)
+    return assigned
+
+
 def found_signatures() -> dict[str, tuple[str, str]]:
-    """Signature and library of each function that we override or call, by our name for it."""
+    """What we override, call or share, by our name for it: its signature, or who assigns it; and the library."""
     classes, functions = own_classes_and_functions()
     found = {name: (signature(function), library_of(function)) for name, function in functions.items()}
     for own_class in classes.values():
@@ -94,6 +150,13 @@ def found_signatures() -> dict[str, tuple[str, str]]:
             definition = getattr(definition, "__func__", definition)  # of a class method
             if inspect.isfunction(definition) and library_of(definition) in LIBRARIES:
                 found[f"{own_class.__qualname__}.{name}"] = (signature(definition), library_of(definition))
+            else:
+                assigning = {
+                    base: assigned_attributes(base)[name] for base in bases if name in assigned_attributes(base)
+                }
+                if assigning:
+                    where = ", ".join(sorted(set().union(*assigning.values())))
+                    found[f"{own_class.__qualname__}.{name}"] = (f"assigned by {where}", library_of([*assigning][0]))
     return found
 
 
@@ -109,7 +172,7 @@ def changes(found: dict[str, tuple[str, str]], recorded: dict[str, list[str]]) -
         elif found[name][0] not in recorded.get(name, []):
             signature, library = found[name]
             messages.append(
-                f"{name}: expected {' or '.join(recorded.get(name, ['no such function']))}, but {library} "
+                f"{name}: expected {' or '.join(recorded.get(name, ['nothing of that name']))}, but {library} "
                 f"{version(library)} has {signature}. Read what it does now, adapt ours, and add the line to "
                 f"{RECORD.name}: {json.dumps(name)}: {json.dumps([*recorded.get(name, []), signature])}"
             )
@@ -129,8 +192,22 @@ def test_a_change_is_told(monkeypatch):
     compute_loss.__module__ = DistillationTrainer.__module__
     monkeypatch.setattr(DistillationTrainer, "compute_loss", compute_loss)
     monkeypatch.delattr(Trainer, "_save_rng_state")
-    told = changes(found_signatures(), recorded)
-    assert len(told) == 2
-    assert "ViCuRTrainer.compute_loss: expected (self, model, inputs, return_outputs=False" in told[1]
-    assert f"but trl {version('trl')} has (self, model, batch, weights=None). Read what it does now" in told[1]
-    assert "ViCuRTrainer._save_rng_state: recorded as (self, output_dir), but nothing of trl" in told[0]
+
+    def _tokenize_prompts(self, prompts):
+        return [], None, {}, []
+
+    _tokenize_prompts.__module__ = DistillationTrainer.__module__
+    monkeypatch.setattr(DistillationTrainer, "_tokenize_prompts", _tokenize_prompts)
+    assigned_attributes(DistillationTrainer)["_diagnostics"] = {"DistillationTrainer.log"}
+    try:
+        told = changes(found_signatures(), recorded)
+    finally:
+        assigned_attributes.cache_clear()
+    diagnostics, rng_state, tokenize_prompts, compute_loss = told
+    assert "ViCuRTrainer.compute_loss: expected (self, model, inputs, return_outputs=False" in compute_loss
+    assert f"but trl {version('trl')} has (self, model, batch, weights=None). Read what it does now" in compute_loss
+    assert "ViCuRTrainer._save_rng_state: recorded as (self, output_dir), but nothing of trl" in rng_state
+    assert "_tokenize_prompts: expected (self, prompts) -> 3 values, but trl" in tokenize_prompts
+    assert "has (self, prompts) -> 4 values. Read what it does now" in tokenize_prompts
+    assert "ViCuRTrainer._diagnostics: expected nothing of that name, but trl" in diagnostics
+    assert "has assigned by DistillationTrainer.log. Read what it does now" in diagnostics

@@ -1,5 +1,6 @@
 import math
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from string import Formatter
 from typing import Literal, get_args
 
@@ -190,6 +191,12 @@ class ViCuRConfig(DistillationConfig):
     )
 
     def __post_init__(self):
+        if taken := sorted(ViCuRConfig.__annotations__.keys() & DistillationConfig.__dataclass_fields__.keys()):
+            names = ", ".join(f"`{name}`" for name in taken)
+            raise ImportError(
+                f"TRL {version('trl')} has options of its own named {names}, which trl-vicur {version('trl-vicur')} "
+                "defines with another meaning. Install `trl==1.16.*`, or a newer trl-vicur."
+            )
         super().__post_init__()
         choices = {
             "privilege": get_args(Privilege),

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -451,7 +452,14 @@ class ViCuRTrainer(DistillationTrainer):
         return inputs
 
     def _tokenize_prompts(self, prompts: list):
-        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        # TRL#6718 adds the prompts for vLLM, images unexpanded. `StudentGeneration` derives these from `prompt_ids`
+        prompt_ids, images, multimodal_fields, *for_vllm = super()._tokenize_prompts(prompts)
+        if len(for_vllm) > 1:
+            raise RuntimeError(
+                f"`DistillationTrainer._tokenize_prompts` returns {3 + len(for_vllm)} values in TRL "
+                f"{version('trl')}; trl-vicur {version('trl-vicur')} knows what to do with 3 or 4. Install "
+                "`trl==1.16.*`, or a newer trl-vicur."
+            )
         # Gemma 4's processor pads unasked, and TRL would take the padding for a part of the prompts
         pad_token_id = self._tokenizer.pad_token_id
         starts = [next((i for i, token in enumerate(ids) if token != pad_token_id), 0) for ids in prompt_ids]
@@ -461,7 +469,7 @@ class ViCuRTrainer(DistillationTrainer):
                 if name in multimodal_fields:
                     types = zip(multimodal_fields[name], starts, strict=True)
                     multimodal_fields[name] = [list(row[start:]) for row, start in types]
-        return prompt_ids, images, multimodal_fields
+        return prompt_ids, images, multimodal_fields, *(prompt_ids for _ in for_vllm)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         has_videos = "pixel_values_videos" in multimodal_fields
@@ -480,13 +488,13 @@ class ViCuRTrainer(DistillationTrainer):
         return completion_ids[:-1] if needs_image else completion_ids
 
     def _generate(self, prompts: list):
-        prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
+        prompt_ids, completion_ids, tool_mask, images, *others = super()._generate(prompts)
         if self._has_videos(prompts):
             images = None  # TRL would process them together with prompts whose videos it does not have
         elif images is not None:
             # TRL marks text-only rows with None, which processors refuse
             images = [image_list or [] for image_list in images]
-        return prompt_ids, completion_ids, tool_mask, images, tool_images
+        return prompt_ids, completion_ids, tool_mask, images, *others
 
     def _generate_and_score_completions(self, inputs: list[dict[str, torch.Tensor | Any]]) -> dict[str, Any]:
         dataset = self.train_dataset if self.model.training else self.eval_dataset
@@ -556,7 +564,7 @@ class ViCuRTrainer(DistillationTrainer):
     def _visual_inputs(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, Any]:
         """What the model takes of images and videos beside the tokens, as the rollout had it."""
         prompts = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows]
-        _, _, fields = self._tokenize_prompts(prompts)
+        _, _, fields, *_ = self._tokenize_prompts(prompts)
         inputs = {}
         for name in ("token_type_ids", "mm_token_type_ids"):
             if name in fields:
@@ -578,7 +586,7 @@ class ViCuRTrainer(DistillationTrainer):
 
     def _teacher_prompts(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The teacher's prompts, left-padded; their images and videos are the student's."""
-        prompt_ids, _, multimodal_fields = self._tokenize_prompts(self._teacher_conversations(rows))
+        prompt_ids, _, multimodal_fields, *_ = self._tokenize_prompts(self._teacher_conversations(rows))
         teacher = {
             "teacher_prompt_ids": self._pad_left(prompt_ids, self._tokenizer.pad_token_id),
             "teacher_prompt_mask": self._pad_left([[1] * len(ids) for ids in prompt_ids]),
