@@ -1,5 +1,6 @@
 """ViCuRTrainer end to end, on tiny real models: invariants 9, 11 and 12, and every option."""
 
+import copy
 import math
 import warnings
 from contextlib import nullcontext
@@ -7,7 +8,18 @@ from contextlib import nullcontext
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftModel
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file
 from tiny_models import (
     encode,
@@ -378,6 +390,78 @@ def test_peft_student_is_its_own_frozen_teacher(tmp_path, processor):
     with trainer.model.disable_adapter():
         assert trainer.model.base_model.model.lm_head.weight.equal(base["lm_head.weight"])
     assert all(p.requires_grad == ("sink_attention" in n or "lora_" in n) for n, p in trainer.model.named_parameters())
+
+
+LORA = dict(r=2, target_modules=["q_proj", "v_proj"])
+ON_DECODER = dict(target_modules=r".*language_model.*(q_proj|v_proj)")
+MOVED_BASE = {
+    "bias-all": CueRecoveryConfig(**ADAPTER, r=2, bias="all"),
+    "bias-lora_only": LoraConfig(**LORA, bias="lora_only"),
+}
+KEPT_BASE = {
+    "module": CueRecoveryConfig(**ADAPTER, r=2),
+    "dora": LoraConfig(**LORA, use_dora=True),
+    "lora-bias": LoraConfig(**LORA, lora_bias=True),
+    "orthogonal": LoraConfig(**LORA, init_lora_weights="orthogonal"),
+    "random": LoraConfig(**LORA, init_lora_weights=False),
+    "modules_to_save": CueRecoveryConfig(**ADAPTER, r=2, modules_to_save=["merger"]),
+    "ln-tuning": LNTuningConfig(target_modules=["input_layernorm"]),
+    "ia3": IA3Config(target_modules=["v_proj"], feedforward_modules=[]),
+    "vera": VeraConfig(r=2, **ON_DECODER),
+    "oft": OFTConfig(oft_block_size=4, **ON_DECODER),
+    "lokr": LoKrConfig(r=2, **ON_DECODER),
+    "vblora": VBLoRAConfig(r=2, num_vectors=8, vector_length=4, topk=2, **ON_DECODER),
+}
+
+
+@pytest.mark.parametrize("peft_config", [*MOVED_BASE.values(), *KEPT_BASE.values()], ids=[*MOVED_BASE, *KEPT_BASE])
+def test_invariant_2_the_base_teaches_whatever_an_adapter_trains(tmp_path, recwarn, peft_config):
+    """Every trainable weight is moved, as training might do. Of a base that trains, too, a frozen copy is kept."""
+    processor = make_qwen2_5_processor()
+    trainer = make_trainer(tmp_path, processor, make_qwen2_5_vl(), peft_config=peft_config)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    inputs = encode(processor, [[{"role": "user", "content": [{"type": "image", "image": make_image(0)}]}]])
+    is_moved = peft_config in MOVED_BASE.values()
+    assert (trainer.teacher_model is not None) == is_moved
+    assert any("frozen copy of the base is the teacher" in str(each.message) for each in recwarn) == is_moved
+    with torch.no_grad():
+        if is_moved:
+            teacher = trainer.teacher_model.eval()(**inputs).logits
+        else:
+            with trainer._student_as_teacher(trainer.model):
+                teacher = trainer.model(**inputs).logits
+        assert (trainer.model.eval()(**inputs).logits - teacher).abs().max() > 1e-3
+        torch.testing.assert_close(teacher, make_qwen2_5_vl().eval()(**inputs).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "peft_config, option",
+    [
+        (CueRecoveryConfig(**ADAPTER, r=2, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+        (LoraConfig(**LORA, init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4'"),
+        (LoraConfig(**LORA, init_lora_weights="olora"), "init_lora_weights='olora'"),
+        (LoraConfig(**LORA, kasa_config=KasaConfig()), "kasa_config="),
+    ],
+    ids=["pissa", "pissa_niter", "olora", "kasa"],
+)
+def test_invariant_2_adapters_that_rewrite_the_base_are_refused(tmp_path, processor, peft_config, option):
+    message = rf"rewrote \d+ weight\(s\) of the base model.*`{option}.*leaves the base"
+    for arguments in (dict(), dict(teacher_model_kind="live")):  # saved, they would fit no other model either
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, processor, peft_config=copy.deepcopy(peft_config), **arguments)
+    # Attached before, the base cannot be compared
+    with pytest.raises(ValueError, match=f"The adapter 'default' of the model changes weights of the base .`{option}"):
+        make_trainer(tmp_path, processor, get_peft_model(make_qwen3_vl(), peft_config))
+
+
+def test_invariant_2_a_model_passed_with_trained_biases_is_refused(tmp_path):
+    model = get_peft_model(make_qwen2_5_vl(), LoraConfig(**LORA, bias="all"))
+    with pytest.raises(ValueError, match=r"The adapter 'default' .* \(`bias='all'`\).* or pass the base as"):
+        make_trainer(tmp_path, make_qwen2_5_processor(), model)
+    make_trainer(tmp_path, make_qwen2_5_processor(), model, teacher_model=make_qwen2_5_vl())
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,9 @@ class ViCuRConfig(DistillationConfig):
         > Parameters that control the teacher model in self-distillation (without `teacher_model`)
 
         teacher_model_kind (`str`, *optional*, defaults to `"base"`):
-            `"base"` is the frozen initial student (with PEFT the model without its adapter, no second copy), `"live"`
-            the current student, `"ema"` an exponential moving average of the student.
+            `"base"` is the frozen initial student (with PEFT the model without its adapter, and a copy only where
+            weights of the base train as well, as with `bias="all"`), `"live"` the current student, `"ema"` an
+            exponential moving average of the student.
         teacher_update_rate (`float`, *optional*, defaults to `0.05`):
             Weight of the student in each update of the `"ema"` teacher.
         teacher_sync_steps (`int`, *optional*, defaults to `1`):

@@ -41,6 +41,7 @@ from ..cue_recovery.model import visual_token_ids
 from ..dataset_rows import read_image, read_video, row_images, row_videos
 from ..model_loading import hub_model_name, naming_model
 from ..teacher_prompt import add_privilege, hint_marker
+from .adapter_base import check_attached_adapters, refusing_adapters_that_rewrite_the_base, trainable_base_weights
 from .blank_image import BlankImageRow
 from .checkpoints import (
     FILE_LIST_NAME,
@@ -199,6 +200,9 @@ class ViCuRTrainer(DistillationTrainer):
         self.check_arguments(
             config, teacher_model, args, train_dataset, processing_class, peft_configs, quantization_config, sharding
         )
+        teaches_itself = teacher_model is None and args.teacher_model_server_url is None
+        if isinstance(model, PeftModel) and teaches_itself and args.teacher_model_kind == "base":
+            check_attached_adapters(model.peft_config)
         if isinstance(peft_config, CueRecoveryConfig):
             peft_config.resolve_sink_token(processing_class, **(args.chat_template_kwargs or {}))
 
@@ -234,7 +238,8 @@ class ViCuRTrainer(DistillationTrainer):
             )
             args.use_liger_kernel = False
         rolls_out_with_module = args.use_vllm and recovery_configs
-        with engine_with_module(lambda: self.model) if rolls_out_with_module else nullcontext():
+        engine = engine_with_module(lambda: self.model) if rolls_out_with_module else nullcontext()
+        with engine, refusing_adapters_that_rewrite_the_base():
             super().__init__(
                 model=model,
                 teacher_model=teacher_model,
@@ -280,9 +285,7 @@ class ViCuRTrainer(DistillationTrainer):
             self.ema_teacher = EMATeacherCallback(self.model, args.teacher_update_rate, args.teacher_sync_steps)
             self.add_callback(self.ema_teacher)
         elif self._is_self_distilled and args.teacher_model_kind == "base":
-            base_is_frozen = is_peft_model(self.model) and not any(c.train_base for c in recovery_configs)
-            if not base_is_frozen:
-                self.teacher_model = self._frozen_copy()
+            self.teacher_model = self._copy_of_base()
 
         self._blank_image_row = BlankImageRow(
             self.processing_class, self.model.config.image_token_id, self.chat_template_kwargs
@@ -393,8 +396,22 @@ class ViCuRTrainer(DistillationTrainer):
                 f"`num_iterations={args.num_iterations}` needs a `Dataset`; with an `IterableDataset` it must be 1."
             )
 
-    def _frozen_copy(self) -> torch.nn.Module:
-        """The student's initial weights without adapter, as a teacher of its own (full fine-tuning)."""
+    def _copy_of_base(self) -> torch.nn.Module | None:
+        """
+        The student's initial weights without adapter, as a teacher of its own. `None` where the student keeps them:
+        it has an adapter, and nothing else trains.
+        """
+        if is_peft_model(self.model):
+            trained = trainable_base_weights(self.model)
+            if not trained:
+                return None
+            if not any(getattr(config, "train_base", False) for config in self.model.peft_config.values()):
+                warnings.warn(
+                    f"Beside the adapter {len(trained)} weight(s) of the base train, among them '{trained[0]}'. The "
+                    "model without the adapter would have them as trained, so a frozen copy of the base is the "
+                    f"teacher, which needs another {self.model.get_memory_footprint() / 2**30:.2f} GiB. Leave the "
+                    "base as it is (`bias='none'`) to do without the copy."
+                )
         teacher = copy.deepcopy(self.model)
         if is_peft_model(teacher):
             teacher = teacher.unload()

@@ -1,0 +1,116 @@
+"""
+Whether a model without its adapter is, and stays, the model that the adapter was made for.
+
+`disable_adapter()` takes the adapter out of the forward pass. It does not undo what attaching it did to the base
+weights (PiSSA and its relatives move a part of them into the adapter), nor what training does to those that train
+beside it (`bias`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
+from trl.trainer import distillation_trainer
+
+
+# Initializations of LoRA that leave the base as it is. For an adapter that was attached elsewhere; others are measured
+KEEPING_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+@contextmanager
+def refusing_adapters_that_rewrite_the_base() -> Iterator[None]:
+    """
+    While active, the adapter that TRL attaches must leave the base weights as they are: their bits are compared.
+
+    Raises:
+        `ValueError`: If it does not.
+    """
+    attach = distillation_trainer.get_peft_model
+
+    def attach_and_compare(model: PreTrainedModel, peft_config: PeftConfig, **kwargs: Any) -> PeftModel:
+        before = {name: (parameter, _checksum(parameter)) for name, parameter in model.named_parameters()}
+        peft_model = attach(model, peft_config, **kwargs)
+        kept = set(peft_model.parameters())
+        changed = [
+            name
+            for name, (parameter, checksum) in before.items()
+            if parameter not in kept or _checksum(parameter) != checksum
+        ]
+        if changed:
+            raise ValueError(
+                f"Attaching the adapter rewrote {len(changed)} weight(s) of the base model, among them "
+                f"'{changed[0]}'{_named_initialization(peft_config)}. The model without its adapter, which is to be "
+                "the teacher, would not be the base, and the saved adapter would fit no model but this one. Choose "
+                "an initialization that leaves the base as it is, e.g. `init_lora_weights=True`."
+            )
+        return peft_model
+
+    distillation_trainer.get_peft_model = attach_and_compare
+    try:
+        yield
+    finally:
+        distillation_trainer.get_peft_model = attach
+
+
+def check_attached_adapters(peft_configs: dict[str, PeftConfig]) -> None:
+    """
+    Check the adapters of a model that is passed with them, whose base cannot be compared with what it was.
+
+    Args:
+        peft_configs (`dict[str, PeftConfig]`):
+            The adapters' configs by their names.
+
+    Raises:
+        `ValueError`: If one was made in a way that rewrites the base, or trains a part of it.
+    """
+    for name, config in peft_configs.items():
+        if not isinstance(config, LoraConfig):
+            continue
+        keeps_base = config.init_lora_weights in KEEPING_THE_BASE and config.kasa_config is None
+        if not keeps_base or config.bias != "none":
+            what = f" (`bias={config.bias!r}`)" if keeps_base else _named_initialization(config)
+            raise ValueError(
+                f"The adapter '{name}' of the model changes weights of the base{what}, so the model without it is not "
+                "the base, which is to be the teacher. Pass the base model and a `peft_config` without this option, "
+                "or pass the base as `teacher_model`."
+            )
+
+
+def trainable_base_weights(model: PeftModel) -> list[str]:
+    """Names of the weights that train and belong to no adapter, so that they stay as trained when it is disabled."""
+    in_adapters = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            for name in module.adapter_layer_names:
+                part: nn.ParameterDict | nn.ModuleDict | None = attrgetter(name)(module)
+                in_adapters.update(part.parameters() if isinstance(part, nn.Module) else ())
+    return [name for name, p in model.named_parameters() if p.requires_grad and p not in in_adapters]
+
+
+def _named_initialization(config: PeftConfig) -> str:
+    """The option that says how an adapter begins, as a part of a sentence."""
+    if not isinstance(config, LoraConfig):
+        return f" ({config.peft_type.value})"
+    if config.kasa_config is not None:
+        return f" (`kasa_config={config.kasa_config!r}`)"
+    return f" (`init_lora_weights={config.init_lora_weights!r}`)"
+
+
+def _checksum(parameter: nn.Parameter) -> int | None:
+    """Sum of a tensor's bits, read as integers. `None` where there are none to read."""
+    if parameter.is_meta or is_traceable_wrapper_subclass(parameter):
+        return None
+    data = parameter.data.contiguous().view(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    # Eight bytes at a time: on a CPU 200 times as fast as two
+    whole = len(data) // 8 * 8
+    return int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())
