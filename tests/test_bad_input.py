@@ -598,7 +598,8 @@ REFUSED_RECOVERY_OPTIONS = [
     ],
     *[("sink_token", value, f"a token string, got {value!r}") for value in ("", None, 5)],
     ("train_base", "yes", "`train_base` must be True or False, got 'yes'"),
-    ("sink_token_ids", [], "`sink_token_offset` must be an index of `sink_token_ids`, got 0 for []"),
+    *[("sink_token_ids", value, f"`sink_token_ids` must hold one token id, got {value!r}") for value in ([], [1, 2])],
+    ("sink_token", "assistant", "is no longer an option: the header has other token ids"),
 ]
 
 
@@ -644,6 +645,23 @@ def test_adapter_that_cannot_be_trained(config, message):
     with pytest.raises(ValueError) as refusal:
         build(peft_config=CueRecoveryConfig(**{"layer_interval": 2, **config}))
     assert message in str(refusal.value)
+
+
+def test_rows_whose_prompts_lack_the_sink_token():
+    """A sink in what only a system turn writes: rows with an image need one, rows of text do not."""
+    processor = make_processor()
+    processor.chat_template = processor.chat_template.replace(
+        "{{ '<|im_start|>' + message.role",
+        "{% if message.role == 'system' %}<|endoftext|>{% endif %}{{ '<|im_start|>' + message.role",
+    )
+    system = {"role": "system", "content": "Be brief."}
+    row = make_rows(1)[0]
+    rows = [{**row, "prompt": [system, *row["prompt"]]}, {**row, "images": []}, row]
+    config = CueRecoveryConfig(layer_interval=2, sink_token="<|endoftext|>")
+    message = r"Row 2 of train_dataset: The prompt has an image or video, but .* no sink token '<\|endoftext\|>' into"
+    with pytest.raises(ValueError, match=message):
+        build(Dataset.from_list(rows * 2), processor=processor, peft_config=config)
+    build(Dataset.from_list(rows[:2] * 2), processor=processor, peft_config=config)
 
 
 def test_adapter_loaded_for_inference(tmp_path):

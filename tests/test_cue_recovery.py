@@ -2,20 +2,24 @@
 
 import copy
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import get_peft_model
 from tiny_models import encode, make_image, make_qwen3_vl, randomize, user, with_completion
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, StaticCache
 
 from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import CueRecoveryLayer, record_update_ratios, sink_attention
+from trl_vicur.cue_recovery.positions import first_real_token, packed_rows
 
 
-SINKS = ["first", "<|im_start|>", "assistant"]
+# The last one closes the user's turn where there is no system prompt, so it has seen the question
+SINKS = ["first", "<|im_start|>", "<|im_end|>"]
 
 
 def attach(model, processor, sink_token="first", layer_interval=1, **config):
@@ -94,11 +98,11 @@ def test_invariant_3_cache_no_cache_and_full_forward_agree(family, sink_token):
 
 
 @pytest.mark.parametrize("sink_token", SINKS)
-def test_invariant_3_a_sampled_header_does_not_move_the_sink(processor, sink_token):
+def test_invariant_3_a_sampled_sink_token_does_not_move_the_sink(processor, sink_token):
     """A completion may contain the sink's tokens; the sink is still the prompt's."""
     model = randomize(attach(make_qwen3_vl(), processor, sink_token))
     inputs = encode(processor, [user("What is this?", make_image(0))])
-    sampled = processor.tokenizer.encode("<|im_start|>assistant\nyes", add_special_tokens=False)
+    sampled = processor.tokenizer.encode("yes<|im_end|>\n<|im_start|>assistant\nno", add_special_tokens=False)
     extended = logits(model, with_completion(inputs, torch.tensor([sampled])))
     prompt_length = inputs["input_ids"].shape[1]
     torch.testing.assert_close(extended[:, :prompt_length], logits(model, inputs), rtol=1e-4, atol=1e-5)
@@ -162,7 +166,7 @@ def test_invariant_3_split_prefill_is_refused(processor, sink_token):
 
 
 def test_invariant_3_a_cache_may_be_continued_where_the_sink_is_behind_it(processor):
-    """A new turn of text on the cache equals the full forward, unless it brings a new sink; then it is refused."""
+    """A new turn of text on the cache equals the full forward."""
     prompt = user("What is this?", make_image(0))
     turns = [
         *prompt,
@@ -187,12 +191,8 @@ def test_invariant_3_a_cache_may_be_continued_where_the_sink_is_behind_it(proces
             arguments = dict(
                 attention_mask=whole["attention_mask"], past_key_values=cache, position_ids=positions[..., length:]
             )
-            if sink_token == "assistant":
-                with pytest.raises(ValueError, match="prefill the whole prompt at once"):
-                    model(new_turn, **arguments)
-            else:
-                continued = model(new_turn, **arguments).logits
-                torch.testing.assert_close(continued, logits(model, whole)[:, length:], rtol=1e-4, atol=1e-5)
+            continued = model(new_turn, **arguments).logits
+            torch.testing.assert_close(continued, logits(model, whole)[:, length:], rtol=1e-4, atol=1e-5)
 
 
 # --- 4. Each sample alone ---
@@ -246,6 +246,122 @@ def test_invariant_4_video(processor):
     torch.testing.assert_close(logits(model, together)[0, -changed.shape[1] :], changed[0], rtol=1e-4, atol=1e-5)
 
 
+def packed(processor, num_samples=2):
+    """Samples in one row, as transformers keeps them apart: by positions that start anew, without a mask."""
+    model = make_qwen3_vl().model
+    samples = [encode(processor, [user("What is this?" + "?" * i, make_image(i))]) for i in range(num_samples)]
+    positions = []
+    for sample in samples:
+        of_axes, _ = model.get_rope_index(**{name: sample[name] for name in sample if name != "pixel_values"})
+        of_text = torch.arange(sample["input_ids"].shape[1]).expand(1, 1, -1)
+        positions.append(torch.cat([of_text, of_axes]))
+    inputs = {
+        name: torch.cat(
+            [sample[name] for sample in samples], dim=0 if name in ("pixel_values", "image_grid_thw") else 1
+        )
+        for name in samples[0]
+        if name != "attention_mask"
+    }
+    return inputs, torch.cat(positions, dim=-1)
+
+
+PACKING_MARKS = {
+    "positions-of-text-and-axes": lambda positions: {"position_ids": positions},
+    "positions-of-axes": lambda positions: {"position_ids": positions[1:]},
+    "positions-of-text": lambda positions: {"position_ids": positions[0]},
+    "cu_seq_lens": lambda positions: {"cu_seq_lens_q": torch.tensor([0, 9, 20]), "cu_seq_lens_k": None},
+    "seq_idx": lambda positions: {"seq_idx": positions[0]},
+    "mask-of-pairs": lambda positions: {"position_ids": positions, "attention_mask": mask_of_pairs(positions[0])},
+    "additive-mask-of-pairs": lambda positions: {
+        "position_ids": positions,
+        "attention_mask": torch.where(mask_of_pairs(positions[0]), 0.0, torch.finfo(torch.float32).min),
+    },
+}
+
+
+def mask_of_pairs(text_positions):
+    """Causal, and between tokens of the same sample only; `(1, 1, seq, seq)`."""
+    sample = (text_positions[0] == 0).cumsum(dim=0)
+    return ((sample.unsqueeze(0) == sample.unsqueeze(1)).tril())[None, None]
+
+
+@pytest.mark.parametrize("mark", PACKING_MARKS)
+def test_invariant_4_packed_rows_are_refused(processor, mark):
+    model = randomize(attach(make_qwen3_vl(), processor))
+    inputs, positions = packed(processor)
+    marks = PACKING_MARKS[mark](positions)
+    with pytest.raises(ValueError, match=r"Row\(s\) \[0\] of the batch hold several samples, and images.*Pad the"):
+        model(**inputs, **marks)
+    with model.disable_adapter():
+        model(**inputs, **marks)
+
+
+def test_invariant_4_packed_rows_without_image_are_untouched(processor):
+    model = make_qwen3_vl()
+    samples = [encode(processor, [user(text)])["input_ids"] for text in ("Hello.", "How are you?")]
+    positions = torch.cat([torch.arange(sample.shape[1]) for sample in samples]).unsqueeze(0)
+    inputs = {"input_ids": torch.cat(samples, dim=1), "position_ids": positions}
+    expected = logits(model, inputs)
+    torch.testing.assert_close(logits(randomize(attach(model, processor)), inputs), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_packed_rows_are_told_from_one_sample(processor, num_samples):
+    """Qwen-VL's positions of one sample stand still and jump; those of a left-padded one begin anew."""
+    inputs, positions = packed(processor, num_samples)
+    input_ids = inputs["input_ids"]
+    is_packed = num_samples > 1
+    for given in (positions, positions[1:], positions[0]):
+        assert packed_rows(input_ids, None, given).tolist() == [is_packed]
+    padded_ids = torch.nn.functional.pad(input_ids, (5, 0))
+    mask = torch.ones_like(padded_ids)
+    mask[:, :5] = 0
+    for padding_position in (0, 1):
+        padded = torch.nn.functional.pad(positions, (5, 0), value=padding_position)
+        for given in (padded, padded[1:], padded[0]):
+            assert packed_rows(padded_ids, mask, given, uses_flash_attention=True).tolist() == [is_packed]
+            assert packed_rows(padded_ids, mask, given) is None  # of one sample for the base model as well
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["bool", "additive", "dict", "block"])
+def test_the_first_real_token_under_every_kind_of_mask(kind, side, window):
+    lengths, length, num_keys = torch.tensor([12, 7, 9]), 12, 16  # as many keys as a static cache has room for
+    index = torch.arange(length)
+    is_real = index >= length - lengths.unsqueeze(1) if side == "left" else index < lengths.unsqueeze(1)
+    padded = torch.nn.functional.pad(is_real, (0, num_keys - length))
+
+    def sees(sample, head, query, key):
+        return padded[sample, key] & (key <= query) & (True if window is None else query - key < window)
+
+    mask = create_mask(sees, 3, 1, length, num_keys, device="cpu")
+    mask = {
+        "bool": mask,
+        "additive": torch.where(mask, 0.0, torch.finfo(torch.float32).min),
+        "dict": {"sliding_attention": None, "full_attention": mask},
+        "block": create_block_mask(sees, 3, None, length, num_keys, device="cpu"),
+    }[kind]
+    input_ids = torch.zeros(3, length, dtype=torch.long)
+    expected = is_real.int().argmax(dim=1).tolist()
+    assert first_real_token(input_ids, mask).tolist() == expected
+    assert not packed_rows(input_ids, mask, None).any()
+    for padding_mask in (is_real, is_real.long(), 3.0 * is_real):
+        assert first_real_token(input_ids, padding_mask).tolist() == expected
+
+
+def test_a_positional_attention_mask_is_read(processor):
+    model = randomize(attach(make_qwen3_vl(), processor))
+    inputs = batch(processor)
+    with record_contexts(model) as contexts, torch.no_grad():
+        backbone = model.base_model.model.base_model
+        expected = backbone(**inputs).last_hidden_state
+        ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+        actual = backbone(ids, mask, **inputs).last_hidden_state
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert contexts[0].sink_positions["default"].tolist() == contexts[-1].sink_positions["default"].tolist()
+
+
 # --- 5. Only the sink moves ---
 
 
@@ -263,9 +379,8 @@ def test_invariant_5_only_the_sink_moves(family, sink_token):
     logits(model, inputs)
     for handle in handles:
         handle.remove()
-    start = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    starts = [row.nonzero().flatten().tolist() for row in inputs["input_ids"] == start]
-    sinks = [row[-1 if sink_token == "assistant" else 0] for row in starts]
+    token = processor.tokenizer.convert_tokens_to_ids("<|im_start|>" if sink_token == "first" else sink_token)
+    sinks = [row.nonzero()[0].item() for row in inputs["input_ids"] == token]
     expected = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     for row in (0, 1):  # the third sample has no image
         expected[row, sinks[row]] = True
@@ -305,6 +420,24 @@ def test_invariant_6_every_trainable_parameter_gets_a_gradient(family, sink_toke
         name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
     assert without == []
+
+
+@pytest.mark.parametrize("sink_token", ["<|endoftext|>", "<|vision_end|>"])
+def test_invariant_6_a_row_with_an_image_and_no_sink_is_an_error(processor, sink_token):
+    """Padding and a text-only row have no part in it, and where the module is off, nothing is missing."""
+    model = randomize(attach(make_qwen3_vl(), processor, sink_token))
+    inputs = encode(processor, [user("Hello there, how are you?"), user("What is this?", make_image(0))])
+    if sink_token == "<|vision_end|>":
+        logits(model, inputs)
+        inputs["input_ids"][inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids(sink_token)] = 5
+    message = r"Row\(s\) \[1\] of the batch have an image, but not the sink token '<\|.*\|>' of the adapter 'default'"
+    with pytest.raises(ValueError, match=message):
+        logits(model, inputs)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, max_new_tokens=2)
+    with model.disable_adapter():
+        logits(model, inputs)
+    logits(model, encode(processor, [user("Hello.")]))
 
 
 @pytest.mark.parametrize(
@@ -450,8 +583,8 @@ def test_the_backbone_called_alone_recovers_as_well(processor):
 
 
 def test_sinks_in_a_conversation_of_several_turns(processor):
-    """`"assistant"` is the header of the last turn; the header of an earlier reply is not."""
-    model = randomize(attach(make_qwen3_vl(), processor, "assistant"))
+    """A token string is its first occurrence; further turns, as those of a tool rollout, do not move the sink."""
+    model = randomize(attach(make_qwen3_vl(), processor, "<|im_end|>"))
     history = [
         *user("What is this?", make_image(0)),
         {"role": "assistant", "content": [{"type": "text", "text": "Noise."}]},
@@ -460,24 +593,27 @@ def test_sinks_in_a_conversation_of_several_turns(processor):
     inputs = encode(processor, [history])
     with record_positions(model) as positions:
         logits(model, inputs)
-    start = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    assert positions == [(inputs["input_ids"][0] == start).nonzero().flatten()[-1].item()] * 3
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert positions == [(inputs["input_ids"][0] == end).nonzero().flatten()[0].item()] * 3
 
 
-class record_positions:
-    def __init__(self, model):
-        self.layers, self.positions = recovery_layers(model), []
+@contextmanager
+def record_contexts(model):
+    contexts = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: contexts.append(args[1])) for layer in recovery_layers(model)
+    ]
+    yield contexts
+    for handle in handles:
+        handle.remove()
 
-    def __enter__(self):
-        def hook(layer, args):
-            self.positions.append(args[1].sink_positions["default"][0].item())
 
-        self.handles = [layer.register_forward_pre_hook(hook) for layer in self.layers]
-        return self.positions
-
-    def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
+@contextmanager
+def record_positions(model):
+    positions = []
+    with record_contexts(model) as contexts:
+        yield positions
+    positions += [context.sink_positions["default"][0].item() for context in contexts]
 
 
 def test_inputs_embeds_alone_are_refused(processor):

@@ -60,14 +60,14 @@ def test_lora_with_the_module_and_a_stronger_teacher(local, tmp_path):
         "--layer_interval",
         "1",
         "--sink_token",
-        "assistant",
+        "<|im_end|>",
         "--teacher_model_name_or_path",
         str(local / "teacher"),
         "--privilege",
         "answer",
     )
     config = adapter_config(tmp_path)
-    assert config["r"] == 4 and config["lora_alpha"] == 32 and config["sink_token"] == "assistant"
+    assert config["r"] == 4 and config["lora_alpha"] == 32 and config["sink_token"] == "<|im_end|>"
     assert "language_model" in config["target_modules"]
 
 

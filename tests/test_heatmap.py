@@ -198,7 +198,7 @@ def test_many_layers_are_broken_into_lines(processor, num_modules, titles, shape
 
 
 def test_a_sink_behind_the_question(processor):
-    config = CueRecoveryConfig(layer_interval=1, sink_token="assistant").resolve_sink_token(processor)
+    config = CueRecoveryConfig(layer_interval=1, sink_token="<|im_end|>").resolve_sink_token(processor)
     model = get_peft_model(make_qwen3_vl(), config).eval()
     for axis in heat_map_axes(plot_sink_attention(model, processor, user("What?", make_image(0)))):
         assert axis.images[1].get_array().mean() == pytest.approx(1.0)
@@ -220,13 +220,16 @@ def test_conversations_that_cannot_be_drawn(processor):
 
 
 def test_a_prompt_without_the_sink_token(processor):
-    model = attach(make_qwen3_vl(), sink_token="<|endoftext|>", sink_token_ids=[0])
-    model.active_peft_config.sink_token_ids = [processor.tokenizer.pad_token_id]
-    messages = user("What?", make_image(0))
-    with pytest.raises(ValueError, match=r"sink token '<\|endoftext\|>' is not in the prompt"):
-        plot_sink_attention(model, processor, messages)
-    for weights in sink_attention(model, **encode(processor, [messages])).values():
-        assert not weights.any()
+    model = attach(make_qwen3_vl(), sink_token="<|endoftext|>", sink_token_ids=[processor.tokenizer.pad_token_id])
+    with pytest.raises(ValueError, match=r"have an image, but not the sink token '<\|endoftext\|>' of the adapter"):
+        plot_sink_attention(model, processor, user("What?", make_image(0)))
+
+
+def test_a_sink_that_is_the_only_visual_token(processor):
+    image_token_id = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    model = attach(make_qwen3_vl(), sink_token="<|image_pad|>", sink_token_ids=[image_token_id])
+    with pytest.raises(ValueError, match="The sink is the only visual token of the prompt"):
+        plot_sink_attention(model, processor, user("What?", make_image(0, (32, 32))))
 
 
 def test_visual_tokens_that_lie_on_no_known_grid():

@@ -58,7 +58,7 @@ def test_card_of_an_adapter(tmp_path, processor):
         tmp_path / "Tiny-ViCuR",
         processor,
         model=with_base(make_qwen3_vl(), "Qwen/Qwen3-VL-2B-Instruct"),
-        peft_config=CueRecoveryConfig(**ADAPTER, r=4, sink_token="assistant"),
+        peft_config=CueRecoveryConfig(**ADAPTER, r=4, sink_token="<|im_end|>"),
     )
     trainer.hub_model_id = "me/Tiny-ViCuR"
     trainer.create_model_card(model_name="Tiny-ViCuR", dataset_name="me/geometry-with-cues", tags="geometry")
@@ -85,7 +85,7 @@ def test_card_of_an_adapter(tmp_path, processor):
         "| teacher | the student as it was |",
         "| `distillation_mode` | sampled_token |",
         "| `layer_interval` | 1 |",
-        "| `sink_token` | assistant |",
+        r"| `sink_token` | <\|im_end\|> |",
         "| `r` | 4 |",
         "| learning rate | 0.01 |",
         "| prompts per step | 4 |",

@@ -257,7 +257,7 @@ def test_bad_configs():
             "`num_heads` must divide the hidden size, got 5 heads for 32",
         ),
         (
-            {"layer_interval": 1, "sink_token": "assistant"},
+            {"layer_interval": 1, "sink_token": "<|im_end|>"},
             r"has not been looked up in the tokenizer. Call `config.resolve_sink_token",
         ),
     ],
@@ -272,10 +272,14 @@ def test_unknown_sink_token(processor):
         CueRecoveryConfig(sink_token="<|im_begin|>").resolve_sink_token(processor)
 
 
-def test_assistant_sink_needs_a_generation_prompt(processor, monkeypatch):
-    monkeypatch.setattr(processor, "chat_template", "{% for message in messages %}question{% endfor %}")
-    with pytest.raises(ValueError, match="needs a chat template whose generation prompt adds a header"):
-        CueRecoveryConfig(sink_token="assistant").resolve_sink_token(processor)
+def test_an_adapter_with_the_assistant_sink_is_refused(tmp_path, processor):
+    model = get_peft_model(make_qwen3_vl(), CueRecoveryConfig(layer_interval=1))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = {**json.loads(path.read_text()), "sink_token": "assistant", "sink_token_ids": [1, 2, 3]}
+    path.write_text(json.dumps({**saved, "sink_token_offset": 2}))
+    with pytest.raises(ValueError, match="`sink_token='assistant'`.* is no longer an option.* Use 'first' and train"):
+        PeftModel.from_pretrained(make_qwen3_vl(), tmp_path)
 
 
 def test_text_model_has_no_visual_tokens():

@@ -150,8 +150,8 @@ def test_nothing_to_resume(tmp_path, checkpoints):
         ({"config": None}, "it holds CUE_RECOVERY, but a whole model is trained"),
         ({"config": dict(layer_interval=2)}, "has `layer_interval=1`, but the adapter that is trained has `.*=2`"),
         (
-            {"config": dict(**ADAPTER, sink_token="assistant")},
-            "has `sink_token='first'`, but .* `sink_token='assistant'`",
+            {"config": dict(**ADAPTER, sink_token="<|im_end|>")},
+            "has `sink_token='first'`, but .* `sink_token='<\\|im_end\\|>'`",
         ),
         ({"config": dict(**ADAPTER, r=2)}, "has `r=0`, but .* `r=2`"),
         ({"sizes": {"hidden_size": 64}}, "has `hidden_size=32`, but .* `hidden_size=64`"),

@@ -762,7 +762,7 @@ def test_model_from_a_path_with_all_defaults(tmp_path, processor):
         model=str(tmp_path / "base"),
         args=make_config(tmp_path / "out"),
         train_dataset=Dataset.from_list(make_rows()),
-        peft_config=CueRecoveryConfig(**ADAPTER, sink_token="assistant"),
+        peft_config=CueRecoveryConfig(**ADAPTER, sink_token="<|im_end|>"),
     )
     assert trainer.model.peft_config["default"].sink_token_ids
     trainer.train()

@@ -37,7 +37,7 @@ class CueRecoveryArguments:
 
     cue_recovery: bool = field(default=True, metadata={"help": "Whether the student gets the recovery module."})
     layer_interval: int = field(default=5, metadata={"help": "Decoder layers between two recovery modules."})
-    sink_token: str = field(default="first", metadata={"help": "'first', 'assistant' or a token string."})
+    sink_token: str = field(default="first", metadata={"help": "'first' or a token string."})
     num_heads: int | None = field(default=None, metadata={"help": "Heads of the module. Default: the text model's."})
     bottleneck_size: int | None = field(
         default=None, metadata={"help": "Width of queries, keys and values. Default: the model's hidden size."}

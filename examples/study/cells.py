@@ -12,7 +12,6 @@ class Cell(NamedTuple):
         module: Whether the student has the recovery module.
         teacher: The frozen base, the average of the student, or the model of `--stronger_teacher`.
         objective: Forward or reverse KL over the vocabulary, or the paper's sampled token.
-        sink_token: As in `CueRecoveryConfig`.
         num_heads: As in `CueRecoveryConfig`.
         bottleneck_size: As in `CueRecoveryConfig`.
         one_layer: Whether only the first decoder layer has a module, and not every one that the domain says.
@@ -26,7 +25,6 @@ class Cell(NamedTuple):
     module: bool = True
     teacher: Literal["base", "ema", "stronger"] = "base"
     objective: Literal["forward_kl", "reverse_kl", "sampled_token"] = "forward_kl"
-    sink_token: str = "first"
     num_heads: int | None = None
     bottleneck_size: int | None = None
     one_layer: bool = False
@@ -51,14 +49,12 @@ GRID = {
     "cue+module": Cell(),
     "none": Cell(privilege="none", module=False),
     "none+module": Cell(privilege="none"),
-    # The sink and the size of the module
-    "sink-assistant": Cell(sink_token="assistant"),
+    # The size of the module
     "one-head": Cell(num_heads=1),
     "one-layer": Cell(one_layer=True),
     "bottleneck": Cell(bottleneck_size=BOTTLENECK),
     # What an adapter needs
     "module-alone": Cell(trains="nothing", learning_rates=MODULE_RATES),
-    "module-alone-assistant": Cell(trains="nothing", sink_token="assistant", learning_rates=MODULE_RATES),
     "module-alone-one-head": Cell(trains="nothing", num_heads=1, learning_rates=MODULE_RATES),
     "module-alone-one-layer": Cell(trains="nothing", one_layer=True, learning_rates=MODULE_RATES),
     "module-alone-shared": Cell(trains="nothing", shared_weights=True, learning_rates=MODULE_RATES),
@@ -92,3 +88,10 @@ def objective_options(cell: Cell) -> dict[str, Any]:
     if cell.objective == "sampled_token":
         return {"distillation_mode": "sampled_token"}
     return {"distillation_mode": "full_logits", "beta": {"forward_kl": 0.0, "reverse_kl": 1.0}[cell.objective]}
+
+
+# Results that are kept on record, of an option that was removed: the sink in the header of the turn to be generated
+REMOVED = {
+    "sink-assistant": Cell(),
+    "module-alone-assistant": Cell(trains="nothing", learning_rates=MODULE_RATES),
+}

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 import trl
-from cells import GRID, Cell, objective_options
+from cells import GRID, REMOVED, Cell, objective_options
 from datasets import Dataset, disable_progress_bars
 from domains import DOMAINS, STUDY, Domain, evaluate, rows_domain, shortened
 from peft import LoraConfig
@@ -69,7 +69,6 @@ def peft_config(cell: Cell, domain: Domain) -> CueRecoveryConfig | Any | None:
             layer_interval = AutoConfig.from_pretrained(domain.base).get_text_config().num_hidden_layers
         return CueRecoveryConfig(
             layer_interval=layer_interval,
-            sink_token=cell.sink_token,
             num_heads=cell.num_heads,
             bottleneck_size=cell.bottleneck_size,
             train_base=cell.trains == "all",
@@ -225,7 +224,7 @@ def run_cell(args: argparse.Namespace, name: str, learning_rate: float, seed: in
 
 def searched_learning_rates(results: Path, domain: str, name: str, metric: str) -> dict[float, float]:
     """The learning rates that the cell was trained at with seed 0, and the score on validation rows."""
-    paths = {rate: result_path(results, domain, name, rate, 0) for rate in GRID[name].learning_rates}
+    paths = {rate: result_path(results, domain, name, rate, 0) for rate in (GRID | REMOVED)[name].learning_rates}
     return {rate: json.loads(path.read_text())["validation"][metric] for rate, path in paths.items() if path.exists()}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import GRID
+from cells import GRID, REMOVED
 from domains import DOMAINS, STUDY
 from matplotlib.figure import Figure
 from run import result_path, searched_learning_rates
@@ -69,7 +69,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def summarize(results: Path, name: str, metric: str) -> dict[str, Any]:
     """Everything that is known about one domain."""
-    runs = {cell: load_runs(results, name, cell, metric) for cell in GRID}
+    runs = {cell: load_runs(results, name, cell, metric) for cell in GRID | REMOVED}
     runs = {cell: by_seed for cell, by_seed in runs.items() if by_seed}
     base = json.loads((results / name / "base.json").read_text())
     splits = [split for split in base if not split.endswith(("_with_cue", "_with_answer"))]

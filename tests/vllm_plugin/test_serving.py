@@ -76,9 +76,9 @@ def test_same_text_with_another_image_is_answered_from_that_image(llm, qwen3_vl)
 
 
 def test_sink_behind_the_question_in_preempted_requests(tmp_path):
-    """Qwen2.5-VL with the "assistant" sink, and a KV cache that is too small for all requests at once."""
+    """Qwen2.5-VL with a sink that closes the question, and a KV cache that is too small for all requests at once."""
     model = make_qwen2_5_vl(hidden_size=4 * HEAD_DIM, rope_parameters=MROPE)
-    options = {"sink_token": "assistant", "bottleneck_size": 32}
+    options = {"sink_token": "<|im_end|>", "bottleneck_size": 32}
     checkpoint = make_checkpoint(tmp_path, model, make_qwen2_5_processor(), **options)
     # Prompts of two blocks that grow into a third, where two of them leave room for one more block (and one is unused)
     conversations = [user("x" * (32 + seed), make_image(seed, (56, 56))) for seed in range(4)]

@@ -128,8 +128,8 @@ def serve(checkpoint, tmp_path, monkeypatch):
     "adapter, learning_rate", [({"r": 4}, 0.02), ({"train_base": True}, 0.001)], ids=["lora", "train_base"]
 )
 def test_server_follows_training(checkpoint, tmp_path, serve, adapter, learning_rate):
-    with serve('{"layer_interval": 1, "sink_token": "assistant"}') as address:
-        adapter = {**adapter, "sink_token": "assistant"}
+    with serve('{"layer_interval": 1, "sink_token": "<|im_end|>"}') as address:
+        adapter = {**adapter, "sink_token": "<|im_end|>"}
         options = dict(learning_rate=learning_rate, vllm_mode="server", vllm_server_base_url=address)
         trainer = make_trainer(checkpoint, tmp_path / "output", adapter, **options)
         trainer.train()

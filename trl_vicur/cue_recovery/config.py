@@ -6,10 +6,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 
 
 # What the recovery module computes, apart from its weights
-MODULE_OPTIONS = (
-    *("layer_interval", "sink_token", "num_heads", "bottleneck_size"),
-    *("sink_token_ids", "sink_token_offset"),
-)
+MODULE_OPTIONS = ("layer_interval", "sink_token", "num_heads", "bottleneck_size", "sink_token_ids")
 
 
 @dataclass
@@ -28,9 +25,10 @@ class CueRecoveryConfig(LoraConfig):
             is left out, because an update of its output could not reach any other token.
         sink_token (`str`, *optional*, defaults to `"first"`):
             The token that gathers the evidence. `"first"` is the first real (not padding) token of the sample, the
-            paper's choice. A token string such as `"<|im_start|>"` is that token's first occurrence. `"assistant"` is
-            the first token of the header of the turn to be generated; it stands behind the question. All but
-            `"first"` need [`CueRecoveryConfig.resolve_sink_token`], which [`ViCuRTrainer`] calls by itself.
+            paper's choice. A token string is that token's first occurrence: `"<|im_start|>"` begins Qwen's prompts,
+            and `"<|im_end|>"` closes their first turn, so that it has seen the question where that is the user's.
+            A token string needs [`CueRecoveryConfig.resolve_sink_token`], which [`ViCuRTrainer`] calls by itself, and
+            a prompt with an image that lacks the token is an error.
         num_heads (`int`, *optional*):
             Number of attention heads; must divide the width of queries, keys and values. Defaults to the text
             model's. A small `bottleneck_size` wants fewer, so that each is not too narrow.
@@ -49,9 +47,7 @@ class CueRecoveryConfig(LoraConfig):
         > Parameters that are filled in, and stored so that an adapter loads without a tokenizer
 
         sink_token_ids (`list[int]`, *optional*):
-            Token ids that mark the sink. Filled in by [`CueRecoveryConfig.resolve_sink_token`].
-        sink_token_offset (`int`, *optional*, defaults to `0`):
-            Index, within `sink_token_ids`, of the sink token itself.
+            The id of the token that is the sink. Filled in by [`CueRecoveryConfig.resolve_sink_token`].
         hidden_size (`int`, *optional*):
             Hidden size of the text model that the adapter was made for.
         num_hidden_layers (`int`, *optional*):
@@ -69,8 +65,8 @@ class CueRecoveryConfig(LoraConfig):
     sink_token: str = field(
         default="first",
         metadata={
-            "help": "Token that gathers the evidence: 'first' (first real token of the sample), a token string (its "
-            "first occurrence), or 'assistant' (header of the turn to be generated)."
+            "help": "Token that gathers the evidence: 'first' (first real token of the sample) or a token string (its "
+            "first occurrence)."
         },
     )
     num_heads: int | None = field(
@@ -84,10 +80,7 @@ class CueRecoveryConfig(LoraConfig):
         default=False, metadata={"help": "Whether the backbone's own weights train and are saved as well."}
     )
     sink_token_ids: list[int] | None = field(
-        default=None, metadata={"help": "Token ids that mark the sink; filled in from the tokenizer."}
-    )
-    sink_token_offset: int = field(
-        default=0, metadata={"help": "Index of the sink token itself within `sink_token_ids`."}
+        default=None, metadata={"help": "Id of the sink token; filled in from the tokenizer."}
     )
     hidden_size: int | None = field(
         default=None, metadata={"help": "Hidden size of the text model; filled in when the adapter is attached."}
@@ -108,13 +101,20 @@ class CueRecoveryConfig(LoraConfig):
         if type(self.r) is not int or self.r < 0:
             raise ValueError(f"`r` must be 0 (no LoRA) or a positive LoRA rank, got {self.r!r}.")
         if not isinstance(self.sink_token, str) or not self.sink_token:
-            raise ValueError(f"`sink_token` must be 'first', 'assistant' or a token string, got {self.sink_token!r}.")
+            raise ValueError(f"`sink_token` must be 'first' or a token string, got {self.sink_token!r}.")
+        if self.sink_token == "assistant":
+            raise ValueError(
+                "`sink_token='assistant'`, the header of the turn to be generated, is no longer an option: the header "
+                "has other token ids after some texts and in another thinking mode, so the module was silently "
+                "skipped, and each turn of a tool rollout moved it. Use 'first' and train the adapter again; a token "
+                "that follows the question, such as '<|im_end|>' in prompts without a system turn, can still be named."
+            )
         if not isinstance(self.train_base, bool):
             raise ValueError(f"`train_base` must be True or False, got {self.train_base!r}.")
-        if self.sink_token_ids is not None and not 0 <= self.sink_token_offset < len(self.sink_token_ids):
+        if self.sink_token_ids is not None and len(self.sink_token_ids) != 1:
             raise ValueError(
-                f"`sink_token_offset` must be an index of `sink_token_ids`, got {self.sink_token_offset!r} for "
-                f"{self.sink_token_ids!r}. Leave both out; `resolve_sink_token` fills them in."
+                f"`sink_token_ids` must hold one token id, got {self.sink_token_ids!r}. Leave it out; "
+                "`resolve_sink_token` fills it in."
             )
 
     def module_options(self) -> dict[str, Any]:
@@ -143,57 +143,28 @@ class CueRecoveryConfig(LoraConfig):
                     "`CueRecoveryConfig`."
                 )
 
-    def resolve_sink_token(
-        self, processing_class: ProcessorMixin | PreTrainedTokenizerBase, **chat_template_kwargs
-    ) -> "CueRecoveryConfig":
+    def resolve_sink_token(self, processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> "CueRecoveryConfig":
         """
-        Look up the token ids of `sink_token`, once, so that the model can find the sink without a tokenizer.
+        Look up the token id of `sink_token`, once, so that the model can find the sink without a tokenizer.
 
         Args:
             processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
                 The model's processor or tokenizer.
-            chat_template_kwargs:
-                Keyword arguments for the chat template, the same as in generation.
 
         Returns:
             [`CueRecoveryConfig`]: `self`.
 
         Raises:
-            `ValueError`: If the tokenizer does not know `sink_token`, or if its chat template has no header for the
-                turn to be generated.
+            `ValueError`: If the tokenizer does not know `sink_token`.
         """
-        is_processor = isinstance(processing_class, ProcessorMixin)
-        tokenizer = processing_class.tokenizer if is_processor else processing_class
         if self.sink_token == "first":
             return self
-        if self.sink_token == "assistant":
-            content = [{"type": "text", "text": "question"}] if is_processor else "question"
-            messages = [{"role": "user", "content": content}]
-            closed, opened = (
-                processing_class.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=header, **chat_template_kwargs
-                )
-                for header in (False, True)
-            )
-            if opened == closed or not opened.startswith(closed):
-                raise ValueError(
-                    "`sink_token='assistant'` needs a chat template whose generation prompt adds a header to the "
-                    f"conversation; this one turns {closed!r} into {opened!r}. Use `sink_token='first'`."
-                )
-            # The header alone could be sampled by the student in the middle of a completion; the end of the user's
-            # turn before it cannot, because generation stops there.
-            turn_end = closed.rpartition("question")[2]
-            header = opened.removeprefix(closed)
-            turn_end_ids = tokenizer.encode(turn_end, add_special_tokens=False)
-            self.sink_token_ids = turn_end_ids + tokenizer.encode(header, add_special_tokens=False)
-            self.sink_token_offset = len(turn_end_ids)
-            return self
+        tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
         token_id = tokenizer.convert_tokens_to_ids(self.sink_token)
         if token_id is None or token_id == tokenizer.unk_token_id:
             raise ValueError(
-                f"`sink_token` must be 'first', 'assistant' or a token of the tokenizer, got {self.sink_token!r}, "
-                f"which the tokenizer does not know. Its special tokens are {tokenizer.all_special_tokens}."
+                f"`sink_token` must be 'first' or a token of the tokenizer, got {self.sink_token!r}, which the "
+                f"tokenizer does not know. Its special tokens are {tokenizer.all_special_tokens}."
             )
         self.sink_token_ids = [token_id]
-        self.sink_token_offset = 0
         return self

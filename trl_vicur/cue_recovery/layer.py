@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,7 +17,10 @@ class CueRecoveryContext:
             `True` at image and video tokens, but not at a sink.
         sink_positions (`dict[str, torch.Tensor]`):
             For each active adapter, the sink's index in the sequence, of shape `(batch,)`; `-1` where the sample has
-            no sink or no visual token and is left untouched.
+            no visual token, or none but the sink, and is left untouched.
+        missing_sinks (`dict[str, Callable]`, *optional*):
+            For active adapters whose sink may be missing, what returns whether a sample has visual tokens and no sink,
+            of shape `(batch,)`. It is called when the layers have run.
 
     Attributes:
         has_arrived (`bool`):
@@ -25,9 +29,15 @@ class CueRecoveryContext:
 
     # Not a dataclass: under mixed precision FSDP2 rebuilds a forward's arguments by `torch.distributed.utils.
     # _apply_to_tensors`, which copies dataclasses; the layers would then note their arrival on a copy
-    def __init__(self, visual_mask: torch.Tensor, sink_positions: dict[str, torch.Tensor]):
+    def __init__(
+        self,
+        visual_mask: torch.Tensor,
+        sink_positions: dict[str, torch.Tensor],
+        missing_sinks: dict[str, Callable[[], torch.Tensor]] | None = None,
+    ):
         self.visual_mask = visual_mask
         self.sink_positions = sink_positions
+        self.missing_sinks = missing_sinks or {}
         self.has_arrived = False
 
 

@@ -1,6 +1,7 @@
 import os
 import re
 import warnings
+from collections.abc import Callable
 from functools import cached_property, reduce
 from inspect import signature
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .config import CueRecoveryConfig
 from .layer import CueRecoveryContext, CueRecoveryLayer
 from .merged_card import complete_merged_card
+from .positions import PACKING_ARGUMENTS, find_token, first_real_token, packed_rows
 
 
 # Layers in which a token sees a limited number of the tokens before it, as transformers names them
@@ -208,8 +210,11 @@ class CueRecoveryModel(LoraModel):
 
     def _add_context(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-forward hook of the backbone: find the sink and the visual tokens of this call."""
-        input_ids = args[0] if args else kwargs.get("input_ids")
-        length = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
+        named = kwargs
+        if args:
+            named = {**dict(zip(signature(backbone.forward).parameters, args, strict=False)), **kwargs}
+        input_ids = named.get("input_ids")
+        length = (input_ids if input_ids is not None else named["inputs_embeds"]).shape[1]
         if length == 1:
             return None  # a decode step
         layers = self._recovery_layers()
@@ -224,45 +229,73 @@ class CueRecoveryModel(LoraModel):
         # Compared one by one: a tensor of the ids would have to be copied to the device, which waits for it
         visual_mask = reduce(torch.logical_or, [input_ids == token_id for token_id in self._visual_token_ids])
         has_visual = visual_mask.any(dim=1)
-        # Backbones call it `cache` since transformers 5.24, and still take the old name
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        is_continuation = cache is not None and int(cache.get_seq_length()) > 0
-        sink_positions = {}
-        for name in adapters:
-            config = self.peft_config[name]
-            belongs_to_prefill = has_visual
-            if config.sink_token == "first":
-                positions = first_real_token(input_ids, kwargs.get("attention_mask"))
-            else:
-                is_last = config.sink_token == "assistant"
-                positions = find_token_ids(input_ids, config.sink_token_ids, last=is_last)
-                if is_last:  # a first occurrence is in the cache, a last one is the new turn's
-                    belongs_to_prefill = has_visual | (positions >= 0)
-                positions = torch.where(positions >= 0, positions + config.sink_token_offset, positions)
-            if is_continuation and belongs_to_prefill.any():
+        # Backbones call it `cache` since transformers 5.24, and still accept the old name
+        cache = named.get("cache", named.get("past_key_values"))
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            if has_visual.any():
                 raise ValueError(
                     "The KV cache already holds a part of this prompt. Cue recovery needs the sink token and the "
                     "images in one forward call: prefill the whole prompt at once (no `prefill_chunk_size`, no cache "
-                    "that is continued with a new turn)."
+                    "that is continued with an image)."
                 )
-            sink_positions[name] = positions
-        if is_continuation:
-            return None  # several decoded tokens at once, as in assisted generation
-        index = torch.arange(length, device=input_ids.device)
-        for positions in sink_positions.values():
-            visual_mask = visual_mask & (index != positions.unsqueeze(1))
+            return None  # several decoded tokens at once, as in assisted generation, or a new turn
+        self._refuse_packed_rows(input_ids, has_visual, named)
+        sinks = {name: self._find_sinks(name, input_ids, named.get("attention_mask")) for name in adapters}
+        missing = {
+            name: read_later(has_visual & (positions < 0))
+            for name, positions in sinks.items()
+            if self.peft_config[name].sink_token != "first"
+        }
+        for positions in sinks.values():
+            visual_mask = visual_mask.scatter_(1, positions.clamp(min=0).unsqueeze(1), False)
         has_evidence = visual_mask.any(dim=1)
-        sink_positions = {name: torch.where(has_evidence, each, -1) for name, each in sink_positions.items()}
-        return args, {**kwargs, "cue_recovery_context": CueRecoveryContext(visual_mask, sink_positions)}
+        sinks = {name: torch.where(has_evidence, positions, -1) for name, positions in sinks.items()}
+        return args, {**kwargs, "cue_recovery_context": CueRecoveryContext(visual_mask, sinks, missing)}
+
+    def _find_sinks(self, adapter_name: str, input_ids: torch.Tensor, attention_mask: Any) -> torch.Tensor:
+        """Index of each sample's sink, `(batch,)`; `-1` where there is none."""
+        config = self.peft_config[adapter_name]
+        if config.sink_token == "first":
+            return first_real_token(input_ids, attention_mask)
+        return find_token(input_ids, config.sink_token_ids[0], attention_mask)
+
+    def _refuse_packed_rows(
+        self, input_ids: torch.Tensor, has_visual: torch.Tensor, arguments: dict[str, Any]
+    ) -> None:
+        mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
+        uses_flash_attention = "flash" in str(self.model.get_decoder().config._attn_implementation)
+        if any(arguments.get(name) is not None for name in PACKING_ARGUMENTS):
+            is_packed = has_visual
+        else:
+            is_packed = packed_rows(input_ids, mask, position_ids, uses_flash_attention)
+        if is_packed is None:
+            return  # without waiting for the device, as nearly every call
+        if rows := torch.nonzero(is_packed & has_visual).flatten().tolist():
+            raise ValueError(
+                f"Row(s) {rows} of the batch hold several samples, and images: positions start anew within the row, "
+                f"its attention mask keeps parts of it apart, or the call has {', '.join(PACKING_ARGUMENTS)}. Cue "
+                "recovery reads one sample per row, and would mix their images. Pad the samples instead of packing "
+                "them (no `packing`, no `padding_free`, no continuous batching)."
+            )
 
     def _check_context(self, backbone: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Forward hook of the backbone: what was found must have reached the decoder layers."""
+        """Forward hook of the backbone: a row with an image must have a sink, and the decoder layers the context."""
         context = kwargs.get("cue_recovery_context")
-        if context is not None and not context.has_arrived:
+        if context is None:
+            return
+        if not context.has_arrived:
             raise ValueError(
                 f"{type(backbone).__name__} does not hand its keyword arguments on to its decoder layers, by which "
                 "cue recovery tells them where the sink and the visual tokens are. This model family is not supported."
             )
+        for name, read_missing in context.missing_sinks.items():
+            if rows := torch.nonzero(read_missing()).flatten().tolist():
+                raise ValueError(
+                    f"Row(s) {rows} of the batch have an image, but not the sink token "
+                    f"{self.peft_config[name].sink_token!r} of the adapter '{name}', so its recovery module would do "
+                    "nothing there. Render prompts with the processor and the chat template that the adapter was "
+                    "trained with. If it is new, choose a token that every prompt has, or `sink_token='first'`."
+                )
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
         if kwargs.get("adapter_names") is not None:
@@ -427,50 +460,18 @@ def _has_recovery_layer(decoder_layer: nn.Module) -> bool:
     return any(name == "cue_recovery" for name, _ in decoder_layer.named_children())
 
 
-def first_real_token(input_ids: torch.Tensor, attention_mask: torch.Tensor | dict | None) -> torch.Tensor:
+def read_later(mask: torch.Tensor) -> Callable[[], torch.Tensor]:
     """
-    Index of the first token of each sample that is not padding.
-
-    Args:
-        input_ids (`torch.Tensor` of shape `(batch, seq)`):
-            Token ids.
-        attention_mask (`torch.Tensor` of shape `(batch, seq)` or `(batch, 1, seq, keys)`, or `dict` of the latter):
-            Attention mask as the model gets it; `None` where there is no padding.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`: The indices.
+    A mask on the CPU, for when it is called. On a GPU the copy begins now, and the call waits for this copy alone: to
+    ask for it later would wait for all the work that has been queued in between.
     """
-    if isinstance(attention_mask, dict):  # one mask per attention type, as `generate` makes for a static cache
-        attention_mask = attention_mask["full_attention"]
-    if attention_mask is None:
-        return input_ids.new_zeros(input_ids.shape[0])
-    if attention_mask.ndim == 4:  # what the last token sees: `True`, or 0 in an additive mask
-        last_row = attention_mask[:, 0, -1]
-        attention_mask = last_row if last_row.dtype == torch.bool else last_row == 0
-    return attention_mask.int().argmax(dim=1).expand(input_ids.shape[0])
+    if not mask.is_cuda:
+        return lambda: mask
+    copy = mask.to("cpu", non_blocking=True)  # into pinned memory
+    is_copied = torch.cuda.current_stream(mask.device).record_event()
 
+    def read() -> torch.Tensor:
+        is_copied.synchronize()
+        return copy
 
-def find_token_ids(input_ids: torch.Tensor, token_ids: list[int], last: bool = False) -> torch.Tensor:
-    """
-    Index at which `token_ids` begins in each sample, its first occurrence or, with `last`, its last.
-
-    Args:
-        input_ids (`torch.Tensor` of shape `(batch, seq)`):
-            Token ids.
-        token_ids (`list[int]`):
-            The ids to look for, in a row.
-        last (`bool`, *optional*, defaults to `False`):
-            Whether to look for the last occurrence.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`: The indices; `-1` where the ids do not occur.
-    """
-    if input_ids.shape[1] < len(token_ids):
-        return input_ids.new_full((input_ids.shape[0],), -1)
-    windows = input_ids.unfold(1, len(token_ids), 1)
-    matches = reduce(torch.logical_and, [windows[..., i] == token_id for i, token_id in enumerate(token_ids)])
-    if last:
-        positions = matches.shape[1] - 1 - matches.flip(1).int().argmax(dim=1)
-    else:
-        positions = matches.int().argmax(dim=1)
-    return torch.where(matches.any(dim=1), positions, -1)
+    return read

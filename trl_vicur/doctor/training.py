@@ -175,9 +175,7 @@ class TrainingCheck:
             trained = "all of them"
             if self.peft_config is not None:
                 if isinstance(self.peft_config, CueRecoveryConfig):
-                    self.peft_config.resolve_sink_token(
-                        self.processor, **(self.training_args.chat_template_kwargs or {})
-                    )
+                    self.peft_config.resolve_sink_token(self.processor)
                 model = get_peft_model(model, self.peft_config)
                 number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
                 trained = f"{number / 1e6:,.1f}M, {self.peft_config.peft_type.value}"
@@ -218,7 +216,13 @@ class TrainingCheck:
         Raises:
             `ValueError`: If a column is missing.
         """
-        checker = RowChecker(self.training_args, self.processor, self.max_length, is_sharded=self.sharding is not None)
+        checker = RowChecker(
+            self.training_args,
+            self.processor,
+            self.max_length,
+            is_sharded=self.sharding is not None,
+            recovery_configs=[self.peft_config] if isinstance(self.peft_config, CueRecoveryConfig) else [],
+        )
         for name, dataset in self.datasets.items():
             min_rows = self.rows_per_step if name == "train_dataset" else 1
             yield from find_bad_rows(dataset, name, checker, self.training_args, min_rows)

@@ -136,10 +136,8 @@ def attend(
             "`{'type': 'image', 'image': ...}` to the conversation."
         )
     if not attention.any():
-        sink_token = model.active_peft_config.sink_token
         raise ValueError(
-            f"The adapter's sink token {sink_token!r} is not in the prompt, so the module does nothing. Use the "
-            "processor, and the chat template, that the adapter was trained with."
+            "The sink is the only visual token of the prompt, so the module does nothing. Use a larger image."
         )
     num_tokens = sum(attended.attention[0].numel() for attended in pictures)
     return list(weights), [each._replace(attention=each.attention * num_tokens) for each in pictures]

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
+from ..cue_recovery import CueRecoveryConfig
 from ..dataset_rows import (
     VISUAL_COLUMNS,
     all_strings,
@@ -50,6 +51,8 @@ class RowChecker:
             Whether the model can call tools.
         is_sharded (`bool`, *optional*, defaults to `False`):
             Whether processes share the weights among them.
+        recovery_configs (list of [`CueRecoveryConfig`], *optional*):
+            Those of the student's recovery modules, with their sink tokens resolved.
     """
 
     def __init__(
@@ -59,9 +62,14 @@ class RowChecker:
         max_length: int,
         has_tools: bool = False,
         is_sharded: bool = False,
+        recovery_configs: Sequence[CueRecoveryConfig] = (),
     ):
         self.has_tools = has_tools
         self.is_sharded = is_sharded
+        # Ids of the tokens that a module needs in every prompt with an image
+        self.sink_tokens = {
+            each.sink_token: each.sink_token_ids[0] for each in recovery_configs if each.sink_token_ids
+        }
         self.args = args
         self.processing_class = processing_class
         self.max_prompt_length = max_length - (args.max_completion_length or 0)
@@ -102,6 +110,8 @@ class RowChecker:
         sizes = [image_size(image) for image in images]
         shapes = [read_video(video).shape for video in videos]
         self._check_length(teacher_prompt, sizes, shapes)
+        if sizes or shapes:
+            self._check_sinks(prompt, len(sizes), len(shapes))
 
     def _check_videos_are_supported(self) -> None:
         processor = type(self.processing_class).__name__
@@ -180,13 +190,7 @@ class RowChecker:
         text_bound = sum(len(text.encode()) + 64 for text in all_strings(prompt))
         if num_visual_tokens + text_bound <= self.max_prompt_length:
             return
-        text = self.processing_class.apply_chat_template(
-            _fill_prompt(prompt, len(image_sizes), len(video_shapes)),
-            tokenize=False,
-            add_generation_prompt=True,
-            **(self.args.chat_template_kwargs or {}),
-        )
-        length = len(self.processing_class.tokenizer.encode(text, add_special_tokens=False)) + num_visual_tokens
+        length = len(self._text_token_ids(prompt, len(image_sizes), len(video_shapes))) + num_visual_tokens
         if length > self.max_prompt_length:
             server = ""
             if self.args.teacher_model_server_url is not None:
@@ -196,6 +200,28 @@ class RowChecker:
                 f"`max_completion_length={self.args.max_completion_length}` it exceeds the model's context of "
                 f"{self.max_length} tokens{server}. Shorten it, shrink its images, or remove the row."
             )
+
+    def _check_sinks(self, prompt: list[dict[str, Any]], num_images: int, num_videos: int) -> None:
+        if not self.sink_tokens:
+            return
+        token_ids = self._text_token_ids(prompt, num_images, num_videos)
+        for token, token_id in self.sink_tokens.items():
+            if token_id not in token_ids:
+                raise ValueError(
+                    f"The prompt has an image or video, but the chat template writes no sink token {token!r} into it, "
+                    "so the recovery module would do nothing. Choose a `sink_token` that every prompt has, such as "
+                    "'first'."
+                )
+
+    def _text_token_ids(self, prompt: list[dict[str, Any]], num_images: int, num_videos: int) -> list[int]:
+        """The rendered prompt, with one token or so for each image and video."""
+        text = self.processing_class.apply_chat_template(
+            _fill_prompt(prompt, num_images, num_videos),
+            tokenize=False,
+            add_generation_prompt=True,
+            **(self.args.chat_template_kwargs or {}),
+        )
+        return self.processing_class.tokenizer.encode(text, add_special_tokens=False)
 
     def _num_image_tokens(self, image_sizes: list[tuple[int, int]]) -> int:
         if not image_sizes:

@@ -93,7 +93,7 @@ _SETTINGS = """
 | | |
 |---|---|
 {% for name, value in settings %}
-| {{ name }} | {{ value }} |
+| {{ name }} | {{ value | string | replace("|", "\\\\|") }} |
 {% endfor %}
 
 {% if measured %}

@@ -204,7 +204,7 @@ class ViCuRTrainer(DistillationTrainer):
         if isinstance(model, PeftModel) and teaches_itself and args.teacher_model_kind == "base":
             check_attached_adapters(model.peft_config)
         if isinstance(peft_config, CueRecoveryConfig):
-            peft_config.resolve_sink_token(processing_class, **(args.chat_template_kwargs or {}))
+            peft_config.resolve_sink_token(processing_class)
 
         # All rows are checked before the model is even loaded
         max_length = config.get_text_config().max_position_embeddings
@@ -218,7 +218,9 @@ class ViCuRTrainer(DistillationTrainer):
             self.teacher_server = TeacherServer.from_config(args, processing_class, teacher_model)
             max_length = min(max_length, self.teacher_server.max_length)
             teacher_model = None
-        self._row_checker = RowChecker(args, processing_class, max_length, bool(tools), sharding is not None)
+        self._row_checker = RowChecker(
+            args, processing_class, max_length, bool(tools), sharding is not None, recovery_configs
+        )
         self._num_streamed_rows = 0
         if train_dataset is not None:
             batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

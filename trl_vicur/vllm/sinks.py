@@ -4,7 +4,7 @@ from typing import NamedTuple
 import torch
 
 from ..cue_recovery import CueRecoveryConfig
-from ..cue_recovery.model import find_token_ids
+from ..cue_recovery.positions import find_token
 
 
 class SinkBatch(NamedTuple):
@@ -50,11 +50,11 @@ def find_sinks(
             The adapter's configuration.
 
     Returns:
-        [`SinkBatch`] or `None`: `None` where no prompt has both a sink and visual tokens.
+        [`SinkBatch`] or `None`: `None` where no prompt has visual tokens.
 
     Raises:
         `RuntimeError`: If the attention backend does not say where requests begin, or if a prompt with visual tokens
-            was begun in an earlier step.
+            was begun in an earlier step or has no sink.
     """
     metadata = next(iter(attention_metadata.values()))
     try:
@@ -79,11 +79,12 @@ def find_sinks(
             )
         sink = 0
         if config.sink_token != "first":
-            is_last = config.sink_token == "assistant"
-            sink = find_token_ids(input_ids[None, begin:end], config.sink_token_ids, last=is_last).item()
+            sink = find_token(input_ids[None, begin:end], config.sink_token_ids[0]).item()
             if sink < 0:
-                continue
-            sink += config.sink_token_offset
+                raise RuntimeError(
+                    f"A prompt has an image, but not the adapter's sink token {config.sink_token!r}, so the module "
+                    "would do nothing. Serve with the chat template that the adapter was trained with."
+                )
         indices = indices[indices != begin + sink]
         if indices.numel() > 0:
             sinks.append(begin + sink)

@@ -1,0 +1,118 @@
+"""Where the sink stands in each row of a batch, and whether a row is one sample."""
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+
+# Arguments of a call that only packed rows have: of flash attention, and of layers with a state (linear attention)
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def first_real_token(input_ids: torch.Tensor, attention_mask: torch.Tensor | BlockMask | dict | None) -> torch.Tensor:
+    """
+    Index of the first token of each sample that is not padding.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch, seq)`):
+            Token ids.
+        attention_mask (`torch.Tensor` of shape `(batch, seq)` or `(batch, 1, seq, keys)`, `BlockMask`, or `dict`):
+            Attention mask as the model gets it, or one per type of attention, as `generate` makes for a static cache;
+            `None` where there is no padding.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`: The indices.
+    """
+    if attention_mask is None:
+        return input_ids.new_zeros(input_ids.shape[0])
+    is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    is_real = attention_mask.bool() if is_padding_mask else is_seen_by_next(input_ids, attention_mask)
+    # Viewed as integers, of which there is an argmax; it is the first of several
+    return is_real.view(torch.uint8).argmax(dim=1).expand(input_ids.shape[0])
+
+
+def find_token(
+    input_ids: torch.Tensor, token_id: int, attention_mask: torch.Tensor | BlockMask | dict | None = None
+) -> torch.Tensor:
+    """
+    Index of a token's first occurrence in each sample. Padding does not count: the token may be that of padding, too.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch, seq)`):
+            Token ids.
+        token_id (`int`):
+            The token to look for.
+        attention_mask (`torch.Tensor`, `BlockMask` or `dict`, *optional*):
+            As for [`first_real_token`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`: The indices; `-1` where the token does not occur.
+    """
+    matches = input_ids == token_id
+    if attention_mask is not None:
+        index = torch.arange(input_ids.shape[1], device=input_ids.device)
+        matches = matches & (index >= first_real_token(input_ids, attention_mask).unsqueeze(1))
+    return torch.where(matches.any(dim=1), matches.view(torch.uint8).argmax(dim=1), -1)
+
+
+def is_seen_by_next(input_ids: torch.Tensor, attention_mask: torch.Tensor | BlockMask | dict) -> torch.Tensor:
+    """
+    Whether the token that follows sees a token, `(batch, seq - 1)`: not if either is padding or if they belong to two
+    samples, and otherwise in every kind of attention, however short its window.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch, seq)`):
+            Token ids.
+        attention_mask (`torch.Tensor` of shape `(batch, seq)` or `(batch, 1, seq, keys)`, `BlockMask`, or `dict`):
+            As for [`first_real_token`].
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
+    num_samples, length = input_ids.shape
+    if isinstance(attention_mask, BlockMask):
+        sample = torch.arange(num_samples, device=input_ids.device).unsqueeze(1)
+        index = torch.arange(length - 1, device=input_ids.device)
+        is_seen = attention_mask.mask_mod(sample, torch.zeros_like(sample), index + 1, index)
+    elif attention_mask.ndim == 2:
+        is_real = attention_mask.bool()
+        is_seen = is_real[:, 1:] & is_real[:, :-1]
+    else:  # `True`, or 0 in an additive mask
+        is_seen = attention_mask[:, 0].diagonal(-1, dim1=1, dim2=2)[:, : length - 1]
+        is_seen = is_seen if is_seen.dtype == torch.bool else is_seen == 0
+    return is_seen.expand(num_samples, length - 1)
+
+
+def packed_rows(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask | dict | None,
+    position_ids: torch.Tensor | None,
+    uses_flash_attention: bool = False,
+) -> torch.Tensor | None:
+    """
+    Rows that hold several samples, by the marks by which transformers keeps them apart.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch, seq)`):
+            Token ids.
+        attention_mask (`torch.Tensor` of shape `(batch, seq)` or `(batch, 1, seq, keys)`, `BlockMask`, or `dict`):
+            As for [`first_real_token`].
+        position_ids (`torch.Tensor` of shape `(batch, seq)`, `(3, batch, seq)` or `(4, batch, seq)`):
+            Positions as the backbone gets them: of text, of Qwen-VL's three axes, or both; `None` where it counts.
+        uses_flash_attention (`bool`, *optional*, defaults to `False`):
+            Whether the attention is one that reads positions beside a mask of ones.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)` or `None`: Whether a row is packed; `None` if the call has no such mark.
+    """
+    if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2):
+        # A mask for pairs of tokens is final: padding, tokens that are seen, and then others again
+        is_seen = is_seen_by_next(input_ids, attention_mask)
+        begins = is_seen[:, 1:] & ~is_seen[:, :-1]
+        return begins.sum(dim=1) + is_seen[:, 0] > 1
+    if position_ids is None or not (attention_mask is None or uses_flash_attention):
+        return None
+    steps = (position_ids if position_ids.ndim == 2 else position_ids[0]).diff(dim=1)
+    # On Qwen-VL's first axis, time, an image stands still, and the text after it goes on beyond its width
+    restarts = steps < 0 if position_ids.ndim == 3 and len(position_ids) == 3 else steps != 1
+    if attention_mask is not None:  # the positions of padding mean nothing
+        restarts = restarts & is_seen_by_next(input_ids, attention_mask)
+    return restarts.any(dim=1).expand(input_ids.shape[0])
