@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, Image, IterableDataset, List
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -722,18 +722,86 @@ def test_streamed_dataset(tmp_path, processor):
     assert len(train_logs(trainer)) == 2
 
 
-def test_streamed_dataset_names_the_bad_row(tmp_path, processor):
-    rows = make_rows()
-    for row in rows:
-        row["cue"] = "<|im_end|>"
+def stream_of(rows: list[dict], features=None) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(rows), features=features)
+
+
+def rows_with_bad_one(number: int, count: int = 8) -> list[dict]:
+    rows = make_rows(count)
+    rows[number]["cue"] = "<|im_end|>"
+    return rows
+
+
+def train_on_stream(tmp_path, processor, rows, eval_dataset=None, resume=None, **arguments) -> ViCuRTrainer:
     trainer = ViCuRTrainer(
         model=make_qwen3_vl(),
-        args=make_config(tmp_path),
-        train_dataset=IterableDataset.from_generator(lambda: iter(rows)),
+        args=make_config(tmp_path, per_device_eval_batch_size=1, **arguments),
+        train_dataset=stream_of(rows),
+        eval_dataset=eval_dataset,
         processing_class=processor,
+        peft_config=CueRecoveryConfig(**ADAPTER),
     )
-    with pytest.raises(ValueError, match=r"Streamed row 0: .*control token '<\|im_end\|>'"):
-        trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("arguments", [{}, {"shuffle_dataset": False}, {"gradient_accumulation_steps": 1}])
+def test_bad_row_of_a_stream_is_named_by_its_number_in_the_stream(tmp_path, processor, arguments):
+    """Though TRL shuffles the stream, repeats its batches, and evaluates in between; in later epochs as well."""
+    rows, good = rows_with_bad_one(5), stream_of(make_rows(2))
+    arguments = dict(eval_strategy="steps", eval_steps=1, max_steps=4, **arguments)
+    with pytest.raises(ValueError, match=r"Streamed row 5 of train_dataset: .*control token '<\|im_end\|>'"):
+        train_on_stream(tmp_path, processor, rows, good, **arguments)
+
+
+def test_bad_row_of_a_stream_is_named_after_a_resume(tmp_path, processor):
+    arguments = dict(shuffle_dataset=False, gradient_accumulation_steps=1, save_strategy="steps", save_steps=1)
+    train_on_stream(tmp_path, processor, make_rows(8), max_steps=4, **arguments)
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="Streamed row 5 of train_dataset: "):
+        train_on_stream(tmp_path, processor, rows_with_bad_one(5), resume=checkpoint, max_steps=4, **arguments)
+
+
+def test_rows_are_checked_however_they_are_evaluated(tmp_path, processor):
+    """Alone and in dicts, streamed and not, given to the trainer, to `evaluate` and to `predict`."""
+    bad, good = rows_with_bad_one(1, count=2), Dataset.from_list(make_rows(2))
+    stream, dataset = stream_of(bad), Dataset.from_list(bad)
+    arguments = dict(args=make_config(tmp_path, dataloader_num_workers=1), processing_class=processor)
+    arguments |= dict(model=make_qwen3_vl(), train_dataset=Dataset.from_list(make_rows()))
+    with pytest.raises(ValueError, match=r"Streamed row 1 of eval_dataset: "):
+        ViCuRTrainer(eval_dataset=stream, **arguments).evaluate()
+    trainer = ViCuRTrainer(eval_dataset={"easy": good, "hard": stream}, **arguments)
+    for evaluate, name in (
+        (trainer.evaluate, r"Streamed row 1 of eval_dataset\['hard'\]: "),
+        (lambda: trainer.evaluate("hard"), r"Streamed row 1 of eval_dataset\['hard'\]: "),
+        (lambda: trainer.evaluate(stream), "Streamed row 1 of eval_dataset: "),
+        (lambda: trainer.evaluate({"a": stream}), r"Streamed row 1 of eval_dataset\['a'\]: "),
+        (lambda: trainer.evaluate(dataset), "Row 1 of eval_dataset: "),
+        (lambda: trainer.evaluate({"a": good, "b": dataset}), r"Row 1 of eval_dataset\['b'\]: "),
+        (lambda: trainer.predict(dataset), "Row 1 of test_dataset: "),
+        (lambda: trainer.predict(stream), "Streamed row 1 of test_dataset: "),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            evaluate()
+    assert {"eval_a_loss", "eval_b_loss"} <= trainer.evaluate({"a": good, "b": stream_of(make_rows(2))}).keys()
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+def test_unreadable_image_of_a_stream_is_named(tmp_path, processor, is_list):
+    """`datasets` would decode it first, and raise an error that names no row."""
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
+    make_image(0).save(tmp_path / "whole.png")
+    rows = []
+    for number, row in enumerate(make_rows(3, mixed=False)):
+        image = str(tmp_path / ("cut.png" if number == 2 else "whole.png"))
+        images = {"images": [image]} if is_list else {"image": image}
+        rows.append({"prompt": row["prompt"][-1:], "cue": row["cue"], **images})
+    image_features = {"images": List(Image())} if is_list else {"image": Image()}
+    stream = stream_of(rows, Features({**Dataset.from_list(rows).features, **image_features}))
+    trainer = make_trainer(tmp_path, processor, per_device_eval_batch_size=1)
+    assert "eval_loss" in trainer.evaluate(stream.take(2))
+    with pytest.raises(ValueError, match=r"Streamed row 2 of eval_dataset: An image \('.*cut.png'\) cannot be read"):
+        trainer.evaluate(stream)
 
 
 def test_remove_unused_columns_keeps_what_is_used(tmp_path, processor):

@@ -6,7 +6,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
@@ -33,6 +34,8 @@ from .vicur_config import ViCuRConfig
 from .video_inputs import add_videos
 
 
+# Column that names the rows of a stream
+ROW_NAME = "streamed_row_name"
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -276,13 +279,13 @@ def _fill_prompt(prompt: list[dict[str, Any]], num_images: int, num_videos: int)
 
 def check_dataset(
     dataset: Dataset | IterableDataset, name: str, checker: RowChecker, args: ViCuRConfig, min_rows: int = 1
-) -> None:
+) -> Dataset | IterableDataset:
     """
     Check a dataset's columns and, unless it is streamed, each of its rows. Processes share the rows between them.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The dataset. Rows of an iterable dataset are checked when they are trained on.
+            The dataset. Rows of an iterable dataset are checked when they are used.
         name (`str`):
             What to call it in errors.
         checker ([`RowChecker`]):
@@ -292,12 +295,17 @@ def check_dataset(
         min_rows (`int`, *optional*, defaults to `1`):
             How many rows it must have.
 
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The same dataset; a stream as
+        [`name_streamed_rows`] returns it.
+
     Raises:
         `ValueError`: If it is no dataset, has too few rows, misses a column or holds a bad row; names the column, or
             the row by number.
     """
     for error in find_bad_rows(dataset, name, checker, args, min_rows):
         raise error
+    return name_streamed_rows(dataset, name) if isinstance(dataset, IterableDataset) else dataset
 
 
 def find_bad_rows(
@@ -333,6 +341,35 @@ def find_bad_rows(
             with_row_number(checker.check, lambda number=number: get_row(number), f"Row {number} of {name}")
         except ValueError as error:
             yield error
+
+
+def name_streamed_rows(dataset: IterableDataset, name: str) -> IterableDataset:
+    """
+    A stream whose rows carry a column [`ROW_NAME`], by which errors name them wherever they are shuffled, repeated,
+    split between processes or skipped. Images are left undecoded, so that the check of a row finds unreadable ones.
+
+    Args:
+        dataset ([`~datasets.IterableDataset`]):
+            The stream. Rows that have a name keep it.
+        name (`str`):
+            What to call the stream in errors.
+    """
+    features = dataset.features
+    if features is not None:
+        dataset = dataset.cast(Features({column: _undecoded(feature) for column, feature in features.items()}))
+        features = Features({**dataset.features, ROW_NAME: Value("string")})
+    return dataset.map(
+        lambda row, number: {ROW_NAME: f"Streamed row {number} of {name}", **row}, with_indices=True, features=features
+    )
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {key: _undecoded(value) for key, value in feature.items()}
+    if isinstance(feature, (List, LargeList)):
+        return type(feature)(_undecoded(feature.feature))
+    # An image of another mode than its file's is for `datasets` to convert
+    return ImageFeature(decode=False) if isinstance(feature, ImageFeature) and feature.mode is None else feature
 
 
 def check_columns(column_names: list[str], name: str, args: ViCuRConfig) -> None:

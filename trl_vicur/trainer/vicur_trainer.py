@@ -27,7 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 from transformers.utils import ModelOutput
 from transformers.utils.quantization_config import QuantizationMethod
 from trl import DistillationTrainer
@@ -53,7 +53,7 @@ from .checkpoints import (
     write_file_list,
 )
 from .collapse import CollapseCallback
-from .dataset_validation import RowChecker, check_dataset, with_row_number
+from .dataset_validation import ROW_NAME, RowChecker, check_dataset, with_row_number
 from .ema_teacher import EMATeacherCallback
 from .image_processing import images_processed_once
 from .losses import (
@@ -221,15 +221,11 @@ class ViCuRTrainer(DistillationTrainer):
         self._row_checker = RowChecker(
             args, processing_class, max_length, bool(tools), sharding is not None, recovery_configs
         )
-        self._num_streamed_rows = 0
         if train_dataset is not None:
             batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-            check_dataset(train_dataset, "train_dataset", self._row_checker, args, min_rows=batch_size)
-        if isinstance(eval_dataset, dict):
-            for key, dataset in eval_dataset.items():
-                check_dataset(dataset, f"eval_dataset[{key!r}]", self._row_checker, args)
-        elif eval_dataset is not None:
-            check_dataset(eval_dataset, "eval_dataset", self._row_checker, args)
+            train_dataset = check_dataset(train_dataset, "train_dataset", self._row_checker, args, min_rows=batch_size)
+        if eval_dataset is not None:
+            eval_dataset = self._check_eval_dataset(eval_dataset)
 
         # Liger's fused JSD runs anywhere, but the Triton kernels that `Trainer` puts into the model need a GPU
         self.use_liger_loss = args.use_liger_kernel
@@ -398,6 +394,37 @@ class ViCuRTrainer(DistillationTrainer):
                 f"`num_iterations={args.num_iterations}` needs a `Dataset`; with an `IterableDataset` it must be 1."
             )
 
+    def _check_eval_dataset(
+        self, dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
+    ) -> Dataset | IterableDataset | dict[str, Dataset | IterableDataset]:
+        """See [`check_dataset`]; each dataset of a dict is named by its key."""
+        if not isinstance(dataset, dict):
+            return check_dataset(dataset, "eval_dataset", self._row_checker, self._row_checker.args)
+        return {
+            key: check_dataset(each, f"eval_dataset[{key!r}]", self._row_checker, self._row_checker.args)
+            for key, each in dataset.items()
+        }
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        # Those given to `__init__` have been checked there; a string is the name of one of them
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._check_eval_dataset(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self,
+        test_dataset: Dataset | IterableDataset,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        test_dataset = check_dataset(test_dataset, "test_dataset", self._row_checker, self.args)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
     def _copy_of_base(self) -> torch.nn.Module | None:
         """
         The student's initial weights without adapter, as a teacher of its own. `None` where the student keeps them:
@@ -434,7 +461,7 @@ class ViCuRTrainer(DistillationTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = [self.args.cue_column, self.args.answer_column, "videos", "video"]
+        columns = [self.args.cue_column, self.args.answer_column, "videos", "video", ROW_NAME]
         self._signature_columns += [column for column in columns if column not in self._signature_columns]
 
     # --- Rollouts: the student's prompt, its completion, and the teacher's prompt ---
@@ -516,15 +543,11 @@ class ViCuRTrainer(DistillationTrainer):
         return prompt_ids, completion_ids, tool_mask, images, *others
 
     def _generate_and_score_completions(self, inputs: list[dict[str, torch.Tensor | Any]]) -> dict[str, Any]:
-        dataset = self.train_dataset if self.model.training else self.eval_dataset
-        if isinstance(dataset, IterableDataset):
-            for row in inputs:
-                with_row_number(
-                    self._row_checker.check, lambda row=row: row, f"Streamed row {self._num_streamed_rows}"
-                )
-                self._num_streamed_rows += 1
         rows = []
         for row in inputs:
+            if ROW_NAME in row:
+                row = {**row}
+                with_row_number(self._row_checker.check, lambda row=row: row, row.pop(ROW_NAME))
             # As the checks and the heat maps see them; TRL and the processors read each kind of file in another way
             images = [read_image(image) for image in row_images(row)]
             videos = [read_video(video) for video in row_videos(row)]
@@ -1129,7 +1152,6 @@ class ViCuRTrainer(DistillationTrainer):
         # TRL starts counting anew, with no rollouts, and its sampler with the order of the first epoch
         accumulation_steps = self.args.gradient_accumulation_steps
         self._step = self.state.global_step * accumulation_steps
-        self._num_streamed_rows = self._step * self.args.per_device_train_batch_size
         self._buffered_inputs = None
         if self._is_within_rollouts:
             path = self._rollouts_path(resume_from_checkpoint)
