@@ -677,4 +677,12 @@ def test_fsdp_of_an_unsupported_version(monkeypatch, version):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", version)
     with pytest.raises(ValueError, match=f"FSDP{version} is not supported: ViCuRTrainer needs FSDP2"):
-        check_sharding(find_sharding(arguments), arguments)
+        check_sharding(find_sharding(arguments), arguments, [None])
+
+
+def test_trainable_tokens_with_fsdp2(monkeypatch):
+    arguments = make_config()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="`trainable_token_indices` cannot be trained with FSDP2.*Train with DDP"):
+        check_sharding(find_sharding(arguments), arguments, [CueRecoveryConfig(r=2, trainable_token_indices=[5])])

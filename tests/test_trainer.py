@@ -28,6 +28,7 @@ from tiny_models import (
     make_qwen2_5_vl,
     make_qwen3_vl,
     randomize,
+    user,
     with_completion,
 )
 from torch.distributed.utils import _apply_to_tensors
@@ -38,6 +39,7 @@ from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
 from trl_vicur.trainer import vicur_trainer
 from trl_vicur.trainer.losses import LMHead, token_logprobs
 from trl_vicur.trainer.mixed_precision import ForwardRedirection
+from trl_vicur.trainer.vision_features import get_backbone
 
 
 ADAPTER = dict(layer_interval=1)
@@ -462,6 +464,35 @@ def test_invariant_2_a_model_passed_with_trained_biases_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"The adapter 'default' .* \(`bias='all'`\).* or pass the base as"):
         make_trainer(tmp_path, make_qwen2_5_processor(), model)
     make_trainer(tmp_path, make_qwen2_5_processor(), model, teacher_model=make_qwen2_5_vl())
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+def test_trainable_token_indices(tmp_path, processor, is_tied):
+    """Rows of the embedding, and of a head that is tied to it, train in loss, gradient and rollout as in the model."""
+    base = make_qwen3_vl()
+    if not is_tied:
+        base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = False
+        base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    config = CueRecoveryConfig(**ADAPTER, r=2, trainable_token_indices=[*range(32, 127)])
+    trainer = make_trainer(tmp_path, processor, copy.deepcopy(base), peft_config=config)
+    before = weights(trainer.model)
+    trainer.train()
+    moved = changed(before, weights(trainer.model))
+    assert any("trainable_tokens_delta" in name for name in moved) and not any("base_layer" in name for name in moved)
+
+    model = trainer.model.eval()
+    inputs = encode(processor, [user("What?", make_image(0))])
+    [delta] = [p for name, p in model.named_parameters() if "embed_tokens" in name and p.requires_grad]
+    of_model = model(**inputs).logits.log_softmax(-1)[0, :-1].gather(-1, inputs["input_ids"][0, 1:, None]).squeeze(-1)
+    states = get_backbone(model)(**inputs).last_hidden_state[0, :-1]
+    of_head, _ = token_logprobs(states, LMHead.from_model(model), inputs["input_ids"][0, 1:])
+    torch.testing.assert_close(of_head, of_model)
+    gradients = [torch.autograd.grad(logprobs.sum(), delta)[0] for logprobs in (of_head, of_model)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+    trainer.save_model()
+    reloaded = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,9 @@ class LMHead(NamedTuple):
         if settings.get("logits_scaling") is not None:
             # Granite divides by it, HyperCLOVA X multiplies
             scale = settings["logits_scaling"] ** (1 if config.model_type == "hyperclovax" else -1)
-        return cls(head.weight, head.bias, scale, settings.get("final_logit_softcapping"))
+        # PEFT's wrapper for `trainable_token_indices` has the merged weight and computes without bias
+        bias = getattr(head, "bias", None)
+        return cls(head.weight, bias, scale, settings.get("final_logit_softcapping"))
 
     @property
     def trains(self) -> bool:

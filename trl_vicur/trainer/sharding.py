@@ -4,6 +4,7 @@ import os
 from typing import Literal
 
 from accelerate.utils import parse_flag_from_env
+from peft import PeftConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .vicur_config import ViCuRConfig
@@ -35,7 +36,7 @@ def find_sharding(args: ViCuRConfig) -> Sharding | None:
     return None
 
 
-def check_sharding(sharding: Sharding | None, args: ViCuRConfig) -> None:
+def check_sharding(sharding: Sharding | None, args: ViCuRConfig, peft_configs: list[PeftConfig | None]) -> None:
     """
     Check that weights in such shards can be trained.
 
@@ -44,6 +45,8 @@ def check_sharding(sharding: Sharding | None, args: ViCuRConfig) -> None:
             What [`find_sharding`] returns.
         args ([`ViCuRConfig`]):
             Training configuration.
+        peft_configs (`list[PeftConfig | None]`):
+            Configurations of the adapters that train; `None` for the model's own weights.
 
     Raises:
         `ValueError`: If they cannot.
@@ -61,4 +64,9 @@ def check_sharding(sharding: Sharding | None, args: ViCuRConfig) -> None:
         raise ValueError(
             "`teacher_model_kind='ema'` exchanges the student's weights, which FSDP and DeepSpeed keep in "
             "buffers of their own. Train with DDP, or choose `teacher_model_kind='base'` or `'live'`."
+        )
+    if sharding == "FSDP2" and any(getattr(config, "trainable_token_indices", None) for config in peft_configs):
+        raise ValueError(
+            "`trainable_token_indices` cannot be trained with FSDP2, which does not find the embedding that PEFT has "
+            "wrapped. Train with DDP or ZeRO-2, or leave the option out."
         )

@@ -342,7 +342,7 @@ class ViCuRTrainer(DistillationTrainer):
                 f"`teacher_model_kind={args.teacher_model_kind!r}` makes the student its own teacher, but a "
                 "`teacher_model` was passed as well. Leave out one of the two."
             )
-        check_sharding(sharding, args)
+        check_sharding(sharding, args, peft_configs)
         if args.teacher_model_server_url is not None and not isinstance(teacher_model, str | None):
             raise ValueError(
                 f"`teacher_model_server_url={args.teacher_model_server_url!r}` is set, but a loaded `teacher_model` "
