@@ -74,15 +74,17 @@ def make_checkpoint(directory: Path, model, processor, embedding_scale: float = 
 @contextmanager
 def engine(checkpoint: Checkpoint, adapter: Path | None, **options) -> Iterator[LLM]:
     """An engine with an adapter, or without."""
-    llm = LLM(
-        str(checkpoint.base),
-        hf_overrides={"cue_recovery": str(adapter)} if adapter else {},
-        **{"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 16, **options},
-    )
+    llm = None
     try:
+        llm = LLM(
+            str(checkpoint.base),
+            hf_overrides={"cue_recovery": str(adapter)} if adapter else {},
+            **{"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 16, **options},
+        )
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

@@ -16,11 +16,15 @@ from engines import (
     server,
 )
 from tiny_models import make_image, make_processor, make_qwen2_5_processor, make_qwen2_5_vl, make_qwen3_vl, user
+from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import utils
 
-from trl_vicur.vllm import engine_config
+from trl_vicur.vllm import engine_config, model
+from trl_vicur.vllm.model import CueRecoveryMixin
 
 
+ARCHITECTURE = "Qwen3VLForConditionalGeneration"
 # Longer than a block of the KV cache, so that prompts have blocks before their images in common
 SYSTEM = {"role": "system", "content": [{"type": "text", "text": "You look closely at pictures. " * 10}]}
 
@@ -102,6 +106,54 @@ def test_without_an_adapter_the_model_is_vllms(qwen3_vl):
         assert_equals_transformers(outputs, qwen3_vl, conversations)
 
 
+def _without_its_images(self, input_ids, multimodal_embeddings=None, **kwargs):
+    return super(CueRecoveryMixin, self).embed_input_ids(input_ids, multimodal_embeddings, **kwargs)
+
+
+def _also_in_decode_steps(self, *args, **kwargs):
+    if self._prefill is None:
+        module = next(iter(self.recovery_modules.values()))
+        sink = torch.ones(1, module.q_proj.in_features)
+        module(sink, sink[None], torch.ones(1, 1, dtype=torch.bool))
+    return FORWARD(self, *args, **kwargs)
+
+
+FORWARD = CueRecoveryMixin.forward
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "replacement", "message"),
+    [
+        (CueRecoveryMixin, "embed_input_ids", _without_its_images, "did not run once each in the prefill of a prompt"),
+        (
+            CueRecoveryMixin,
+            "forward",
+            _also_in_decode_steps,
+            r"\['layers.1.cue_recovery'\] ran in a decode step",
+        ),
+        (model, "_update_sinks_before_layer", lambda name, *_: None, "modules did not run in a prefill with an image"),
+    ],
+    ids=["images do not arrive", "also in decode steps", "hooks do not run"],
+)
+def test_an_engine_that_does_not_run_the_module_does_not_start(
+    qwen3_vl, monkeypatch, target, name, replacement, message
+):
+    """Served is trained."""
+    monkeypatch.setattr(target, name, replacement)
+    with pytest.raises(RuntimeError, match=message), engine(qwen3_vl, qwen3_vl.adapter):
+        pass
+
+
+def test_an_engine_whose_model_was_replaced_does_not_start(qwen3_vl, monkeypatch):
+    """As by another plugin that registers the architecture later."""
+    monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+    monkeypatch.setattr(utils, "_MODEL_ARCH_BY_HASH", {})  # vLLM's memory of what it has resolved
+    ModelRegistry.register_model(ARCHITECTURE, f"vllm.model_executor.models.qwen3_vl:{ARCHITECTURE}")
+    with pytest.raises(RuntimeError, match="qwen3_vl.Qwen3VLForConditionalGeneration, which has no recovery module"):
+        with engine(qwen3_vl, qwen3_vl.adapter):
+            pass
+
+
 def test_server_with_an_adapter_that_holds_the_backbone(tmp_path):
     """As `vllm serve` does, by way of the chat API; with `train_base=True`, and weights that have trained."""
     model = make_qwen3_vl(hidden_size=64, head_dim=HEAD_DIM, rope_parameters={**MROPE, "mrope_interleaved": True})
@@ -143,6 +195,27 @@ def test_what_would_separate_sink_and_image_is_switched_off(start, monkeypatch):
     assert not config.scheduler_config.enable_chunked_prefill
     assert config.scheduler_config.max_num_batched_tokens == 2048
     assert "prefix caching and chunked prefill are switched off" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_dbo": True}, "`enable_dbo` is True"),
+        ({"ubatch_size": 2}, "`ubatch_size` is 2"),
+        ({"limit_mm_per_prompt": {"image": 0}}, "`limit_mm_per_prompt` allows no image"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "`kv_transfer_config` is set",
+        ),
+        (
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "`speculative_config` has the method 'ngram_gpu'",
+        ),
+    ],
+)
+def test_engine_options_under_which_the_module_would_be_left_out_or_is_untested(start, options, message):
+    with pytest.raises(ValueError, match=message):
+        start(**options)
 
 
 @pytest.mark.parametrize(

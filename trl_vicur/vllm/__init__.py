@@ -11,13 +11,16 @@ vllm serve Qwen/Qwen3-VL-2B-Instruct --hf-overrides '{"cue_recovery": "me/Qwen3-
 Rollouts begin with a new module, by its options in the adapter's place; its weights come from training.
 """
 
+from typing import Any
+
+
 SUPPORTED_ARCHITECTURES = ("Qwen3VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 
 
 def register() -> None:
     """
     Replace the supported architectures in vLLM's registry by subclasses, which behave as before where no adapter is
-    named, and check every engine that is started with one.
+    named, and check every engine that is started with one: its options, and by a prompt with an image that it runs.
     """
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -29,3 +32,26 @@ def register() -> None:
     # The other architectures too, which would leave the module out without a word
     for architecture in ModelRegistry.get_supported_archs():
         MODELS_CONFIG_MAP.setdefault(architecture, CueRecoveryEngineConfig)
+    _prove_at_startup()
+
+
+def _prove_at_startup() -> None:
+    """
+    Let every worker of this process end its start-up with the proof that the module runs.
+
+    All executors (one process, several, Ray) call their workers through vLLM's wrapper, which loads this plugin before
+    it makes the worker. The warm-up is the last step of a start-up: the KV cache is there, the model is compiled, and
+    its CUDA graphs are captured.
+    """
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    def compile_or_warm_up_model(wrapper: WorkerWrapperBase) -> Any:
+        times = wrapper.worker.compile_or_warm_up_model()
+        if getattr(wrapper.vllm_config.model_config.hf_config, "cue_recovery", None) is not None:
+            from .startup_proof import prove_module_runs
+
+            prove_module_runs(wrapper.worker, wrapper.vllm_config)
+        return times
+
+    # Otherwise the wrapper forwards this call to its worker, by `__getattr__`
+    WorkerWrapperBase.compile_or_warm_up_model = compile_or_warm_up_model

@@ -29,7 +29,8 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
 
     Raises:
         `ValueError`: If the architecture is not supported, if the adapter cannot be served or was made for another
-            model, if an option of a new module is unknown or wrong, or with pipeline or prefill context parallelism.
+            model, if an option of a new module is unknown or wrong, or if an option of the engine splits a prompt's
+            hidden states or has not been shown to run the module.
     """
 
     @staticmethod
@@ -44,13 +45,7 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
                 f"leave the module out. Supported are {', '.join(SUPPORTED_ARCHITECTURES)}; serve other models with "
                 "transformers."
             )
-        parallel = vllm_config.parallel_config
-        for name in ("pipeline_parallel_size", "prefill_context_parallel_size"):
-            if getattr(parallel, name) > 1:
-                raise ValueError(
-                    f"`{name}` is {getattr(parallel, name)}, but cue recovery needs every prompt's hidden states "
-                    "whole, in one process. Use `tensor_parallel_size` or `data_parallel_size`."
-                )
+        _check_engine_options(vllm_config)
         if isinstance(adapter, str):
             config = _load_adapter_config(adapter, model_config)
         else:
@@ -79,6 +74,39 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
         compilation = vllm_config.compilation_config
         if compilation.cudagraph_mode != CUDAGraphMode.NONE:
             compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+
+
+def _check_engine_options(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    for name in ("pipeline_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name) > 1:
+            raise ValueError(
+                f"`{name}` is {getattr(parallel, name)}, but cue recovery needs every prompt's hidden states whole, "
+                "in one process. Use `tensor_parallel_size` or `data_parallel_size`."
+            )
+    if parallel.use_ubatching:
+        name = "enable_dbo" if parallel.enable_dbo else "ubatch_size"
+        raise ValueError(
+            f"`{name}` is {getattr(parallel, name)}, but cue recovery needs every prompt in one micro-batch. Leave it "
+            "out."
+        )
+    for name in ("kv_transfer_config", "ec_transfer_config"):
+        if getattr(vllm_config, name) is not None:
+            raise ValueError(
+                f"`{name}` is set, but cue recovery needs prompts that are prefilled whole, images included, by the "
+                "engine that answers them. Leave it out."
+            )
+    if vllm_config.model_config.multimodal_config.get_limit_per_prompt("image") == 0:
+        raise ValueError(
+            "`limit_mm_per_prompt` allows no image, but cue recovery reads images. Allow one, or serve without the "
+            "adapter."
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        raise ValueError(
+            f"`speculative_config` has the method {speculative.method!r}, which was not tested with cue recovery. Use "
+            "'ngram', or none."
+        )
 
 
 def _load_adapter_config(adapter: str, model_config: ModelConfig) -> "CueRecoveryConfig":

@@ -34,8 +34,12 @@ class CueRecoveryMixin:
     loaded; an adapter with `train_base=True` replaces the backbone's weights. A new module changes nothing, until
     training sends weights.
 
+    Every prefill with an image checks that all modules ran in it: vLLM runs no Python of a model while it replays a
+    CUDA graph, and a later release may call the model in another way.
+
     Raises:
         `ValueError`: If the engine would prefill a prompt in pieces, or replay prefill as a CUDA graph.
+        `RuntimeError`: If a module did not run in a prefill with an image.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model"):
@@ -53,42 +57,55 @@ class CueRecoveryMixin:
                 "`--no-enable-prefix-caching --no-enable-chunked-prefill -cc.cudagraph_mode=FULL_DECODE_ONLY`."
             )
         if isinstance(self._adapter, str):
-            self._recovery_config = CueRecoveryConfig.from_pretrained(self._adapter)
+            self.recovery_config = CueRecoveryConfig.from_pretrained(self._adapter)
             self.secondary_weights = [DefaultModelLoader.Source(self._adapter, revision=None, fall_back_to_pt=False)]
         else:
-            self._recovery_config = CueRecoveryConfig(**self._adapter)
+            self.recovery_config = CueRecoveryConfig(**self._adapter)
         # Of the step that is being prepared: token ids, and which of them are visual
         self._prefill: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.recovery_modules: dict[str, SinkCrossAttention] = {}
 
         text_config = vllm_config.model_config.hf_config.get_text_config()
         layers = self.language_model.model.layers
-        for index in carrying_layers(text_config, self._recovery_config.layer_interval):
+        for index in carrying_layers(text_config, self.recovery_config.layer_interval):
             layer = layers[index]
             layer.cue_recovery = nn.Module()
             layer.cue_recovery.sink_attention = SinkCrossAttention(
                 text_config.hidden_size,
-                self._recovery_config.num_heads or text_config.num_attention_heads,
+                self.recovery_config.num_heads or text_config.num_attention_heads,
                 text_config.rms_norm_eps,
-                self._recovery_config.bottleneck_size,
+                self.recovery_config.bottleneck_size,
             )
-            name = f"{prefix}.layers.{index}.cue_recovery"
-            vllm_config.compilation_config.static_forward_context[name] = layer.cue_recovery.sink_attention
+            name = f"layers.{index}.cue_recovery"
+            self.recovery_modules[name] = layer.cue_recovery.sink_attention
             layer.register_forward_pre_hook(partial(_update_sinks_before_layer, name))
+        vllm_config.compilation_config.static_forward_context.update(self.recovery_modules)
 
     def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):
         if self._adapter is not None:
+            if self._prefill is not None:
+                raise RuntimeError(
+                    "Cue recovery: vLLM answered a prompt with an image without a call of the model's forward, as in "
+                    "the replay of a CUDA graph. Start it with `--enforce-eager`."
+                )
             # Empty in a step that only decodes
             self._prefill = (input_ids, is_multimodal) if multimodal_embeddings else None
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
-        if self._adapter is not None and self._prefill is not None:
-            prefill, self._prefill = self._prefill, None
-            context = get_forward_context()
-            context.additional_kwargs["cue_recovery"] = find_sinks(
-                *prefill, positions, context.attn_metadata, self._recovery_config
+        if self._adapter is None or self._prefill is None:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        prefill, self._prefill = self._prefill, None
+        context = get_forward_context()
+        batch = find_sinks(*prefill, positions, context.attn_metadata, self.recovery_config)
+        context.additional_kwargs["cue_recovery"] = batch
+        output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        if batch is not None and (silent := sorted(self.recovery_modules.keys() - batch.updated_by)):
+            raise RuntimeError(
+                f"Cue recovery: {len(silent)} of {len(self.recovery_modules)} modules did not run in a prefill with "
+                f"an image, among them {silent[0]!r}. Start vLLM with `--enforce-eager`."
             )
-        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        return output
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """
@@ -136,7 +153,7 @@ class CueRecoveryMixin:
 
     def _lora_updates(self) -> dict:
         """For each weight with LoRA, by its name in vLLM, what computes the update."""
-        config = self._recovery_config
+        config = self.recovery_config
         if config.r == 0:
             return {}
         scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
@@ -198,6 +215,7 @@ def update_sinks(hidden_states: torch.Tensor, residual: torch.Tensor, name: str)
     visual = hidden_states[batch.visual] + residual[batch.visual]
     update = context.no_compile_layers[name](sinks, visual, batch.visual_mask)
     hidden_states[batch.sinks] += update.to(hidden_states.dtype)
+    batch.updated_by.add(name)
 
 
 @update_sinks.register_fake

@@ -18,18 +18,21 @@ class SinkBatch(NamedTuple):
             Indices of each prompt's visual tokens, padded.
         visual_mask (`torch.Tensor` of shape `(prompts, visual)`):
             `False` at the padding.
+        updated_by (`set[str]`):
+            Names of the modules that have updated the sinks.
     """
 
     sinks: torch.Tensor
     visual: torch.Tensor
     visual_mask: torch.Tensor
+    updated_by: set[str]
 
 
 def find_sinks(
     input_ids: torch.Tensor,
     is_visual: torch.Tensor,
     positions: torch.Tensor,
-    attention_metadata: dict,
+    attention_metadata: dict | list,
     config: CueRecoveryConfig,
 ) -> SinkBatch | None:
     """
@@ -45,7 +48,8 @@ def find_sinks(
         positions (`torch.Tensor` of shape `(3, padded tokens)`):
             Positions for the rotary embedding; zero in all three rows at the first token of a prompt.
         attention_metadata (`dict`):
-            vLLM's attention metadata by layer; their `query_start_loc` says where each request's tokens begin.
+            vLLM's attention metadata by layer; their `query_start_loc` says where each request's tokens begin. A list
+            of such is refused.
         config ([`CueRecoveryConfig`]):
             The adapter's configuration.
 
@@ -53,9 +57,14 @@ def find_sinks(
         [`SinkBatch`] or `None`: `None` where no prompt has visual tokens.
 
     Raises:
-        `RuntimeError`: If the attention backend does not say where requests begin, or if a prompt with visual tokens
-            was begun in an earlier step or has no sink.
+        `RuntimeError`: If the step is split into micro-batches, if the attention backend does not say where requests
+            begin, or if a prompt with visual tokens was begun in an earlier step or has no sink.
     """
+    if isinstance(attention_metadata, list):
+        raise RuntimeError(
+            "Cue recovery needs every prompt in one micro-batch, but vLLM split a step into "
+            f"{len(attention_metadata)}. Start it without `--enable-dbo` and `--ubatch-size`."
+        )
     metadata = next(iter(attention_metadata.values()))
     try:
         bounds = metadata.query_start_loc.tolist()
@@ -92,4 +101,6 @@ def find_sinks(
     if not sinks:
         return None
     padded = torch.nn.utils.rnn.pad_sequence(visual, batch_first=True, padding_value=-1)
-    return SinkBatch(torch.tensor(sinks, device=device), padded.clamp(min=0).to(device), (padded >= 0).to(device))
+    return SinkBatch(
+        torch.tensor(sinks, device=device), padded.clamp(min=0).to(device), (padded >= 0).to(device), set()
+    )
