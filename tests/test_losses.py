@@ -1,11 +1,16 @@
 """Each objective agrees with its definition, written down plainly in float64: values and gradients."""
 
 import math
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_vicur.trainer import losses
 from trl_vicur.trainer.losses import (
@@ -25,8 +30,11 @@ BETAS = [0.0, 0.3, 0.5, 1.0]
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    """The few tokens of these tests come in chunks, too, the last of them smaller."""
+    """The few tokens and columns of these tests come in chunks, too, the last of them smaller."""
     monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", 16 * 70)
+    monkeypatch.setattr(losses, "CPU_WEIGHT_BLOCK", 16 * 20)
+    monkeypatch.setattr(losses, "TILE_TOKENS", 16)
+    monkeypatch.setattr(losses, "TILE_COLUMNS", 32)
 
 
 def reference_divergence(student_logits, teacher_logits, beta):
@@ -103,8 +111,8 @@ def test_liger_divergence_is_the_same_sum(beta):
 @pytest.mark.parametrize("scale, softcapping", [(1.0, None), (0.5, 4.0)])
 def test_a_frozen_head_changes_neither_values_nor_gradients(objective, temperature, scale, softcapping):
     """
-    On a CPU, a frozen head has its gradients computed with the values, in torch; one that trains has TRL's kernel (in
-    its torch form), as both have on a GPU.
+    On a CPU, a frozen head has its gradients computed with the values, in torch; one that trains has TRL's kernels (in
+    their torch form), as both have on a GPU.
     """
     results = []
     for trains in (True, False):
@@ -283,6 +291,149 @@ def test_logits_never_exist_as_a_whole(mode, trains_head):
         else:
             token_logprobs(student, student_head, torch.zeros(tokens, dtype=torch.long))
     assert max(saved) < tokens * vocab / 4
+
+
+# --- Half precision: the products of states and heads are float32, and no head is copied to it ---
+
+
+def make_half_pair(dtype, trains_head=True, state_dtype=None):
+    """Likely tokens have logits of some 30, where bfloat16 has steps of 0.125."""
+    student, student_head, teacher, teacher_head = make_pair()
+    state_dtype = state_dtype or dtype
+    student = (student.detach() * 2).to(state_dtype).requires_grad_()
+    weight = (student_head.weight.detach() * 2).to(dtype).requires_grad_(trains_head)
+    student_head = LMHead(weight, student_head.bias.to(dtype))
+    return student, student_head, (teacher * 2).to(state_dtype), LMHead(teacher_head.weight.detach().to(dtype))
+
+
+def values_and_gradients(objective, pair, values=None):
+    student, student_head, teacher, teacher_head = pair
+    token_ids = torch.arange(len(student))
+    if values is None:
+        if objective == "sampled":
+            values, _ = token_logprobs(student, student_head, token_ids, 0.7)
+        elif objective == "topk":
+            values, _ = topk_divergence(student, student_head, *topk_logprobs(teacher, teacher_head, 5, 0.7), 0.3, 0.7)
+        else:
+            values, _ = full_divergence(*pair, 0.3, 0.7)
+    inputs = [each for each in (student, student_head.weight) if each.requires_grad]
+    return values, torch.autograd.grad((values * (1 + token_ids)).sum(), inputs)
+
+
+def reference_values(objective, pair):
+    student, student_head, teacher, teacher_head = pair
+    student_logprobs = reference_logits(student, student_head, 0.7).log_softmax(-1)
+    teacher_logprobs = reference_logits(teacher, teacher_head, 0.7).log_softmax(-1)
+    if objective == "sampled":
+        return student_logprobs.gather(-1, torch.arange(len(student))[:, None]).squeeze(-1)
+    if objective == "topk":
+        top = teacher_logprobs.topk(5).indices
+        student_logprobs, teacher_logprobs = (
+            torch.cat([kept, torch.log1p(-kept.exp().sum(-1, keepdim=True))], -1)
+            for kept in (student_logprobs.gather(-1, top), teacher_logprobs.gather(-1, top))
+        )
+    return reference_divergence(student_logprobs, teacher_logprobs, 0.3)
+
+
+@pytest.mark.parametrize("objective", ["sampled", "full", "topk"])
+@pytest.mark.parametrize("trains_head", [True, False])
+@pytest.mark.parametrize(
+    "dtype, state_dtype",
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),  # as under autocast, which rounds the head, too
+    ],
+)
+def test_half_precision_is_exact(objective, trains_head, dtype, state_dtype):
+    """Values as of float64 products of the same operands; gradients to the rounding of what they are returned in."""
+    pair = make_half_pair(dtype, trains_head, state_dtype)
+    values, gradients = values_and_gradients(objective, pair)
+    assert values.dtype == torch.float32
+    rounded = (pair[0], pair[1]._replace(weight=pair[1].weight.to(state_dtype)), *pair[2:])
+    rounded = (*rounded[:3], pair[3]._replace(weight=pair[3].weight.to(state_dtype)))
+    expected = reference_values(objective, rounded)
+    torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=2e-5)
+    _, expected = values_and_gradients(objective, pair, expected)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert gradient.dtype == reference.dtype
+        scale = reference.float().abs().max().item()
+        torch.testing.assert_close(gradient.float(), reference.float(), rtol=1e-2, atol=4e-3 * scale)
+
+
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_advantages_of_bfloat16_have_the_right_sign(trains_head):
+    """A teacher that differs by some hundredths of a nat from a student whose likely logits are about 28."""
+    torch.manual_seed(0)
+    tokens, hidden, vocab = 128, 512, 2000
+    weight = (torch.randn(vocab, hidden) * 0.02).bfloat16().requires_grad_(trains_head)
+    likely = torch.stack([torch.randperm(vocab)[:8] for _ in range(tokens)])
+    directions = weight.detach()[likely].float()  # (tokens, 8, hidden)
+
+    def states_of(logits):
+        return (directions.mT @ torch.linalg.solve(directions @ directions.mT, logits.unsqueeze(-1))).squeeze(-1)
+
+    student = states_of(28 + torch.randn(tokens, 8))
+    teacher = (student + states_of(0.05 * torch.randn(tokens, 8))).bfloat16()
+    student, token_ids, head = student.bfloat16(), likely[:, 0], LMHead(weight)
+
+    def exact(states):
+        return reference_logits(states, head, 1.0).log_softmax(-1).gather(-1, token_ids[:, None]).squeeze(-1)
+
+    advantages = token_logprobs(teacher, head, token_ids)[0] - token_logprobs(student, head, token_ids)[0]
+    torch.testing.assert_close(advantages.double(), exact(teacher) - exact(student), rtol=0, atol=1e-4)
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Notes the most elements that a float32 tensor has."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for each in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(each, torch.Tensor) and each.dtype == torch.float32:
+                self.numel = max(self.numel, each.numel())
+        return output
+
+
+@pytest.mark.parametrize("objective", ["sampled", "full", "topk"])
+def test_no_head_is_copied_to_float32(objective, monkeypatch):
+    monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", 8 * 70)
+    pair = make_half_pair(torch.bfloat16, trains_head=False)
+    with LargestFloat32() as largest:
+        values_and_gradients(objective, pair)
+    assert 0 < largest.numel <= 40 * 16  # gradients of the states; the smaller head has 70 x 16
+
+
+def test_gpu_kernels_agree_with_their_torch_form():
+    """TRL's Triton kernels on float32 tiles, in Triton's interpreter, which must be asked for before they are made."""
+    pytest.importorskip("triton")
+    program = """
+        import torch
+        from trl_vicur.trainer import losses
+
+        losses.TILE_TOKENS, losses.TILE_COLUMNS = 3, 40
+        for dtype in (torch.float32, torch.bfloat16):
+            for softcapping in (None, 4.0):
+                results = []
+                for uses_triton in (True, False):
+                    losses._use_triton = lambda device: uses_triton
+                    torch.manual_seed(0)
+                    states, weight, bias = (
+                        torch.randn(shape).to(dtype).requires_grad_() for shape in ((5, 16), (70, 16), (70,))
+                    )
+                    head = losses.LMHead(weight, bias, 0.5, softcapping)
+                    logprobs, entropy = losses.token_logprobs(states, head, torch.arange(5) * 9, 0.7)
+                    gradients = torch.autograd.grad((logprobs * torch.arange(5)).sum(), [states, weight, bias])
+                    results.append([logprobs, entropy, *gradients])
+                torch.testing.assert_close(*results)
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, check=True)
 
 
 def test_head_reads_what_models_do_to_logits():
