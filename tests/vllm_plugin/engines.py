@@ -90,6 +90,11 @@ def engine(checkpoint: Checkpoint, adapter: Path | None, **options) -> Iterator[
         cleanup_dist_env_and_memory()
 
 
+def runner(llm: LLM):
+    """The model runner of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 @contextmanager
 def server(folder: Path, *arguments: str, program: tuple[str, ...] = OPENAI_SERVER, **environment) -> Iterator[str]:
     """The address of a server of the model in a folder, which is up."""

@@ -14,6 +14,19 @@ from . import SUPPORTED_ARCHITECTURES
 if TYPE_CHECKING:
     from ..cue_recovery import CueRecoveryConfig
 
+# LoRA options whose whole effect is in the weights that are merged, or only in training
+SERVED_LORA_OPTIONS = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "eva_config"),
+    *("bias", "modules_to_save"),  # their weights are in the adapter's file and replace the base's
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config"),
+)
+# PiSSA, OLoRA, CorDA, LoftQ and others also change the base, which the adapter's file does not hold
+INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+MERGE_FIRST = (
+    "Let PEFT merge it: `model.merge_and_unload().save_pretrained('merged')` of the trained model; then serve "
+    "'merged' with the adapter 'merged/cue_recovery'."
+)
+
 logger = init_logger(f"vllm.{__name__}")
 
 
@@ -122,25 +135,26 @@ def _load_adapter_config(adapter: str, model_config: ModelConfig) -> "CueRecover
             f"The cue recovery adapter {adapter!r} was trained on {base!r}, but {model_config.model!r} is served. "
             f"Serve {base!r}."
         )
-    unsupported = [
-        name
-        for name in (
-            "use_dora",
-            "lora_bias",
-            "modules_to_save",
-            "rank_pattern",
-            "alpha_pattern",
-            "target_parameters",
-            "trainable_token_indices",
-        )
-        if getattr(config, name)
-    ]
-    if unsupported or config.bias != "none":
-        raise ValueError(
-            f"The cue recovery adapter {adapter!r} uses {', '.join(unsupported) or f'bias={config.bias!r}'}, which "
-            "cannot be merged into the served weights. Plain LoRA can; or serve it with transformers."
-        )
+    _check_adapter_options(config, adapter)
     return config
+
+
+def _check_adapter_options(config: "CueRecoveryConfig", adapter: str) -> None:
+    from peft import LoraConfig
+
+    default = type(config)()
+    unserved = [
+        f"{name}={getattr(config, name)!r}"
+        for name in LoraConfig.__annotations__
+        if name not in SERVED_LORA_OPTIONS and getattr(config, name) != getattr(default, name)
+    ]
+    if config.init_lora_weights not in INITS_THAT_KEEP_THE_BASE:
+        unserved.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if unserved:
+        raise ValueError(
+            f"The cue recovery adapter {adapter!r} was trained with {', '.join(unserved)}, which vLLM cannot serve "
+            f"as it was trained. {MERGE_FIRST}"
+        )
 
 
 def _make_module_config(options: dict[str, Any], model_config: ModelConfig) -> "CueRecoveryConfig":

@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
 from torch import nn
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
@@ -17,9 +18,11 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 from ..cue_recovery import CueRecoveryConfig, SinkCrossAttention
 from ..cue_recovery.model import carrying_layers
+from .engine_config import MERGE_FIRST
 from .sinks import find_sinks
 
 
+PEFT_PREFIX = "base_model.model."
 _MODULE = ".cue_recovery.sink_attention."
 
 
@@ -109,29 +112,41 @@ class CueRecoveryMixin:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """
-        Load a checkpoint and the adapter behind it, or some weights that training has changed (merged, and the
-        module's under their names in the adapter).
+        Load a checkpoint and the adapter after it, or some weights that training has changed (merged, and the module's
+        under their names in the adapter).
+
+        Every tensor of the adapter is accounted for: a weight of a module, a factor of LoRA that is merged, or a
+        weight of the backbone that replaces the checkpoint's.
 
         Returns:
             `set[str]`: Names of the weights that need no other value; vLLM misses what is not among them.
 
         Raises:
-            `ValueError`: If the adapter's LoRA belongs to weights that are not among them.
+            `ValueError`: If a tensor of the adapter cannot be served as it was trained, or if one is missing.
         """
         if self._adapter is None:
             return super().load_weights(weights)
         lora = self._lora_updates()
         merged, module_weights = set(), {}
+        from_base, from_adapter = set(), set()
 
         def backbone_weights() -> Iterator[tuple[str, torch.Tensor]]:
-            names = ((_without_peft(name), weight) for name, weight in weights)
-            for name, weight in self.hf_to_vllm_mapper.apply(names):
-                if _MODULE in name:
-                    module_weights[name] = weight
-                elif ".lora_" not in name:
+            for source_name, source in weights:
+                is_adapters = isinstance(self._adapter, str) and source_name.startswith(PEFT_PREFIX)
+                if ".lora_" in source_name:
+                    if self.recovery_config.r == 0:
+                        raise self._cannot_serve(source_name, "the adapter's config has `r=0`")
+                    continue  # `_lora_updates` has read it
+                for name, weight in self.hf_to_vllm_mapper.apply([(_without_peft(source_name), source)]):
+                    if _MODULE in name:
+                        module_weights[name] = weight
+                        continue
+                    if is_adapters:
+                        self._check_replacement(source_name, name, from_base)
+                    (from_adapter if is_adapters else from_base).add(name)
                     if name in lora:
                         merged.add(name)
-                        weight = weight + lora[name]().to(weight)
+                        weight = self._merge(name, weight, lora[name]())
                     yield name, weight
 
         loaded = super().load_weights(backbone_weights())
@@ -141,36 +156,81 @@ class CueRecoveryMixin:
                 f"{len(missing) - 1} other weight(s) that are not among those to be loaded. Serve the model that it "
                 "was trained on; an engine that takes weights from training needs an adapter without LoRA."
             )
-        parameters = dict(self.named_parameters())
+        if isinstance(self._adapter, str) and self.recovery_config.train_base:
+            if kept := sorted(name for name in from_base - from_adapter if not self._is_tied(name)):
+                raise ValueError(
+                    f"The cue recovery adapter {self._adapter!r} has `train_base=True`, but lacks {len(kept)} "
+                    f"weight(s) of the backbone, among them {kept[0]!r}. Save or download it again."
+                )
+        return loaded | self._load_modules(module_weights)
+
+    def _check_replacement(self, source_name: str, name: str, from_base: set[str]) -> None:
+        """A backbone weight in the adapter's file must replace a weight of the checkpoint, and only that one."""
+        if name not in from_base:
+            raise self._cannot_serve(source_name, "the served checkpoint has no such weight")
+        if self._is_tied(name) and not self.recovery_config.train_base:
+            raise self._cannot_serve(source_name, "embeddings and head are one weight in the served model")
+
+    def _load_modules(self, weights: dict[str, torch.Tensor]) -> set[str]:
+        parameters = {name: parameter for name, parameter in self.named_parameters() if _MODULE in name}
+        if isinstance(self._adapter, str) and (odd := sorted(parameters.keys() ^ weights.keys())):
+            raise ValueError(
+                f"The cue recovery adapter {self._adapter!r} lacks, or has against its config "
+                f"(`layer_interval={self.recovery_config.layer_interval}`), {len(odd)} weight(s) of its modules, "
+                f"among them {odd[0]!r}. Save or download it again."
+            )
         with torch.no_grad():
-            for name, weight in module_weights.items():
+            for name, weight in weights.items():
                 parameter = parameters[name]
                 # While weights are exchanged in a running engine, vLLM puts loaders of its own there
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
-        if not isinstance(self._adapter, str):  # a new module is complete as it is
-            return loaded | {name for name in parameters if _MODULE in name}
-        return loaded | module_weights.keys()
+        return set(parameters)  # a new module is complete as it is
 
-    def _lora_updates(self) -> dict:
-        """For each weight with LoRA, by its name in vLLM, what computes the update."""
+    def _lora_updates(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """For each weight with LoRA, by its name in vLLM, the function that computes the update, as PEFT's merge."""
         config = self.recovery_config
         if config.r == 0:
             return {}
-        scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         factors = load_peft_weights(self._adapter, device="cpu")
+        updates = {}
+        for name, a in factors.items():
+            is_embedding = name.endswith(".lora_embedding_A")
+            if is_embedding or (name.endswith(".lora_A.weight") and a.ndim == 2):
+                module = name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
+                b = factors[name.replace("_A", "_B") if is_embedding else name.replace(".lora_A.", ".lora_B.")]
+                updates[f"{module}.weight"] = partial(_lora_update, a, b, self._scaling(module, len(a)), is_embedding)
+            elif ".lora_" in name and not name.endswith((".lora_B.weight", ".lora_embedding_B")):
+                raise self._cannot_serve(name, "LoRA on linear layers and embeddings alone can be merged")
+        updates = self.hf_to_vllm_mapper.apply_dict(updates)
+        if tied := [name for name in updates if self._is_tied(name)]:
+            raise self._cannot_serve(f"LoRA of {tied[0]}", "embeddings and head are one weight in the served model")
+        return updates
 
-        def update(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            product = b.float() @ a.float()
-            return (product.T if config.fan_in_fan_out else product) * scaling
+    def _scaling(self, module: str, rank: int) -> float:
+        config = self.recovery_config
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+        return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
-        updates = {
-            _without_peft(name).replace(".lora_A.", "."): partial(
-                update, a, factors[name.replace(".lora_A.", ".lora_B.")]
+    def _is_tied(self, name: str) -> bool:
+        """Whether a weight of the backbone serves as embeddings and as head."""
+        embeddings, head = self.language_model.model.embed_tokens, self.language_model.lm_head
+        names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+        return name in names and embeddings.weight is head.weight
+
+    def _merge(self, name: str, weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.shape != update.shape:
+            raise ValueError(
+                f"The cue recovery adapter {self._adapter!r} has LoRA of shape {tuple(update.shape)} for {name}, "
+                f"which is {tuple(weight.shape)} of {weight.dtype} in the served checkpoint. Serve the model that it "
+                "was trained on, from a checkpoint that is not quantized; `--quantization` may quantize it."
             )
-            for name, a in factors.items()
-            if ".lora_A." in name
-        }
-        return self.hf_to_vllm_mapper.apply_dict(updates)
+        return weight + update.to(weight)
+
+    def _cannot_serve(self, name: str, why: str) -> ValueError:
+        return ValueError(
+            f"The cue recovery adapter {self._adapter!r} has {name!r}, which vLLM cannot serve as it was trained: "
+            f"{why}. {MERGE_FIRST}"
+        )
 
 
 class CueRecoveryQwen3VLForConditionalGeneration(CueRecoveryMixin, Qwen3VLForConditionalGeneration):
@@ -181,8 +241,13 @@ class CueRecoveryQwen2_5_VLForConditionalGeneration(CueRecoveryMixin, Qwen2_5_VL
     """Qwen2.5-VL with cue recovery."""
 
 
+def _lora_update(a: torch.Tensor, b: torch.Tensor, scaling: float, is_embedding: bool) -> torch.Tensor:
+    product = b.float() @ a.float()
+    return (product.T if is_embedding else product) * scaling
+
+
 def _without_peft(name: str) -> str:
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
     # In training, the adapter's name stands in those of its weights
     return re.sub(r"(\.sink_attention)\.[^.]+(\.[^.]+\.weight)$", r"\1\2", name)
 
