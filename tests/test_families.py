@@ -177,7 +177,7 @@ def test_teacher_and_student_score_the_same_tokens(tmp_path, family, share):
 def test_images_are_counted_before_training(tmp_path, family, size):
     """With what stands around them where the processor cannot tell; never too few."""
     model, processor = FAMILIES[family]()
-    counted = RowChecker(make_config(tmp_path), processor, max_length=2048)._num_image_tokens([size])
+    counted = RowChecker(make_config(tmp_path), processor, max_length=2048)._num_image_tokens((size,))
     input_ids = encode(processor, [user("", make_image(0, size))])["input_ids"]
     assert (input_ids == model.config.image_token_id).sum() <= counted <= input_ids.numel()
 

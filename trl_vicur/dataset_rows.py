@@ -1,7 +1,7 @@
 """What a dataset row holds: its images, its videos, its texts, and how to read it."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
@@ -68,11 +68,6 @@ def open_image(image: Image.Image | dict | str) -> Iterator[Image.Image]:
     Raises:
         `ValueError`: If the image cannot be read, be it here or while the context is open.
     """
-    described = shorten(image)
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        described = f"{len(image['bytes'])} bytes"
-    elif isinstance(image, dict) and image.get("path") is not None:
-        described = shorten(image["path"])
     try:
         with nullcontext(image) if isinstance(image, Image.Image) else Image.open(_image_source(image)) as opened:
             width, height = opened.size
@@ -97,8 +92,16 @@ def open_image(image: Image.Image | dict | str) -> Iterator[Image.Image]:
         elif isinstance(error, OSError) and error.strerror:  # the name has been said
             problem = error.strerror
         raise ValueError(
-            f"An image ({described}) cannot be read: {problem.rstrip('.')}. Replace it, or leave it out."
+            f"An image ({_describe_image(image)}) cannot be read: {problem.rstrip('.')}. Replace it, or leave it out."
         ) from error
+
+
+def _describe_image(image: Any) -> str:
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return f"{len(image['bytes'])} bytes"
+    if isinstance(image, dict) and image.get("path") is not None:
+        return shorten(image["path"])
+    return shorten(image)
 
 
 def _image_source(image: Any) -> str | BytesIO:
@@ -285,14 +288,25 @@ def control_token_pattern(processing_class: ProcessorMixin) -> re.Pattern:
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
-def row_getter(dataset: Dataset) -> Callable[[int], dict[str, Any]]:
-    """Reads rows without decoding their images, which is most of the work; `image_size` checks them instead."""
-    if dataset.format["type"] is not None:  # a transform or format of the user's makes the rows
-        return dataset.__getitem__
-    columns = [column for column in VISUAL_COLUMNS if column in dataset.column_names]
-    visuals = dataset.select_columns(columns).with_format("arrow")
-    others = dataset.remove_columns(columns)
-    return lambda number: {**others[number], **visuals[number].to_pylist()[0]}
+class RowReader:
+    """
+    Reads rows without decoding their images, which is most of the work; `image_size` checks them instead.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+    """
+
+    def __init__(self, dataset: Dataset):
+        # A transform or format of the user's makes whole rows
+        is_formatted = dataset.format["type"] is not None
+        columns = [] if is_formatted else [column for column in VISUAL_COLUMNS if column in dataset.column_names]
+        self.visuals = dataset.select_columns(columns).with_format("arrow") if columns else None
+        self.others = dataset.remove_columns(columns) if columns else dataset
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        row = self.others[number]
+        return row if self.visuals is None else {**row, **self.visuals[number].to_pylist()[0]}
 
 
 def shorten(value: Any) -> str:

@@ -30,6 +30,7 @@ SHOWN = {
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_strategy"),
     *("teacher_model_name_or_path", "teacher_model_server_url", "teacher_model_kind", "use_vllm", "load_in_4bit"),
     *("privilege", "cue_column", "answer_column", "missing_privilege", "teacher_prompt_template"),
+    "dataset_num_proc",
     *(field.name for field in fields(CueRecoveryArguments)),
 }
 

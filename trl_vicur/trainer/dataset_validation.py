@@ -1,14 +1,22 @@
 """Checks of the datasets before training, so that no bad row costs a training run."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cached_property, lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageFile
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
@@ -16,6 +24,7 @@ from trl.data_utils import prepare_multimodal_messages
 from ..cue_recovery import CueRecoveryConfig
 from ..dataset_rows import (
     VISUAL_COLUMNS,
+    RowReader,
     all_strings,
     check_messages,
     check_placeholders,
@@ -23,12 +32,12 @@ from ..dataset_rows import (
     image_size,
     message_texts,
     read_video,
-    row_getter,
     row_images,
     row_videos,
     shorten,
 )
 from ..teacher_prompt import add_privilege
+from .checked_datasets import receipt_of, write_receipt
 from .privilege import get_privilege, privilege_column
 from .vicur_config import ViCuRConfig
 from .video_inputs import add_videos
@@ -36,7 +45,22 @@ from .video_inputs import add_videos
 
 # Column that names the rows of a stream
 ROW_NAME = "streamed_row_name"
+ROWS_PER_BATCH = 16
 SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+# The options that the verdict on a row depends on; `tests/test_checked_datasets.py` finds one that is missing here
+OPTIONS = (
+    "privilege",
+    "cue_column",
+    "answer_column",
+    "missing_privilege",
+    "teacher_prompt_template",
+    "max_completion_length",
+    "chat_template_kwargs",
+    "use_vllm",
+    "teacher_model_server_url",
+)
 
 
 class RowChecker:
@@ -79,6 +103,22 @@ class RowChecker:
         self.max_length = max_length
         self.control_token = control_token_pattern(processing_class)
 
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that the verdict on a row depends on: options, processor, and the code that runs."""
+        hasher = hashlib.blake2b(digest_size=16)
+        options = {name: getattr(self.args, name) for name in OPTIONS}
+        limits = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        versions = [(name, version(name)) for name in ("datasets", "jinja2", "pillow", "tokenizers", "transformers")]
+        own = self.max_length, self.has_tools, self.is_sharded, self.sink_tokens
+        hasher.update(repr((options, limits, versions, own)).encode())
+        with TemporaryDirectory() as folder:
+            self.processing_class.save_pretrained(folder)
+            package = Path(__file__).parents[1]
+            for file in (*sorted(Path(folder).rglob("*.*")), *sorted(package.rglob("*.py"))):
+                hasher.update(file.name.encode() + hashlib.blake2b(file.read_bytes()).digest())
+        return hasher.hexdigest()
+
     def check(self, row: dict[str, Any]) -> None:
         """
         Raises:
@@ -110,7 +150,7 @@ class RowChecker:
         if videos:
             self._check_videos_are_supported()
         self._check_visual_blocks(prompt, len(images), len(videos))
-        sizes = [image_size(image) for image in images]
+        sizes = tuple(image_size(image) for image in images)
         shapes = [read_video(video).shape for video in videos]
         self._check_length(teacher_prompt, sizes, shapes)
         if sizes or shapes:
@@ -186,7 +226,10 @@ class RowChecker:
             ) from error
 
     def _check_length(
-        self, prompt: list[dict[str, Any]], image_sizes: list[tuple[int, int]], video_shapes: list[tuple[int, ...]]
+        self,
+        prompt: list[dict[str, Any]],
+        image_sizes: tuple[tuple[int, int], ...],
+        video_shapes: list[tuple[int, ...]],
     ) -> None:
         num_visual_tokens = self._num_image_tokens(image_sizes) + sum(map(self._num_video_tokens, video_shapes))
         # A text has at most as many tokens as bytes, so most rows need not be tokenized
@@ -226,7 +269,8 @@ class RowChecker:
         )
         return self.processing_class.tokenizer.encode(text, add_special_tokens=False)
 
-    def _num_image_tokens(self, image_sizes: list[tuple[int, int]]) -> int:
+    @lru_cache(maxsize=10_000)  # noqa: B019  (the checker lives as long as the trainer)
+    def _num_image_tokens(self, image_sizes: tuple[tuple[int, int], ...]) -> int:
         if not image_sizes:
             return 0
         if hasattr(self.processing_class, "_get_num_multimodal_tokens"):
@@ -235,18 +279,18 @@ class RowChecker:
                 return sum(self.processing_class._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
             except ValueError as error:
                 raise ValueError(
-                    f"The processor takes no image of such a shape (of {image_sizes}, in pixels): {error}. Crop or "
+                    f"The processor takes no image of such a shape (of {list(image_sizes)}, in pixels): {error}. Crop or "
                     "pad the image, or remove the row."
                 ) from error
         # SmolVLM's and LFM2-VL's processors cannot tell without an image
         return sum(map(self._num_tokens_of_blank_image, image_sizes))
 
-    @cache  # noqa: B019  (there are few sizes, and the checker is short-lived)
+    @lru_cache(maxsize=10_000)  # noqa: B019
     def _num_tokens_of_blank_image(self, size: tuple[int, int]) -> int:
         prompt = prepare_multimodal_messages([{"role": "user", "content": ""}], images=[Image.new("RGB", size)])
         return len(self._tokenize(prompt))
 
-    @cache  # noqa: B019
+    @lru_cache(maxsize=10_000)  # noqa: B019
     def _num_video_tokens(self, shape: tuple[int, ...]) -> int:
         """Of a blank video of the same shape, with the time stamps that some processors write before its frames."""
         video = {"type": "video", "video": np.zeros(shape, np.uint8)}
@@ -303,9 +347,19 @@ def check_dataset(
         `ValueError`: If it is no dataset, has too few rows, misses a column or holds a bad row; names the column, or
             the row by number.
     """
-    for error in find_bad_rows(dataset, name, checker, args, min_rows):
-        raise error
-    return name_streamed_rows(dataset, name) if isinstance(dataset, IterableDataset) else dataset
+    check_shape(dataset, name, args, min_rows)
+    if isinstance(dataset, IterableDataset):
+        return name_streamed_rows(dataset, name)
+    receipt = receipt_of(dataset, checker)
+    if all(_of_all_processes(receipt is not None and receipt.exists(), args)):
+        return dataset
+    first = next(_problems(dataset, name, checker, args), None)
+    # Every process raises the first one, not that of its own part
+    if problems := [problem for problem in _of_all_processes(first, args) if problem is not None]:
+        raise ValueError(min(problems)[1])
+    if receipt is not None:
+        write_receipt(receipt)
+    return dataset
 
 
 def find_bad_rows(
@@ -318,6 +372,26 @@ def find_bad_rows(
     Raises:
         `ValueError`: If it is no dataset or misses a column.
     """
+    try:
+        check_shape(dataset, name, args, min_rows)
+    except TooFewRowsError as error:
+        yield error
+    if isinstance(dataset, Dataset):
+        for _, problem in _problems(dataset, name, checker, args):
+            yield ValueError(problem)
+
+
+class TooFewRowsError(ValueError):
+    """The dataset has fewer rows than a step takes."""
+
+
+def check_shape(dataset: Dataset | IterableDataset, name: str, args: ViCuRConfig, min_rows: int = 1) -> None:
+    """
+    What of [`check_dataset`] needs no row. Arguments as there.
+
+    Raises:
+        `ValueError`: If it is no dataset, misses a column or, in a [`TooFewRowsError`], has too few rows.
+    """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         held = f" of {list(dataset)}" if isinstance(dataset, dict) else ""
         raise ValueError(
@@ -326,21 +400,54 @@ def find_bad_rows(
         )
     if dataset.column_names is not None:
         check_columns(dataset.column_names, name, args)
-    if isinstance(dataset, IterableDataset):
-        return
-    if len(dataset) < min_rows:
-        yield ValueError(
+    if isinstance(dataset, Dataset) and len(dataset) < min_rows:
+        raise TooFewRowsError(
             f"{name} has {len(dataset)} row(s), expected at least {min_rows}: an incomplete batch is left out. Take "
             "more rows, or a smaller batch (`per_device_train_batch_size`, `gradient_accumulation_steps`, processes)."
         )
-    numbers = range(args.process_index, len(dataset), args.world_size)
-    progress = tqdm(numbers, desc=f"Checking {name}", disable=args.disable_tqdm or args.process_index != 0)
-    get_row = row_getter(dataset)
-    for number in progress:
+
+
+def _of_all_processes(value: Any, args: ViCuRConfig) -> list[Any]:
+    return gather_object([value]) if args.world_size > 1 else [value]
+
+
+class _RowProblems(TorchDataset):
+    """What is wrong with each row, `None` where nothing is: for a `DataLoader`, whose workers look for it."""
+
+    def __init__(self, dataset: Dataset, name: str, checker: RowChecker, numbers: range):
+        self.rows = RowReader(dataset)
+        self.name = name
+        self.checker = checker
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[int, str] | None:
+        number = self.numbers[index]
         try:
-            with_row_number(checker.check, lambda number=number: get_row(number), f"Row {number} of {name}")
+            with_row_number(self.checker.check, lambda: self.rows[number], f"Row {number} of {self.name}")
         except ValueError as error:
-            yield error
+            return number, str(error)
+
+
+def _problems(dataset: Dataset, name: str, checker: RowChecker, args: ViCuRConfig) -> Iterator[tuple[int, str]]:
+    """Number and problem of each bad row, in their order, of this process's part of the dataset."""
+    numbers = range(args.process_index, len(dataset), args.world_size)
+    num_workers = args.dataset_num_proc or 1
+    loader = DataLoader(
+        _RowProblems(dataset, name, checker, numbers),
+        batch_size=ROWS_PER_BATCH,
+        collate_fn=list,
+        # Workers for a few rows would take longer to start than the rows
+        num_workers=num_workers if num_workers > 1 and len(numbers) > num_workers * ROWS_PER_BATCH else 0,
+        generator=torch.Generator(),  # the global one's state decides on the weights of a new adapter
+    )
+    is_silent = args.disable_tqdm or args.process_index != 0
+    with tqdm(total=len(numbers), desc=f"Checking {name}", unit="row", disable=is_silent) as progress:
+        for batch in loader:
+            yield from filter(None, batch)
+            progress.update(len(batch))
 
 
 def name_streamed_rows(dataset: IterableDataset, name: str) -> IterableDataset:

@@ -39,6 +39,12 @@ class ViCuRConfig(DistillationConfig):
             What happens to rows without privilege: `"error"` refuses the dataset, `"none"` lets the teacher see the
             student's prompt.
 
+        > Parameters that control the check of the datasets
+
+        dataset_num_proc (`int`, *optional*):
+            Number of processes by which each training process checks its part of the rows before training. By default
+            it does so itself.
+
         > Parameters that control the teacher model in self-distillation (without `teacher_model`)
 
         teacher_model_kind (`str`, *optional*, defaults to `"base"`):
@@ -123,6 +129,10 @@ class ViCuRConfig(DistillationConfig):
             "help": "What happens to rows without privilege: 'error' refuses the dataset, 'none' lets the teacher see "
             "the student's prompt."
         },
+    )
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata={"help": "Number of processes by which each training process checks its part of the rows."},
     )
     teacher_model_kind: TeacherModelKind = field(
         default="base",
@@ -215,6 +225,7 @@ class ViCuRConfig(DistillationConfig):
         ranges = {
             "teacher_sync_steps": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
             "distillation_topk": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
+            "dataset_num_proc": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
             "num_iterations": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
             "max_completion_length": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
             "teacher_update_rate": ("in (0, 1]", lambda value: 0.0 < value <= 1.0),
@@ -229,6 +240,7 @@ class ViCuRConfig(DistillationConfig):
             "vllm_importance_sampling_clip_min": ("positive", lambda value: value > 0.0),
         }
         can_be_none = (
+            "dataset_num_proc",
             "max_completion_length",
             "max_grad_norm",
             "epsilon_high",

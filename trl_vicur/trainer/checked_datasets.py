@@ -1,0 +1,103 @@
+"""
+Which datasets have passed the check of their rows, so that a resumed run does not check a million rows again.
+
+A dataset that has passed leaves an empty file in the cache of `datasets`. Its name is a digest of everything that the
+verdict depends on, so a file is either there, and true, or not: a check that is killed leaves none.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from ..dataset_rows import VISUAL_COLUMNS
+
+
+if TYPE_CHECKING:
+    from .dataset_validation import RowChecker
+
+
+logger = logging.getLogger(__name__)
+
+# A smaller dataset is checked sooner than the digest is made
+MIN_ROWS = 100
+
+
+def receipt_of(dataset: Dataset, checker: "RowChecker") -> Path | None:
+    """
+    The file whose presence says that all rows of the dataset have passed this check.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        checker ([`RowChecker`]):
+            The check of a row.
+
+    Returns:
+        `Path` or `None`: `None` where the dataset is small, where `datasets` may cache nothing
+        ([`~datasets.disable_caching`]), and where rows may change unnoticed: a transform makes them, or their images
+        are addresses.
+    """
+    if len(dataset) < MIN_ROWS or not datasets.is_caching_enabled() or dataset.format["type"] is not None:
+        return None
+    try:
+        files = [_file_state(file["filename"]) for file in dataset.cache_files]
+        for column in VISUAL_COLUMNS:
+            if column in dataset.column_names:
+                for chunk in dataset.data.column(column).chunks:
+                    files += map(_file_state, _paths(chunk))
+    except ValueError:
+        return None
+    # The fingerprint of a dataset that was loaded from disk is what a file of its folder says, so files have a say too
+    parts = (dataset._fingerprint, len(dataset), dataset.column_names, files, checker.digest)
+    name = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    return Path(datasets.config.HF_DATASETS_CACHE, "trl_vicur_checked_datasets", name)
+
+
+def write_receipt(receipt: Path) -> None:
+    """Remember that a dataset has passed; where the disk does not allow it, the next run checks again."""
+    try:
+        receipt.parent.mkdir(parents=True, exist_ok=True)
+        receipt.touch()
+    except OSError as error:
+        logger.warning(f"The rows will be checked again by the next run: {receipt} cannot be written ({error}).")
+
+
+def _file_state(path: str) -> tuple[str, int, int] | str:
+    """By which a changed file is noticed. One that is missing is for the check to find."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return path
+    return path, state.st_size, state.st_mtime_ns
+
+
+def _paths(values: pa.Array) -> Iterator[str]:
+    """
+    The files among the images and videos of a column: those that are not within the dataset.
+
+    Raises:
+        `ValueError`: If one of them is not a local file, or if the column's type is not one of theirs.
+    """
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    kind = values.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        yield from _paths(values.flatten())
+    elif pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
+        yield from _paths(pc.struct_field(values, "path").filter(pc.is_null(pc.struct_field(values, "bytes"))))
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        for path in values.to_pylist():
+            if path is not None and not path.startswith("data:"):
+                if "://" in path:
+                    raise ValueError(f"{path} may change unnoticed.")
+                yield path
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        raise ValueError(f"{kind} is not the type of images or videos.")
