@@ -21,6 +21,7 @@ from peft import (
 )
 from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file
+from tiny_families import FAMILIES
 from tiny_models import (
     encode,
     make_image,
@@ -840,6 +841,28 @@ def test_remove_unused_columns_keeps_what_is_used(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, rows=rows, remove_unused_columns=True)
     trainer.train()
     assert len(train_logs(trainer)) == 2
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma4"])
+def test_a_pad_token_that_begins_prompts_stays(tmp_path, family):
+    """The bos token that a template writes may be the pad token, too: student and teacher read the processor's ids."""
+    model, processor = FAMILIES[family]()
+    processor.tokenizer.bos_token = processor.tokenizer.pad_token
+    processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    rows = make_rows(5)[::4]  # of two lengths
+    trainer = make_trainer(tmp_path, processor, model)
+    batch = trainer._generate_and_score_completions(rows)
+    for index, row in enumerate(rows):
+        alone = {
+            "prompt": user(row["prompt"][0]["content"], *row["images"]),
+            "teacher_prompt": user(f"{row['prompt'][0]['content']}\n\n[Hint]: {row['cue']}", *row["images"]),
+        }
+        for name, conversation in alone.items():
+            expected = encode(processor, [conversation])["input_ids"][0].tolist()
+            assert expected[0] == processor.tokenizer.pad_token_id
+            assert batch[f"{name}_ids"][index][batch[f"{name}_mask"][index].bool()].tolist() == expected
+    trainer.train()
+    assert all(math.isfinite(log["loss"]) for log in train_logs(trainer))
 
 
 # --- As in TRL ---

@@ -498,23 +498,22 @@ class ViCuRTrainer(DistillationTrainer):
         return inputs
 
     def _tokenize_prompts(self, prompts: list):
+        # Gemma 4's processor pads by default, and TRL would make the padding a part of the prompts. Told not to, it
+        # needs no search for padding, which a prompt may begin with (a bos token that is the pad token, too)
+        chat_template_kwargs = self.chat_template_kwargs
+        processor_kwargs = {**chat_template_kwargs.get("processor_kwargs", {}), "padding": False}
+        self.chat_template_kwargs = {**chat_template_kwargs, "processor_kwargs": processor_kwargs}
         # TRL#6718 adds the prompts for vLLM, images unexpanded. `StudentGeneration` derives these from `prompt_ids`
-        prompt_ids, images, multimodal_fields, *for_vllm = super()._tokenize_prompts(prompts)
+        try:
+            prompt_ids, images, multimodal_fields, *for_vllm = super()._tokenize_prompts(prompts)
+        finally:
+            self.chat_template_kwargs = chat_template_kwargs
         if len(for_vllm) > 1:
             raise RuntimeError(
                 f"`DistillationTrainer._tokenize_prompts` returns {3 + len(for_vllm)} values in TRL "
                 f"{version('trl')}; trl-vicur {version('trl-vicur')} knows what to do with 3 or 4. Install "
                 "`trl==1.16.*`, or a newer trl-vicur."
             )
-        # Gemma 4's processor pads unasked, and TRL would take the padding for a part of the prompts
-        pad_token_id = self._tokenizer.pad_token_id
-        starts = [next((i for i, token in enumerate(ids) if token != pad_token_id), 0) for ids in prompt_ids]
-        if any(starts):
-            prompt_ids = [ids[start:] for ids, start in zip(prompt_ids, starts, strict=True)]
-            for name in ("token_type_ids", "mm_token_type_ids"):
-                if name in multimodal_fields:
-                    types = zip(multimodal_fields[name], starts, strict=True)
-                    multimodal_fields[name] = [list(row[start:]) for row, start in types]
         return prompt_ids, images, multimodal_fields, *(prompt_ids for _ in for_vllm)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
