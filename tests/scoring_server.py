@@ -66,7 +66,12 @@ class ScoringServer:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                reply = {"/detokenize": server.detokenize, "/inference/v1/generate": server.generate}.get(self.path)
+                replies = {
+                    "/tokenize": server.tokenize,
+                    "/detokenize": server.detokenize,
+                    "/inference/v1/generate": server.generate,
+                }
+                reply = replies.get(self.path)
                 self.answer(None if reply is None else lambda: reply(body))
 
             def answer(self, reply: Callable[[], Answer] | None) -> None:
@@ -100,6 +105,15 @@ class ScoringServer:
 
     def models(self) -> Answer:
         return 200, {"object": "list", "data": [{"id": self.name, "max_model_len": self.max_model_len}]}
+
+    def tokenize(self, body: dict) -> Answer:
+        template = {
+            name: value for name, value in body["chat_template_kwargs"].items() if name in self.processor.chat_template
+        }
+        text = self.processor.apply_chat_template(
+            body["messages"], tokenize=False, add_generation_prompt=True, **template
+        )
+        return 200, {"tokens": self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]}
 
     def detokenize(self, body: dict) -> Answer:
         return 200, {"prompt": self.processor.tokenizer.decode(body["tokens"])}

@@ -11,7 +11,7 @@ from tiny_models import encode, make_image, make_processor, make_qwen3_vl, user,
 
 from trl_vicur import ViCuRConfig
 from trl_vicur.trainer import teacher_server
-from trl_vicur.trainer.teacher_server import ScoringRequest, TeacherServer
+from trl_vicur.trainer.teacher_server import MAX_PROBE_DIFFERENCE, NUM_PROBES, ScoringRequest, TeacherServer
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,9 @@ def short_waits(monkeypatch):
 def test_trains_as_with_a_local_teacher(serve, teacher, processor, tmp_path, options):
     server = serve()
     assert_trains_as_with_local_teacher(server.url, teacher, processor, tmp_path, **options)
-    # Each completion is scored once, and there are two requests before training
+    # Each completion is scored once; before training two requests are, each as often as it takes to see replicas
     num_rollouts = 2 if "num_iterations" in options else 3
-    assert len(server.requests) == 2 + 4 * num_rollouts
+    assert len(server.requests) == 2 * NUM_PROBES + 4 * num_rollouts
 
 
 def test_the_very_tokens_are_scored(serve, teacher, processor):
@@ -169,6 +169,36 @@ def test_a_server_that_does_not_fit(serve, processor, tmp_path, case):
     server_options, options, message = ANSWERS[case]
     with pytest.raises(ValueError, match=f"(?s){message}"):
         make_trainer(tmp_path, processor, teacher_model_server_url=serve(**server_options).url, **options)
+
+
+def replicas(shift: float):
+    """Every second answer is that of a replica, whose log-probability of one token is another one."""
+    answers = []
+
+    def tamper(path, answer):
+        if path == GENERATE:
+            answers.append(answer)
+            if len(answers) % 2 == 0:
+                token = next(iter(answer[1]["prompt_logprobs"][-2].values()))
+                token["logprob"] -= shift
+        return answer
+
+    return tamper
+
+
+def test_replicas_that_differ_are_refused(serve, processor, tmp_path):
+    server = serve(tamper=replicas(MAX_PROBE_DIFFERENCE + 0.2))
+    with pytest.raises(
+        ValueError,
+        match=rf"`teacher_model_server_url='{server.url}'` scored the same request 8 times with log-probabilities "
+        r"that differ by up to 0.70 nats, expected at most 0.5 from rounding",
+    ):
+        make_trainer(tmp_path, processor, teacher_model_server_url=server.url)
+
+
+def test_replicas_that_differ_by_rounding_are_accepted(serve, processor, tmp_path):
+    server = serve(tamper=replicas(MAX_PROBE_DIFFERENCE - 0.2))
+    assert make_trainer(tmp_path, processor, teacher_model_server_url=server.url).teacher_server is not None
 
 
 def test_a_server_that_sees_images_in_another_size(serve, processor, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, NamedTuple
 
 import openai
@@ -12,12 +13,17 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.generation.vllm_client import pil_to_base64
 
 from ..dataset_rows import shorten
+from .thinking import MESSAGES, ThinkingMode, thinking_mode, warn_about_thinking_teacher
 from .vicur_config import ViCuRConfig
 
 
 CONCURRENCY = 64  # requests under way at a time, of each process
 RETRY_INTERVAL = 2.0  # seconds
 PROBE_SIZES = (64, 1024)  # pixels of a square image's side
+PROBE_COMPLETION = "The image shows one colour and nothing else."
+NUM_PROBES = 8  # at a time, so that a load balancer gives each of several replicas some
+# Nats. Logits of 16 to 32 are 0.125 apart in bfloat16, and their sums differ with what else is in a batch
+MAX_PROBE_DIFFERENCE = 0.5
 
 
 class ScoringRequest(NamedTuple):
@@ -111,8 +117,10 @@ class TeacherServer:
     @classmethod
     def from_config(cls, args: ViCuRConfig, processing_class: ProcessorMixin, model: str | None) -> "TeacherServer":
         """
-        The server of `args.teacher_model_server_url`, after it has scored a token behind an image, small and large, so
-        that what it would refuse is refused before training.
+        The server of `args.teacher_model_server_url`, after it has scored a completion of a prompt with an image,
+        small and large, several times: what it would refuse is refused before training, and so are replicas of it
+        that differ.
+        Warns if its chat template puts the teacher into another thinking mode than the student's does.
 
         Args:
             args ([`ViCuRConfig`]):
@@ -124,10 +132,12 @@ class TeacherServer:
 
         Raises:
             `ConnectionError` and `ValueError`: As the constructor and [`TeacherServer.score`] do.
+            `ValueError`: If the server's answers to the same request differ by more than rounding.
         """
         tokenizer = processing_class.tokenizer
         top_k = args.distillation_topk if args.distillation_mode == "topk_logits" else 0
         server = cls(args.teacher_model_server_url, tokenizer, top_k, model, args.vllm_server_timeout)
+        completion_ids = tokenizer(PROBE_COMPLETION, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         for size in PROBE_SIZES:
             image = Image.new("RGB", (size, size))
             conversation = prepare_multimodal_messages([{"role": "user", "content": "-"}], images=[image])
@@ -136,9 +146,38 @@ class TeacherServer:
             text = processing_class.apply_chat_template(conversation, tokenize=False, **template)
             short_prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             prompt_ids = list(inputs["input_ids"][0])
-            if len(prompt_ids) < server.max_length:
-                server.score([ScoringRequest(prompt_ids, short_prompt_ids, [image], [tokenizer.eos_token_id])])
+            if len(prompt_ids) + len(completion_ids) <= server.max_length:
+                server._probe(ScoringRequest(prompt_ids, short_prompt_ids, [image], completion_ids))
+        mode = server._thinking_mode(tokenizer, args.chat_template_kwargs)
+        warn_about_thinking_teacher(server.model, mode, processing_class, args)
         return server
+
+    def _probe(self, request: ScoringRequest) -> None:
+        """Score a request several times at once; the answers may differ by rounding."""
+        answers = self.score([request] * NUM_PROBES)
+        numbers = [[*answer.logprobs, *chain(*answer.top_logprobs)] for answer in answers]
+        difference = max(max(same) - min(same) for same in zip(*numbers, strict=True))
+        if difference > MAX_PROBE_DIFFERENCE:
+            raise ValueError(
+                f"`teacher_model_server_url={self.url!r}` scored the same request {NUM_PROBES} times with "
+                f"log-probabilities that differ by up to {difference:.2f} nats, expected at most "
+                f"{MAX_PROBE_DIFFERENCE} from rounding. Probably several replicas share this address and do not serve "
+                "the same weights: serve one model on all of them, or name the address of one."
+            )
+
+    def _thinking_mode(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None
+    ) -> ThinkingMode | None:
+        """Mode that the server's own chat template puts the teacher into; `None` if it has none."""
+
+        def render(**variables: Any) -> str:
+            body = {"model": self.model, "messages": MESSAGES, "chat_template_kwargs": variables}
+            return tokenizer.decode(self._client.post("/tokenize", body=body, cast_to=object)["tokens"])
+
+        try:
+            return thinking_mode(render, chat_template_kwargs)
+        except openai.BadRequestError:
+            return None
 
     def _wait(self, timeout: float) -> dict[str, Any]:
         """The server's list of models, once it has one."""

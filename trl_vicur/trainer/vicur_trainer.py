@@ -79,6 +79,7 @@ from .model_upload import ModelUpload
 from .privilege import get_privilege
 from .sharding import Sharding, check_sharding, find_sharding
 from .teacher_server import ScoringRequest, TeacherServer
+from .thinking import load_thinking_mode, warn_about_thinking, warn_about_thinking_teacher
 from .trackers import log_histogram
 from .vicur_config import ViCuRConfig
 from .video_inputs import VIDEO_KEYS, add_videos, split_videos
@@ -337,6 +338,7 @@ class ViCuRTrainer(DistillationTrainer):
                 f"The processor ({type(processing_class).__name__}) has no chat template, which prompts are rendered "
                 "with. Use the processor of an instruction-tuned model, or set `processor.chat_template`."
             )
+        warn_about_thinking(processing_class, args)
         if teacher_model is not None and args.teacher_model_kind != "base":
             raise ValueError(
                 f"`teacher_model_kind={args.teacher_model_kind!r}` makes the student its own teacher, but a "
@@ -370,8 +372,8 @@ class ViCuRTrainer(DistillationTrainer):
             )
         vocab_size = config.get_text_config().vocab_size
         if teacher_model is not None and args.teacher_model_server_url is None:
+            revision = (args.teacher_model_init_kwargs or {}).get("revision", args.teacher_model_revision)
             if isinstance(teacher_model, str):
-                revision = (args.teacher_model_init_kwargs or {}).get("revision", args.teacher_model_revision)
                 with naming_model(teacher_model):
                     teacher_config = AutoConfig.from_pretrained(
                         teacher_model, revision=revision, trust_remote_code=args.trust_remote_code
@@ -384,6 +386,9 @@ class ViCuRTrainer(DistillationTrainer):
                     f"The student model has vocab_size {vocab_size} but the teacher model has vocab_size "
                     f"{teacher_vocab_size}: it is to score the student's tokens. Use a teacher of the same vocabulary."
                 )
+            teacher_name = teacher_model if isinstance(teacher_model, str) else get_config_model_id(teacher_config)
+            thinking_mode = load_thinking_mode(teacher_name, revision, args)
+            warn_about_thinking_teacher(teacher_name, thinking_mode, processing_class, args)
         if args.distillation_mode == "topk_logits" and args.distillation_topk > vocab_size:
             raise ValueError(
                 f"`distillation_topk={args.distillation_topk}` exceeds the vocabulary of {vocab_size} tokens. Choose "
