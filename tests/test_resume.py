@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from test_trainer import make_config, make_rows, weights
 from tiny_models import make_processor, make_qwen3_vl
 from transformers import TrainerCallback
@@ -25,12 +27,18 @@ from trl_vicur.trainer.checkpoints import get_last_checkpoint
 ADAPTER = dict(layer_interval=1)
 
 
-def make_trainer(directory, config=ADAPTER, sizes=(), streamed=False, **arguments) -> ViCuRTrainer:
+def make_trainer(
+    directory, config=ADAPTER, sizes=(), streamed=False, num_rows=8, adapter_name=None, **arguments
+) -> ViCuRTrainer:
     """A trainer over 8 rows, that is 2 steps per epoch, with a checkpoint after each step."""
     defaults = dict(max_steps=6, save_strategy="steps", save_steps=1, learning_rate=1e-2)
-    dataset = Dataset.from_list(make_rows(8))
+    dataset = Dataset.from_list(make_rows(num_rows))
+    model = make_qwen3_vl(**dict(sizes))
+    if adapter_name is not None:
+        torch.manual_seed(0)
+        model, config = get_peft_model(model, CueRecoveryConfig(**config), adapter_name=adapter_name), None
     return ViCuRTrainer(
-        model=make_qwen3_vl(**dict(sizes)),
+        model=model,
         args=make_config(directory, **{**defaults, **arguments}),
         train_dataset=dataset.to_iterable_dataset() if streamed else dataset,
         eval_dataset=dataset.select(range(2)),
@@ -68,8 +76,19 @@ def assert_same_run(resumed: ViCuRTrainer, whole: ViCuRTrainer) -> None:
         ({"config": None, "teacher_model_kind": "ema", "teacher_sync_steps": 2}, 3),
         ({"num_iterations": 3}, 4),
         ({"streamed": True}, 3),
+        ({"adapter_name": "student"}, 3),
     ],
-    ids=["module", "second-epoch", "epoch-end", "train_base", "ema-adapter", "ema-full", "iterations", "streamed"],
+    ids=[
+        "module",
+        "second-epoch",
+        "epoch-end",
+        "train_base",
+        "ema-adapter",
+        "ema-full",
+        "iterations",
+        "streamed",
+        "named",
+    ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, arguments, step):
     whole = train(tmp_path, **arguments)
@@ -84,6 +103,26 @@ def test_best_checkpoint_is_found_where_the_folder_was_moved_to(tmp_path):
     moved = (tmp_path / "here").rename(tmp_path / "there")
     trainer = train(moved, resume=True, **evaluated)
     assert trainer.state.best_model_checkpoint == str(moved / "checkpoint-1")
+
+
+@pytest.mark.parametrize("config", [ADAPTER, dict(**ADAPTER, r=2, train_base=True)], ids=["module", "train_base"])
+def test_best_checkpoint_of_a_named_adapter_is_loaded(tmp_path, config):
+    trainer = train(
+        tmp_path,
+        config=config,
+        adapter_name="student",
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_num_tokens",  # the first is the best
+        greater_is_better=False,
+    )
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    saved = [load_file(tmp_path / f"checkpoint-{step}/student/adapter_model.safetensors") for step in (1, 3)]
+    loaded = get_peft_model_state_dict(trainer.model, adapter_name="student")
+    torch.testing.assert_close({name: loaded[name] for name in saved[0]}, saved[0], rtol=0, atol=0)
+    assert any(not torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 
 def test_checkpoint_in_the_place_of_an_earlier_one_is_whole(tmp_path):
@@ -164,6 +203,68 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, checkpoints, arguments
         trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
 
 
+@pytest.mark.parametrize(
+    "arguments, of_checkpoint, of_run",
+    [
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size=2", "per_device_train_batch_size=1"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=2", "gradient_accumulation_steps=1"),
+        ({"num_iterations": 2}, "num_iterations=1", "num_iterations=2"),
+        ({"num_rows": 12}, r"len\(train_dataset\)=8", r"len\(train_dataset\)=12"),
+        ({"streamed": True}, r"len\(train_dataset\)=8", r"len\(train_dataset\)=None"),
+        ({"shuffle_dataset": False}, "shuffle_dataset=True", "shuffle_dataset=False"),
+        ({"seed": 7}, "seed=42", "seed=7"),
+    ],
+)
+def test_checkpoint_of_a_run_over_other_batches_is_refused(tmp_path, checkpoints, arguments, of_checkpoint, of_run):
+    trainer = make_trainer(tmp_path, teacher_model_kind="ema", **arguments)
+    with pytest.raises(ValueError, match=f"made with .*`{of_checkpoint}`.*has .*`{of_run}`.*Resume with the settings"):
+        trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
+
+
+def test_rollouts_of_another_partition_or_number_of_processes_are_refused(tmp_path):
+    train(tmp_path, num_iterations=2, max_steps=1)
+    for arguments, option in (
+        (dict(per_device_train_batch_size=4, gradient_accumulation_steps=1), "per_device_train_batch_size=2"),
+        (dict(distillation_mode="full_logits"), "distillation_mode='sampled_token'"),
+    ):
+        with pytest.raises(ValueError, match=f"made with `{option}`.*between two steps on the same rollouts"):
+            train(tmp_path, resume=True, num_iterations=2, **arguments)
+    batches = tmp_path / "checkpoint-1" / "batches.json"
+    batches.write_text(batches.read_text().replace('"num_processes": 1', '"num_processes": 2'))
+    (tmp_path / "checkpoint-1" / "checkpoint_files.json").write_text("{}")
+    with pytest.raises(ValueError, match="made with `num_processes=2`, but this run has `num_processes=1`. It stands"):
+        train(tmp_path, resume=True, num_iterations=2)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["dataset", "streamed"])
+def test_steps_can_be_divided_and_prolonged_at_a_resume(tmp_path, streamed):
+    """Where no rollouts are kept: as many rows per step in other micro-batches, and more steps than were planned."""
+    rows = []
+
+    class RecordRows(ViCuRTrainer):
+        def _generate_and_score_completions(self, inputs):
+            rows.append(sorted(row["cue"] for row in inputs if self.model.training))
+            return super()._generate_and_score_completions(inputs)
+
+    def train_recorded(directory, resume=None, **arguments):
+        rows.clear()
+        trainer = make_trainer(directory, streamed=streamed, num_rows=12, **arguments)
+        trainer.__class__ = RecordRows
+        trainer.train(resume_from_checkpoint=resume)
+        return list(rows)
+
+    whole = train_recorded(tmp_path / "whole")
+    begun = train_recorded(tmp_path / "parts", max_steps=2)
+    divided = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert begun + train_recorded(tmp_path / "parts", resume=True, **divided) == whole
+
+
+def test_ignore_data_skip_begins_with_other_rows(tmp_path, checkpoints):
+    trainer = make_trainer(tmp_path, teacher_model_kind="ema", num_rows=12, ignore_data_skip=True)
+    trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
+    assert trainer.state.global_step == 6
+
+
 def test_checkpoint_without_the_teacher_average_is_refused(tmp_path, checkpoints):
     train(tmp_path, max_steps=1)
     with pytest.raises(
@@ -185,6 +286,7 @@ FILES = [
     "optimizer.pt",
     "ema_teacher.safetensors",
     "rollouts_0.pt",
+    "batches.json",
     "checkpoint_files.json",
     "trainer_state.json",
 ]

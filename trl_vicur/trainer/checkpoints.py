@@ -7,11 +7,14 @@ Before it a list of all the others is written, by which one is known that was da
 
 import json
 import logging
+import math
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
@@ -20,11 +23,20 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..cue_recovery import CueRecoveryConfig
+from .vicur_config import ViCuRConfig
 
 
 logger = logging.getLogger(__name__)
 
 FILE_LIST_NAME = "checkpoint_files.json"
+# Which rows a step trains on, by the options that decide it
+BATCHES_NAME = "batches.json"
+# Names of the files with rollouts, one for each process, in a checkpoint between two steps on the same ones
+ROLLOUTS_NAME = "rollouts_{}.pt"
+# How the rows of a step are divided, which rows come when, and what else rollouts depend on
+PARTITION = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
+ORDER = ("len(train_dataset)", "shuffle_dataset", "seed")
+OF_ROLLOUTS = ("distillation_mode", "privilege")
 # Not read by a resumed run (the first stays at home when a checkpoint is pushed, the second may be edited), and the
 # list itself
 NOT_LISTED = (TRAINING_ARGS_NAME, "README.md", FILE_LIST_NAME)
@@ -92,6 +104,7 @@ def check_checkpoint(directory: str | os.PathLike) -> None:
     for name, meaning in (
         (TRAINER_STATE_NAME, "the run ended while it was being saved"),
         (FILE_LIST_NAME, "it was not made by ViCuRTrainer, or with `save_only_model=True`"),
+        (BATCHES_NAME, "it was made by an earlier release of trl-vicur"),
     ):
         path = directory / name
         if not path.is_file():
@@ -108,6 +121,76 @@ def check_checkpoint(directory: str | os.PathLike) -> None:
             raise CheckpointError(
                 f"{refused}its file {name} has {path.stat().st_size} bytes, not {size} as written.{mend}"
             )
+
+
+def batch_settings(args: ViCuRConfig, train_dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    """
+    The settings that decide which rows a step trains on, and how rollouts are kept between two steps on the same ones.
+
+    Args:
+        args ([`ViCuRConfig`]):
+            Training configuration.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The rows.
+
+    Returns:
+        `dict[str, Any]`: Their values by their names.
+    """
+    return {
+        "num_iterations": args.num_iterations,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "num_processes": args.world_size,
+        "len(train_dataset)": None if isinstance(train_dataset, IterableDataset) else len(train_dataset),
+        "shuffle_dataset": args.shuffle_dataset,
+        "seed": args.seed,
+        "distillation_mode": args.distillation_mode,
+        "privilege": args.privilege,
+    }
+
+
+def check_batches(directory: str | os.PathLike, args: ViCuRConfig, train_dataset: Dataset | IterableDataset) -> None:
+    """
+    Check that a resumed run goes on with the rows and rollouts that the checkpoint's run would have gone on with.
+
+    Args:
+        directory (`str` or `os.PathLike`):
+            The checkpoint, which is whole.
+        args ([`ViCuRConfig`]):
+            Training configuration of the resumed run.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Its rows.
+
+    Raises:
+        `CheckpointError`: If a setting differs by which it would not.
+    """
+    saved = json.loads(Path(directory, BATCHES_NAME).read_text(encoding="utf-8"))
+    settings = batch_settings(args, train_dataset)
+    is_within_rollouts = any(Path(directory).glob(ROLLOUTS_NAME.format("*")))
+    names = ["num_iterations"]
+    if is_within_rollouts or _rows_per_step(saved) != _rows_per_step(settings):
+        names += PARTITION
+    if is_within_rollouts:
+        names += OF_ROLLOUTS
+    if not args.ignore_data_skip:
+        names += ORDER
+    differing = [name for name in names if saved[name] != settings[name]]
+    if not differing:
+        return
+    of_checkpoint, of_run = (", ".join(f"`{name}={each[name]!r}`" for name in differing) for each in (saved, settings))
+    if is_within_rollouts and not {*differing} <= {*ORDER}:
+        reason = "It stands between two steps on the same rollouts, which are kept as these settings made them"
+    else:
+        reason = "The run would go on with other rows than those that it has not seen yet"
+    hint = ", or set `ignore_data_skip=True` to begin the epoch's rows anew" if {*differing} <= {*ORDER} else ""
+    raise CheckpointError(
+        f"The checkpoint {str(directory)!r} was made with {of_checkpoint}, but this run has {of_run}. {reason}. "
+        f"Resume with the settings that it was made with{hint}, or start a new run from its weights."
+    )
+
+
+def _rows_per_step(settings: dict[str, Any]) -> int:
+    return math.prod(settings[name] for name in PARTITION)
 
 
 def get_last_checkpoint(folder: str | os.PathLike) -> str | None:

@@ -1,5 +1,7 @@
 import copy
 import inspect
+import json
+import math
 import os
 import shutil
 import textwrap
@@ -25,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
     TrainerCallback,
+    TrainerState,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
@@ -44,9 +47,13 @@ from ..teacher_prompt import add_privilege, hint_marker
 from .adapter_base import check_attached_adapters, refusing_adapters_that_rewrite_the_base, trainable_base_weights
 from .blank_image import BlankImageRow
 from .checkpoints import (
+    BATCHES_NAME,
     FILE_LIST_NAME,
+    ROLLOUTS_NAME,
     CheckpointError,
+    batch_settings,
     check_adapter,
+    check_batches,
     check_checkpoint,
     forget_best_checkpoint,
     get_last_checkpoint,
@@ -1094,6 +1101,8 @@ class ViCuRTrainer(DistillationTrainer):
                 )
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            check_batches(resume_from_checkpoint, self.args, self.train_dataset)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
@@ -1122,6 +1131,8 @@ class ViCuRTrainer(DistillationTrainer):
             torch.save(self._buffered_inputs, self._rollouts_path(output_dir))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            settings = batch_settings(self.args, self.train_dataset)
+            Path(output_dir, BATCHES_NAME).write_text(json.dumps(settings, indent=2), encoding="utf-8")
             write_file_list(output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder):
@@ -1131,7 +1142,16 @@ class ViCuRTrainer(DistillationTrainer):
 
     def _rollouts_path(self, checkpoint: str) -> str:
         """File with this process's generation batch, in checkpoints between two steps on the same rollouts."""
-        return os.path.join(checkpoint, f"rollouts_{self.args.process_index}.pt")
+        return os.path.join(checkpoint, ROLLOUTS_NAME.format(self.args.process_index))
+
+    def _load_best_model(self):
+        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if is_whole and is_peft_model(self.model) and self.model.active_adapter != "default":
+            # Where PEFT saves an adapter of another name, and Trainer does not look for it
+            name = self.model.active_adapter
+            self.model.load_adapter(os.path.join(self.state.best_model_checkpoint, name), name)
+        else:
+            super()._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check_adapter(resume_from_checkpoint, self.model)
@@ -1163,11 +1183,14 @@ class ViCuRTrainer(DistillationTrainer):
             rollouts = torch.load(path, map_location="cpu", weights_only=True)
             self._buffered_inputs = send_to_device(rollouts, self.args.device)
         if isinstance(self.train_dataset, IterableDataset):
-            # Trainer counts on an epoch of `max_steps` steps, but the stream may have begun anew earlier
-            epochs_trained = int(self.state.epoch or 0)
-            if not self.args.ignore_data_skip:
-                batches = (self.state.epoch or 0) % 1 * max_steps * accumulation_steps
-                steps_trained_in_current_epoch = round(batches)
+            # Trainer counts on an epoch of `max_steps` steps, but the stream may have begun anew earlier, and the
+            # checkpoint's `max_steps` may have been another. One epoch exactly is all of them, of a longer stream
+            epoch = self.state.epoch or 0.0
+            epochs_trained = max(0, math.ceil(epoch) - 1)
+            if resume_from_checkpoint is not None and not self.args.ignore_data_skip:
+                saved_state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+                steps = round((epoch - epochs_trained) * saved_state.max_steps)
+                steps_trained_in_current_epoch = steps * accumulation_steps
         elif self._train_sampler.shuffle:
             for _ in range(epochs_trained):
                 torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
