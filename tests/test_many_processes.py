@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from accelerate.commands.config.config_args import load_config_from_file
-from distributed_runs import RUNS, train
+from distributed_runs import BF16, RUNS, train
 from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -27,6 +28,10 @@ CONFIGS = ROOT / "examples" / "accelerate_configs"
 CAN_RESUME = Version(transformers.__version__) >= Version("5.18")
 DDP = [name for name in RUNS if CAN_RESUME or not name.startswith("resumed")]
 SHARDED = [name for name in RUNS if name not in ("ema_teacher", "videos")]
+
+
+def in_both_precisions(runs: Iterable[str]) -> list[str]:
+    return [name for run in runs for name in (run, run + BF16)]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,7 @@ def models(tmp_path_factory, processor):
 @pytest.fixture(scope="module")
 def one_process(models, tmp_path_factory):
     output = tmp_path_factory.mktemp("one_process")
-    for name in RUNS:
+    for name in in_both_precisions(RUNS):
         train(name, models, output / name, batch_size=4)
     return output
 
@@ -56,10 +61,15 @@ def one_process(models, tmp_path_factory):
 def launch(config: str, models: Path, output: Path, runs: list[str]) -> Path:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
     command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
-    command += [str(ROOT / "tests" / "distributed_runs.py"), str(models), str(output), "--runs", *runs]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(trl_vicur.__file__).parents[1])}
+    script = str(ROOT / "tests" / "distributed_runs.py")
+    command += [script, str(models), str(output), "--runs", *in_both_precisions(runs)]
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(Path(trl_vicur.__file__).parents[1]),
+    }
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-5000:]
     return output
@@ -94,9 +104,39 @@ def check_same_training(expected: Path, actual: Path) -> None:
     torch.testing.assert_close(load_file(actual / file), load_file(expected / file), rtol=1e-4, atol=1e-6)
 
 
+def check_same_bf16_training(expected: Path, actual: Path) -> None:
+    """
+    What training changed agrees up to what rounding to bfloat16 does to it; layers computed in bfloat16, and nothing
+    that is compared was rounded on its way.
+    """
+    for folder in (expected, actual):
+        dtypes = json.loads((folder / "dtypes.json").read_text())
+        assert dtypes == {"layers": ["bfloat16"], "compared": ["float32"]}
+    expected_logs, actual_logs = (json.loads((folder / "logs.json").read_text()) for folder in (expected, actual))
+    for expected_log, actual_log in zip(expected_logs, actual_logs, strict=True):
+        assert actual_log["loss"] == pytest.approx(expected_log["loss"], rel=0.1, abs=0.02)
+        assert actual_log.get("num_tokens") == expected_log.get("num_tokens")
+    assert actual_logs[0]["grad_norm"] == pytest.approx(expected_logs[0]["grad_norm"], rel=0.03)
+    (file,) = (path.name for path in expected.glob("*.safetensors"))
+    weights, expected_weights = load_file(actual / file), load_file(expected / file)
+    assert weights.keys() == expected_weights.keys()
+    names = sorted(weights)
+    expected_vector, vector = (
+        torch.cat([each[name].flatten() for name in names]) for each in (expected_weights, weights)
+    )
+    path = sum(min(log["grad_norm"], 1.0) for log in expected_logs)  # gradients are clipped, the learning rate is one
+    rounding = torch.finfo(vector.dtype).eps / 2 * expected_vector.norm()  # DeepSpeed saves its bfloat16 weights
+    assert (vector.float() - expected_vector).norm() < 0.1 * path + rounding
+
+
 @pytest.mark.parametrize("run", DDP)
 def test_ddp_trains_as_one_process(one_process, ddp, run):
     check_same_training(one_process / run, ddp / run)
+
+
+@pytest.mark.parametrize("run", DDP)
+def test_ddp_trains_as_one_process_in_bf16(one_process, ddp, run):
+    check_same_bf16_training(one_process / (run + BF16), ddp / (run + BF16))
 
 
 @pytest.mark.parametrize("run", SHARDED)
@@ -106,8 +146,18 @@ def test_fsdp2_trains_as_one_process(one_process, fsdp2, run):
 
 
 @pytest.mark.parametrize("run", SHARDED)
+def test_fsdp2_trains_as_one_process_in_bf16(one_process, fsdp2, run):
+    check_same_bf16_training(one_process / (run + BF16), fsdp2 / (run + BF16))
+
+
+@pytest.mark.parametrize("run", SHARDED)
 def test_zero2_trains_as_one_process(one_process, zero2, run):
     check_same_training(one_process / run, zero2 / run)
+
+
+@pytest.mark.parametrize("run", SHARDED)
+def test_zero2_trains_as_one_process_in_bf16(one_process, zero2, run):
+    check_same_bf16_training(one_process / (run + BF16), zero2 / (run + BF16))
 
 
 @pytest.mark.parametrize("run", ["adapter", "train_base"])
