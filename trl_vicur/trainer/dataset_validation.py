@@ -279,8 +279,8 @@ class RowChecker:
                 return sum(self.processing_class._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
             except ValueError as error:
                 raise ValueError(
-                    f"The processor takes no image of such a shape (of {list(image_sizes)}, in pixels): {error}. Crop or "
-                    "pad the image, or remove the row."
+                    f"The processor takes no image of such a shape (of {list(image_sizes)}, in pixels): {error}. "
+                    "Crop or pad the image, or remove the row."
                 ) from error
         # SmolVLM's and LFM2-VL's processors cannot tell without an image
         return sum(map(self._num_tokens_of_blank_image, image_sizes))
