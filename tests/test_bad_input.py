@@ -537,6 +537,10 @@ CONFLICTS = {
         dict(distillation_mode="topk_logits", distillation_topk=264),
         "`distillation_topk=264` exceeds the vocabulary of 263 tokens",
     ),
+    "compiled-model": (
+        dict(torch_compile=True),
+        "`torch_compile=True` is not supported: TRL replaces the forward that is compiled by one",
+    ),
     "completion-beyond-the-context": (dict(max_completion_length=2048), "exceeds the model's context of 2048 tokens"),
 }
 
@@ -546,6 +550,14 @@ def test_conflict_is_refused(arguments, message):
     with pytest.raises(ValueError) as refusal:
         build(**arguments)
     assert message in str(refusal.value)
+
+
+def test_compilation_by_accelerate_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as `accelerate launch` sets it
+    build(peft_config=CueRecoveryConfig(layer_interval=2))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match="`dynamo_backend=INDUCTOR` is not supported"):
+        build(peft_config=CueRecoveryConfig(layer_interval=2))
 
 
 # --- Models, processors and what is attached to them ---

@@ -234,6 +234,23 @@ def test_the_module_follows_the_backbone(inputs):
     assert logits(randomize(upcast), inputs).isfinite().all()
 
 
+def test_a_compiled_model_computes_the_same(processor):
+    """As `torch_compile=True` of transformers' trainer does; a missing sink is still an error."""
+    config = CueRecoveryConfig(layer_interval=1, r=2, sink_token="<|im_end|>").resolve_sink_token(processor)
+    model = randomize(get_peft_model(make_qwen3_vl(num_layers=2), config)).eval()
+    inputs = encode(processor, [user("What is this?", make_image(0)), user("Hello.")])
+    results = []
+    for call in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        output = call(**inputs).logits
+        output.square().mean().backward()
+        results.append([output, *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    inputs["input_ids"][inputs["input_ids"] == config.sink_token_ids[0]] = 5
+    with pytest.raises(ValueError, match=r"Row\(s\) \[0\] of the batch have an image, but not the sink token"):
+        torch.compile(model, backend="eager")(**inputs)
+
+
 # --- Bad input ---
 
 

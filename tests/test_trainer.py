@@ -843,6 +843,21 @@ def test_remove_unused_columns_keeps_what_is_used(tmp_path, processor):
     assert len(train_logs(trainer)) == 2
 
 
+@pytest.mark.parametrize("has_module", [False, True])
+def test_images_of_tools_are_refused_with_a_module(tmp_path, processor, monkeypatch, has_module):
+    """The turn that calls the tool was sampled before the module could read the tool's image."""
+    peft_config = CueRecoveryConfig(**ADAPTER) if has_module else None
+    trainer = make_trainer(tmp_path, processor, peft_config=peft_config)
+    prompts = [user("What is this?", make_image(i)) for i in range(2)]
+    output = ([[1]] * 2, [[2]] * 2, [[1]] * 2, [[make_image(0)]] * 2, [[], [make_image(1)]])
+    monkeypatch.setattr(DistillationTrainer, "_generate", lambda self, prompts: output)
+    if has_module:
+        with pytest.raises(ValueError, match=r"A tool returned an image \(1 of 2 prompts\), but the recovery module"):
+            trainer._generate(prompts)
+    else:
+        assert trainer._generate(prompts)[-1] == output[-1]
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma4"])
 def test_a_pad_token_that_begins_prompts_stays(tmp_path, family):
     """The bos token that a template writes may be the pad token, too: student and teacher read the processor's ids."""

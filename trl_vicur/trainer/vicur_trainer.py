@@ -261,6 +261,7 @@ class ViCuRTrainer(DistillationTrainer):
             )
         if args.use_vllm:
             self.vllm_generation = StudentGeneration(self.vllm_generation, *recovery_configs)
+        self._has_module = bool(recovery_configs)
         self._corrects_vllm = (
             args.use_vllm
             and args.vllm_importance_sampling_correction
@@ -352,6 +353,14 @@ class ViCuRTrainer(DistillationTrainer):
                 "`teacher_model` was passed as well. Leave out one of the two."
             )
         check_sharding(sharding, args, peft_configs)
+        # `accelerate launch --dynamo_backend` compiles by this variable, without `torch_compile`
+        dynamo_backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+        if args.torch_compile or dynamo_backend.upper() != "NO":
+            option = "torch_compile=True" if args.torch_compile else f"dynamo_backend={dynamo_backend}"
+            raise ValueError(
+                f"`{option}` is not supported: TRL replaces the forward that is compiled by one that calls the "
+                "backbone, so no layer would be compiled, and it finds no adapter in a compiled model. Leave it out."
+            )
         if args.teacher_model_server_url is not None and not isinstance(teacher_model, str | None):
             raise ValueError(
                 f"`teacher_model_server_url={args.teacher_model_server_url!r}` is set, but a loaded `teacher_model` "
@@ -545,13 +554,20 @@ class ViCuRTrainer(DistillationTrainer):
         return completion_ids[:-1] if needs_image else completion_ids
 
     def _generate(self, prompts: list):
-        prompt_ids, completion_ids, tool_mask, images, *others = super()._generate(prompts)
+        prompt_ids, completion_ids, tool_mask, images, tool_images, *others = super()._generate(prompts)
+        if self._has_module and any(tool_images):
+            raise ValueError(
+                f"A tool returned an image ({sum(map(bool, tool_images))} of {len(prompts)} prompts), but a recovery "
+                "module reads all images of a conversation into one sink: the turns before the tool's image were "
+                "sampled with another sink than they would be scored with. Let the tool return text, or train without "
+                "the module."
+            )
         if self._has_videos(prompts):
             images = None  # TRL would process them together with prompts whose videos it does not have
         elif images is not None:
             # TRL marks text-only rows with None, which processors refuse
             images = [image_list or [] for image_list in images]
-        return prompt_ids, completion_ids, tool_mask, images, *others
+        return prompt_ids, completion_ids, tool_mask, images, tool_images, *others
 
     def _generate_and_score_completions(self, inputs: list[dict[str, torch.Tensor | Any]]) -> dict[str, Any]:
         rows = []
