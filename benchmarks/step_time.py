@@ -5,6 +5,8 @@ Switched off: `ViCuRTrainer` with nothing of its own (`privilege="none"`, `disti
 teacher, no module), which is what the trainer itself costs. As used: an adapter (the module alone, as by default, or
 module and LoRA) that is its own teacher, on cues, by the sampled token; against TRL with a LoRA student, and with full
 fine-tuning, both with a second copy of the model as teacher.
+
+Each in float32 and with `bf16=True`, with the dtypes that decoder layers really computed in.
 """
 
 import json
@@ -23,8 +25,8 @@ OURS = "ViCuRTrainer"
 BATCH_SIZES = {"tiny": 8, "100M": 2}
 
 
-def switched_off(model: str, steps: int) -> dict[str, TrainingRun]:
-    sizes = dict(model=model, batch_size=BATCH_SIZES[model], steps=steps, teacher_copy=True)
+def switched_off(model: str, steps: int, bf16: bool) -> dict[str, TrainingRun]:
+    sizes = dict(model=model, batch_size=BATCH_SIZES[model], steps=steps, teacher_copy=True, bf16=bf16)
     nothing = dict(privilege="none", distillation_mode="full_logits", share_vision_features="never")
     return {
         OURS: TrainingRun(OURS, arguments=nothing, **sizes),
@@ -32,16 +34,16 @@ def switched_off(model: str, steps: int) -> dict[str, TrainingRun]:
     }
 
 
-def module_alone(model: str, steps: int) -> dict[str, TrainingRun]:
-    return as_used(model, steps, adapter={})
+def module_alone(model: str, steps: int, bf16: bool) -> dict[str, TrainingRun]:
+    return as_used(model, steps, bf16, adapter={})
 
 
-def module_and_lora(model: str, steps: int) -> dict[str, TrainingRun]:
-    return as_used(model, steps, adapter=dict(r=16))
+def module_and_lora(model: str, steps: int, bf16: bool) -> dict[str, TrainingRun]:
+    return as_used(model, steps, bf16, adapter=dict(r=16))
 
 
-def as_used(model: str, steps: int, adapter: dict[str, Any]) -> dict[str, TrainingRun]:
-    sizes = dict(model=model, batch_size=BATCH_SIZES[model], steps=steps)
+def as_used(model: str, steps: int, bf16: bool, adapter: dict[str, Any]) -> dict[str, TrainingRun]:
+    sizes = dict(model=model, batch_size=BATCH_SIZES[model], steps=steps, bf16=bf16)
     trl = dict(trainer="DistillationTrainer", teacher_copy=True, **sizes)
     return {
         OURS: TrainingRun(OURS, adapter=adapter, **sizes),
@@ -53,25 +55,36 @@ def as_used(model: str, steps: int, adapter: dict[str, Any]) -> dict[str, Traini
 def run(quick: bool = False) -> dict[str, Any]:
     results = {}
     for model, steps in (("tiny", 30), ("100M", 4)):
-        for comparison in (switched_off, module_alone, module_and_lora):
-            # Seconds from steps that take turns in one process, memory from a short run of each side in its own
-            times = interleave(comparison(model, 2 if quick else steps))
-            runs = {side: run.measure() for side, run in comparison(model, steps=1).items()}
-            name = f"{model}, {comparison.__name__.replace('_', ' ')}"
-            results[name] = {
-                "sides": {side: {"seconds_per_step": median(times[side])} | memory(runs[side]) for side in runs},
-                "ratios": {
-                    side: {
-                        "seconds_per_step": ratio(times[OURS], times[side]),
-                        **{key: value / memory(runs[side])[key] for key, value in memory(runs[OURS]).items()},
-                    }
-                    for side in runs
-                    if side != OURS
-                },
-                "steps": times,
-            }
-            print(f"{name}: {json.dumps(results[name]['sides'])}\n  {json.dumps(results[name]['ratios'])}", flush=True)
+        for bf16 in (False, True):
+            for comparison in (switched_off, module_alone, module_and_lora):
+                name = f"{model}, {comparison.__name__.replace('_', ' ')}, {'bf16' if bf16 else 'float32'}"
+                # Memory from a short run of each side in a process of its own
+                short_runs = {side: run.measure() for side, run in comparison(model, 1, bf16).items()}
+                results[name] = compare_steps(comparison(model, 2 if quick else steps, bf16), short_runs)
+                print(f"{name}: {json.dumps(results[name]['sides'])}", flush=True)
+                print(f"  {json.dumps(results[name]['ratios'])}", flush=True)
+                for side, dtypes in results[name]["dtypes"].items():
+                    print(f"  {side} computed in {json.dumps(dtypes)}", flush=True)
     return {"comparisons": results}
+
+
+def compare_steps(runs: dict[str, TrainingRun], short_runs: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Seconds and dtypes of steps that take turns in this process, and memory of the short runs."""
+    times, dtypes = interleave(runs)
+    used = {side: memory(short_runs[side]) for side in runs}
+    return {
+        "sides": {side: {"seconds_per_step": median(times[side])} | used[side] for side in runs},
+        "ratios": {
+            side: {
+                "seconds_per_step": ratio(times[OURS], times[side]),
+                **{key: value / used[side][key] for key, value in used[OURS].items()},
+            }
+            for side in runs
+            if side != OURS
+        },
+        "dtypes": dtypes,
+        "steps": times,
+    }
 
 
 def memory(run: dict[str, float]) -> dict[str, float]:
@@ -80,7 +93,7 @@ def memory(run: dict[str, float]) -> dict[str, float]:
 
 def plot(results: dict[str, Any]) -> Figure:
     keys = {"seconds_per_step": "seconds per step", "weights_mib": "weights, MiB", "peak_mib": "peak memory, MiB"}
-    figure = Figure(figsize=(16, 6), layout="constrained")
+    figure = Figure(figsize=(2.7 * len(results["comparisons"]), 6), layout="constrained")
     panels = figure.subplots(len(keys), len(results["comparisons"]))
     for column, (name, comparison) in enumerate(results["comparisons"].items()):
         panels[0][column].set_title(name, fontsize=10)

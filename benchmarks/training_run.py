@@ -79,6 +79,7 @@ class TrainingRun:
     num_images: int = 1
     completion_length: int = 32
     teacher_copy: bool = False
+    bf16: bool = IS_CUDA
     adapter: dict[str, Any] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -171,15 +172,17 @@ class TurnTaker(TrainerCallback):
         self.next.turn.release()
 
 
-def interleave(runs: dict[str, TrainingRun]) -> dict[str, list[float]]:
+def interleave(runs: dict[str, TrainingRun]) -> tuple[dict[str, list[float]], dict[str, dict[str, list[str]]]]:
     """
-    Seconds (on a CPU, the process's CPU seconds) of each step of runs that take turns step by step, in this process.
-    Differences of a few percent show where a machine's speed changes from minute to minute.
+    Seconds (on a CPU, the process's CPU seconds) of each step of runs that take turns step by step, in this process;
+    and the dtypes that each computed in. Differences of a few percent show where a machine's speed changes from minute
+    to minute.
     """
     turns = {name: TurnTaker() for name in runs}
     for taker, following in zip(turns.values(), [*list(turns.values())[1:], next(iter(turns.values()))], strict=True):
         taker.next = following
     trainers = [make_trainer(run, turns[name]) for name, run in runs.items()]
+    dtypes = {name: watch_dtypes(trainer) for name, trainer in zip(runs, trainers, strict=True)}
     threads = [threading.Thread(target=trainer.train) for trainer in trainers]
     for thread in threads:
         thread.start()
@@ -187,7 +190,35 @@ def interleave(runs: dict[str, TrainingRun]) -> dict[str, list[float]]:
     for thread in threads:
         thread.join()
     clocks = {name: taker.clock for name, taker in turns.items()}
-    return {name: (c.seconds if IS_CUDA else c.cpu_seconds)[WARMUP_STEPS:] for name, c in clocks.items()}
+    times = {name: (c.seconds if IS_CUDA else c.cpu_seconds)[WARMUP_STEPS:] for name, c in clocks.items()}
+    return times, {name: {key: sorted(values) for key, values in seen.items()} for name, seen in dtypes.items()}
+
+
+def watch_dtypes(trainer: DistillationTrainer) -> dict[str, set[str]]:
+    """What a decoder layer's products come in, in rollouts and in the loss; filled while the trainer trains."""
+    seen = {}
+    is_in_loss = False
+    compute_loss = trainer.compute_loss
+
+    def watched_loss(*args, **kwargs):
+        nonlocal is_in_loss
+        is_in_loss = True
+        try:
+            return compute_loss(*args, **kwargs)
+        finally:
+            is_in_loss = False
+
+    trainer.compute_loss = watched_loss
+
+    def note(_, args, output: torch.Tensor) -> None:
+        with_gradient = "student" if torch.is_grad_enabled() else "teacher"
+        key = f"loss, {with_gradient}" if is_in_loss else "rollout"
+        seen.setdefault(key, set()).add(str(output.dtype).removeprefix("torch."))
+
+    for model in (trainer.model, trainer.teacher_model):
+        if model is not None:
+            get_backbone(model).get_decoder().layers[0].mlp.down_proj.register_forward_hook(note)
+    return seen
 
 
 def make_trainer(run: TrainingRun, callback: TrainerCallback) -> DistillationTrainer:
@@ -211,7 +242,8 @@ def make_trainer(run: TrainingRun, callback: TrainerCallback) -> DistillationTra
         max_steps=run.steps + WARMUP_STEPS,
         max_completion_length=run.completion_length,
         generation_kwargs=dict(min_new_tokens=run.completion_length),  # of the same length in every run
-        bf16=IS_CUDA,
+        bf16=run.bf16,
+        use_cpu=not IS_CUDA,
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
