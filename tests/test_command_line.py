@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from dataclasses import fields
 
 import datasets
@@ -271,11 +272,33 @@ def test_doctor_takes_what_the_training_is_going_to_be_given(tmp_path, capsys, m
         (["--load_in_4bit", "true", "--train_base", "true"], "Quantized weights cannot be trained"),
         (["--load_in_8bit", "true", "--cue_recovery", "false"], "Quantized weights cannot be trained"),
         (["--teacher_model_server_url", "http://127.0.0.1:9"], "server at http://127.0.0.1:9 cannot be reached"),
+        (
+            ["--use_peft", "true", "--lora_target_modules", "q_proj", "lm_head"],
+            "The adapter has LoRA on `lm_head`, which TRL refuses",
+        ),
     ],
 )
 def test_doctor_finds_what_the_trainer_would_refuse(capsys, monkeypatch, model, dataset, options, message):
     monkeypatch.setattr("trl_vicur.trainer.vicur_trainer.is_vllm_available", lambda: False)
     assert main(["doctor", "--model", model, "--dataset", dataset, "--layer_interval", "2", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "`max_steps=-1` with a streamed dataset of an unknown number of rows"),
+        (["--max_steps", "2", "--num_iterations", "2"], "`num_iterations=2` needs a `Dataset`"),
+        (
+            ["--max_steps", "2", "--accelerator_config", '{"dispatch_batches": true}'],
+            "`accelerator_config={'dispatch_batches': True}` with a streamed dataset is not supported",
+        ),
+    ],
+)
+def test_doctor_finds_what_the_trainer_would_refuse_of_streams(tmp_path, capsys, model, options, message):
+    Dataset.from_list(make_rows(4)).to_parquet(tmp_path / "rows.parquet")
+    options = ["--dataset", str(tmp_path / "rows.parquet"), "--dataset_streaming", "true", *options]
+    assert main(["doctor", "--model", model, "--layer_interval", "2", *options]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -297,6 +320,20 @@ def test_doctor_compares_the_vocabularies_of_student_and_teacher(tmp_path, capsy
     options = ["--teacher_model_name_or_path", str(tmp_path)]
     assert main(["doctor", "--model", model, "--layer_interval", "2", *options]) == 1
     assert "vocab_size 263 but the teacher model has vocab_size 300" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("privilege", ["cue", "none"])
+def test_doctor_warns_of_thinking_checkpoints(tmp_path, model, privilege):
+    """The student's, for which privilege is bad, and a teacher's where the student does not think."""
+    shutil.copytree(model, tmp_path / "thinking")
+    template = tmp_path / "thinking" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"))
+    student, teacher = (tmp_path / "thinking", model) if privilege == "cue" else (model, tmp_path / "thinking")
+    options = ["--teacher_model_name_or_path", str(teacher), "--privilege", privilege, "--layer_interval", "2"]
+    with pytest.warns(UserWarning, match="Teacher and student are in different thinking modes") as caught:
+        assert main(["doctor", "--model", str(student), *options]) == 0
+    costs = [each for each in caught if "costs thinking models up to 17 %" in str(each.message)]
+    assert len(costs) == (privilege == "cue")
 
 
 def test_doctor_asks_the_server_of_the_teacher(capsys, model, dataset, processor):

@@ -11,6 +11,7 @@ from accelerate.utils import is_deepspeed_available
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from datasets import IterableDataset
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig, ScriptArguments, get_quantization_config
 
@@ -171,13 +172,20 @@ class TrainingCheck:
             `ValueError`: If the adapter cannot be attached.
         """
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(self.config)
+            model = AutoModelForImageTextToText.from_config(
+                self.config, trust_remote_code=self.training_args.trust_remote_code
+            )
             size = sum(parameter.numel() for parameter in model.parameters())
             trained = "all of them"
             if self.peft_config is not None:
                 if isinstance(self.peft_config, CueRecoveryConfig):
                     self.peft_config.resolve_sink_token(self.processor)
                 model = get_peft_model(model, self.peft_config)
+                if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+                    raise ValueError(
+                        "The adapter has LoRA on `lm_head`, which TRL refuses: its losses read the weight of the head "
+                        "itself. Leave `lm_head` out of `lora_target_modules`."
+                    )
                 number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
                 trained = f"{number / 1e6:,.1f}M, {self.peft_config.peft_type.value}"
         return [

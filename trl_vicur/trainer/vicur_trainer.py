@@ -97,6 +97,23 @@ from .vllm_rollouts import StudentGeneration, engine_with_module
 NUM_SEGMENTS = 4
 
 
+def _check_options_of_stream(args: ViCuRConfig) -> None:
+    """Some of these Trainer and TRL refuse as well, but only once the weights are loaded."""
+    if args.max_steps <= 0:
+        raise ValueError(
+            f"`max_steps={args.max_steps}` with a streamed dataset of an unknown number of rows: set `max_steps`."
+        )
+    if args.num_iterations > 1:
+        raise ValueError(
+            f"`num_iterations={args.num_iterations}` needs a `Dataset`; with an `IterableDataset` it must be 1."
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "`accelerator_config={'dispatch_batches': True}` with a streamed dataset is not supported: rows are not "
+            "tensors that one process could send to the others. Leave `dispatch_batches` out."
+        )
+
+
 class ViCuRTrainer(DistillationTrainer):
     """
     Trainer for visual-cue-recovery distillation, as introduced in [ViCuR: Visual Cues as Recoverable Privilege for
@@ -299,12 +316,6 @@ class ViCuRTrainer(DistillationTrainer):
         )
         self._vision_is_frozen = is_vision_frozen(self.model)
         self._hint_marker = hint_marker(args.teacher_prompt_template)
-        if args.privilege != "none" and not self._hint_marker:
-            warnings.warn(
-                f"`teacher_prompt_template={args.teacher_prompt_template!r}` has no word before `{{privilege}}` by "
-                "which a completion that speaks of the hint could be recognized, so `hint_leakage` is not logged. "
-                "Introduce the privilege, as in '[Hint]: {privilege}'."
-            )
         # What `_get_last_hidden_state` takes beside the tokens, e.g. `pixel_values`
         self._multimodal_keys = [*inspect.signature(super()._get_last_hidden_state).parameters][4:] + [*VIDEO_KEYS]
         # Sums and counts of the current `compute_loss` call
@@ -347,6 +358,12 @@ class ViCuRTrainer(DistillationTrainer):
                 "with. Use the processor of an instruction-tuned model, or set `processor.chat_template`."
             )
         warn_about_thinking(processing_class, args)
+        if args.privilege != "none" and not hint_marker(args.teacher_prompt_template):
+            warnings.warn(
+                f"`teacher_prompt_template={args.teacher_prompt_template!r}` has no word before `{{privilege}}` by "
+                "which a completion that speaks of the hint could be recognized, so `hint_leakage` is not logged. "
+                "Introduce the privilege, as in '[Hint]: {privilege}'."
+            )
         if teacher_model is not None and args.teacher_model_kind != "base":
             raise ValueError(
                 f"`teacher_model_kind={args.teacher_model_kind!r}` makes the student its own teacher, but a "
@@ -410,10 +427,8 @@ class ViCuRTrainer(DistillationTrainer):
                 f"`distillation_topk={args.distillation_topk}` exceeds the vocabulary of {vocab_size} tokens. Choose "
                 "fewer, or `distillation_mode='full_logits'`."
             )
-        if args.num_iterations > 1 and isinstance(train_dataset, IterableDataset):
-            raise ValueError(
-                f"`num_iterations={args.num_iterations}` needs a `Dataset`; with an `IterableDataset` it must be 1."
-            )
+        if isinstance(train_dataset, IterableDataset):
+            _check_options_of_stream(args)
 
     def _check_eval_dataset(
         self, dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
