@@ -4,6 +4,8 @@ import logging
 import math
 import re
 import unicodedata
+from collections.abc import Iterator
+from decimal import Decimal
 from itertools import islice
 
 import sympy
@@ -38,13 +40,16 @@ COPULA = re.compile(
 )
 
 # --- Options ---
-OPTION = re.compile(r"\(?([A-Z])\)?[.):]?")
+OPTION = re.compile(r"\(([A-Za-z])\)[.:]?|([A-Z])[.):]?|([a-z])[.):]")
 OPTION_WITH_TEXT = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(.+)", re.DOTALL)
 # "B", "(b)", "B. 12 cm", "Option B is right" at the beginning; but not the article of "A triangle"
 LEADING_OPTION = re.compile(r"(?:(?i:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])\Z|([A-Z])[.):,]|([B-HJ-Z])\s)")
-NAMED_OPTION = re.compile(r"\b(?:option|choice)\s+\(?([A-Z])\b", re.IGNORECASE)
-# A capital that stands alone and is neither an article nor "I"
-LONE_CAPITAL = re.compile(r"(?<![\w'’-])(?!A\s+[a-z]|I\b)([A-Z])(?![\w'’-])")
+# "option B", "choice (d)", "option b"; but not the article of "the only option a student has"
+NAMED_OPTION = re.compile(
+    r"\b(?i:option|choice)\s+(?:\(([A-Za-z])\)|([A-Zb-z])\b|(a)(?=\s*(?:[.,;:!?]|\Z|(?:is|as|because)\b)))"
+)
+# A capital that stands alone and is neither an article nor "I", or any letter in parentheses
+LONE_LETTER = re.compile(r"(?<![\w'’-])(?:(?!A\s+[a-z]|I\b)([A-Z])|\(([A-Za-z])\))(?![\w'’-])")
 NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|cannot)\b|n['’]t\b", re.IGNORECASE)
 
 # --- Words and mathematics ---
@@ -74,6 +79,10 @@ AS_LATEX = {
     "≤": r"\leq ",
     "≥": r"\geq ",
     "∞": r"\infty ",
+    "±": r"\pm ",
+    "∈": r"\in ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
 }
 MAX_EXPRESSION_LENGTH = 100  # characters
 # Of others, some are evaluated as soon as they are parsed (binomials, the Gamma function), some take SymPy's
@@ -83,8 +92,16 @@ COMMANDS = frozenset(
     beta theta phi lambda mu omega""".split()
 )
 MAX_EXPRESSION_SIZE = 60  # nodes of its tree
-ARITHMETIC = (sympy.Add, sympy.Mul, sympy.Pow, sympy.Number, sympy.NumberSymbol, sympy.Symbol, ImaginaryUnit)
-COLLECTIONS = (sympy.Tuple, sympy.Set, Relational, BooleanAtom)
+PERCENT = sympy.UnevaluatedExpr(sympy.Rational(1, 100))  # what math-verify reads "%" as
+ARITHMETIC = (
+    *(sympy.Add, sympy.Mul, sympy.Pow, sympy.Number, sympy.NumberSymbol, sympy.Symbol, ImaginaryUnit),
+    sympy.UnevaluatedExpr,
+)
+# "x ∈ [0, 1]" says as much as "[0, 1]"
+MEMBER_OF = re.compile(r"\A\s*[A-Za-z]\s*\\in(?![A-Za-z])")
+# A decimal of as many significant digits may be a rounded value; one of fewer is what it says
+ROUNDED_DIGITS = 6
+COLLECTIONS = (sympy.Tuple, sympy.Set, sympy.And, Relational, BooleanAtom)
 
 
 def is_correct(completion: str, answer: str) -> bool:
@@ -95,7 +112,8 @@ def is_correct(completion: str, answer: str) -> bool:
     is"; without any, the last sentence, or the option or the yes or no that the completion begins with. Then
 
     - a reference that is an option's letter: the final answer must name this option, and no other;
-    - mathematics: it must have the same value. Units are not compared, as is usual with
+    - mathematics: it must have the same value, at any scale; a decimal of six or more significant digits may be a
+      rounded value, and 50 % is 50 or 0.5. Units are not compared, as is usual with
       [math-verify](https://github.com/huggingface/Math-Verify), which compares the expressions. Those that could take
       long are compared as text;
     - other text: its words, or those behind its last "is", "shows", …, must be the same but for articles and the like.
@@ -168,7 +186,7 @@ def _clean(text: str) -> str:
 
 def _matches(final: str, answer: str) -> bool:
     if option := OPTION.fullmatch(answer):
-        return _named_option(final) == option[1]
+        return _named_option(final) == _letter(option)
     if option := OPTION_WITH_TEXT.fullmatch(answer):
         named = _named_option(final)
         return _is_same(final, option[3]) if named is None else named == (option[1] or option[2])
@@ -179,9 +197,14 @@ def _matches(final: str, answer: str) -> bool:
 def _named_option(text: str) -> str | None:
     """The letter of the one option that the text names."""
     if leading := LEADING_OPTION.match(text):
-        return next(filter(None, leading.groups())).upper()
-    letters = set(NAMED_OPTION.findall(text)) or set(LONE_CAPITAL.findall(text))
+        return _letter(leading)
+    letters = set(map(_letter, NAMED_OPTION.finditer(text))) or set(map(_letter, LONE_LETTER.finditer(text)))
     return letters.pop() if len(letters) == 1 and not NEGATION.search(text) else None
+
+
+def _letter(match: re.Match) -> str:
+    """The only group that matched, as options are written."""
+    return next(filter(None, match.groups())).upper()
 
 
 def _is_same(text: str, answer: str) -> bool:
@@ -218,7 +241,8 @@ def _is_mathematics(answer: str) -> bool:
 
 def _to_latex(text: str) -> str:
     text = re.sub(r"\A\s*(?:approximately|about|around|roughly|exactly|equal to|≈|~)\s*", "", text.strip("$ "))
-    text = UNIT.sub("", _in_digits(text).rstrip(" .,;:!"))
+    text = re.sub(r"(?<=[\d)}])\s*(?:percent|per cent|pct)\b", "%", _in_digits(text).rstrip(" .,;:!"))
+    text = MEMBER_OF.sub("", UNIT.sub("", text))
     text = re.sub(r"√\s*(\w+|\([^()]*\))", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![\w.])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)
     return re.sub(r"(?<=\d)[eE]([-+]?\d+)", r"\\times 10^{\1}", text)
@@ -236,7 +260,69 @@ def _is_same_value(text: str, answer: str) -> bool:
         if not parsed or not _is_cheap(parsed[0]):
             return False
         expressions.append(parsed[0])
-    return verify(*expressions, timeout_seconds=None)
+    return _is_same_expression(*expressions)
+
+
+def _is_same_expression(answer: sympy.Basic, other: sympy.Basic) -> bool:
+    if _is_number(answer) and _is_number(other):
+        return _is_same_number(answer, other)
+    # math-verify compares decimals by their first six places, which takes all tiny values for one. It gets none
+    numbers = list(_numbers(answer))
+    exact = {
+        number: next((each for each in numbers if _is_same_number(each, number)), number) for number in _numbers(other)
+    }
+    other = other.xreplace(exact)
+    is_linear = not answer.has(sympy.Pow) and not other.has(sympy.Pow)  # others may take long to solve
+    answer, other = (each.xreplace({number: _exact(number) for number in _numbers(each)}) for each in (answer, other))
+    return verify(answer, other, numeric_precision=50, allow_set_relation_comp=is_linear, timeout_seconds=None)
+
+
+def _is_number(expression: sympy.Basic) -> bool:
+    return isinstance(expression, sympy.Expr) and not expression.free_symbols
+
+
+def _numbers(expression: sympy.Basic) -> Iterator[sympy.Expr]:
+    """The largest parts of an expression that are numbers."""
+    if _is_number(expression):
+        yield expression
+    else:
+        for part in expression.args:
+            yield from _numbers(part)
+
+
+def _exact(number: sympy.Expr) -> sympy.Expr:
+    """The number with fractions in place of decimals and percentages."""
+    return number.xreplace({each: sympy.Rational(str(each)) for each in number.atoms(sympy.Float)}).doit()
+
+
+def _is_same_number(one: sympy.Expr, other: sympy.Expr) -> bool:
+    """Whether two numbers are the same, or one is the other rounded to at least six significant digits."""
+    if one.has(PERCENT) != other.has(PERCENT):  # 50 % is 0.5, or 50 where the question asks for a percentage
+        return any(
+            _is_same_number(one.xreplace({PERCENT: factor}), other.xreplace({PERCENT: factor}))
+            for factor in (sympy.Rational(1, 100), sympy.Integer(1))
+        )
+    values = _exact(one), _exact(other)
+    if values[0] == values[1]:
+        return True
+    difference, *sizes = (abs(sympy.N(value, 30)) for value in (values[0] - values[1], *values))
+    if not all(value.is_Float or value.is_zero for value in (difference, *sizes)):
+        return False  # infinite, or not defined
+    size = max(sizes)
+    is_exact = all(value.is_Rational for value in values)
+    if not is_exact and difference <= size * sympy.Rational(1, 10**20):
+        return True
+    decimals = [each.atoms(sympy.Float) for each in (one, other)]
+    num_digits = min(max(map(_num_digits, each)) for each in decimals if each) if any(decimals) else 0
+    return (
+        num_digits >= ROUNDED_DIGITS
+        and difference <= sympy.Rational(10) ** (math.floor(sympy.log(size, 10)) - num_digits + 1) / 2
+    )
+
+
+def _num_digits(decimal: sympy.Float) -> int:
+    """Significant digits of a decimal, without zeros at its end."""
+    return len(Decimal(str(decimal)).normalize().as_tuple().digits)
 
 
 def _is_cheap(expression: sympy.Basic | sympy.MatrixBase) -> bool:
