@@ -26,7 +26,8 @@ from trl_vicur.cue_recovery import CueRecoveryContext, CueRecoveryLayer
 from trl_vicur.cue_recovery.model import last_reading_layer
 from trl_vicur.trainer.blank_image import BlankImageRow
 from trl_vicur.trainer.dataset_validation import RowChecker
-from trl_vicur.trainer.losses import LMHead, token_logprobs
+from trl_vicur.trainer.lm_head import LMHead
+from trl_vicur.trainer.losses import token_logprobs
 from trl_vicur.trainer.vision_features import record_features, split_by_sample
 
 
@@ -170,6 +171,18 @@ def test_teacher_and_student_score_the_same_tokens(tmp_path, family, share):
             with trainer.model.disable_adapter():
                 alone = logprobs_alone(trainer.model, processor, row, row["cue"], completion)
             torch.testing.assert_close(teacher, alone, rtol=1e-3, atol=1e-4)
+
+
+@every_family
+def test_losses_have_the_logits_of_the_model(family):
+    """Invariant 9: head scale, soft-cap, bias and temperature are the model's, whatever its text config says."""
+    model, processor = FAMILIES[family]()
+    model.lm_head.bias = nn.Parameter(torch.randn(model.lm_head.out_features))
+    inputs = batch(processor)
+    with torch.no_grad():
+        states = model.base_model(**inputs).last_hidden_state
+    head = LMHead.from_model(attach(model, r=2))
+    torch.testing.assert_close(head.logits(states, temperature=0.7), logits(model, inputs) / 0.7)
 
 
 @every_family

@@ -10,11 +10,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
+    CLIPVisionConfig,
+    Cohere2Config,
+    Cohere2VisionConfig,
+    Cohere2VisionForConditionalGeneration,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    SiglipVisionConfig,
+)
+from transformers.modeling_outputs import CausalLMOutput
 
-from trl_vicur.trainer import losses
+from trl_vicur.trainer import lm_head, losses
+from trl_vicur.trainer.lm_head import LMHead
 from trl_vicur.trainer.losses import (
-    LMHead,
     full_divergence,
     importance_sampling_ratio,
     liger_divergence_sum,
@@ -32,7 +51,7 @@ BETAS = [0.0, 0.3, 0.5, 1.0]
 def several_chunks(monkeypatch):
     """The few tokens and columns of these tests come in chunks, too, the last of them smaller."""
     monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", 16 * 70)
-    monkeypatch.setattr(losses, "CPU_WEIGHT_BLOCK", 16 * 20)
+    monkeypatch.setattr(lm_head, "CPU_WEIGHT_BLOCK", 16 * 20)
     monkeypatch.setattr(losses, "TILE_TOKENS", 16)
     monkeypatch.setattr(losses, "TILE_COLUMNS", 32)
 
@@ -436,25 +455,132 @@ def test_gpu_kernels_agree_with_their_torch_form():
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, check=True)
 
 
-def test_head_reads_what_models_do_to_logits():
-    from transformers import (
-        CohereConfig,
-        CohereForCausalLM,
-        Gemma2Config,
-        Gemma2ForCausalLM,
-        GraniteConfig,
-        GraniteForCausalLM,
-    )
+# --- The head is read as the model uses it, or refused ---
 
-    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
-    models = [
-        CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.25)),
-        GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=8.0)),
-        Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, num_key_value_heads=2, final_logit_softcapping=0.1)),
-    ]
-    for model in models:
-        input_ids = torch.randint(0, 50, (1, 7))
-        with torch.no_grad():
-            output = model.eval()(input_ids, output_hidden_states=True)
-            logits = LMHead.from_model(model).logits(output.hidden_states[-1], temperature=1.0)
-        torch.testing.assert_close(logits, output.logits)
+
+TEXT = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
+VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+
+
+def in_vlm(model_class, config_class, text_config, vision_class, **image_token):
+    """A vision-language model around the text model of a config that scales logits."""
+    vision_config = vision_class(**VISION, patch_size=14)
+    return model_class(config_class(text_config=text_config, vision_config=vision_config, **image_token))
+
+
+MODELS = {
+    "Cohere": lambda: CohereForCausalLM(CohereConfig(**TEXT, logit_scale=0.25)),
+    "Granite": lambda: GraniteForCausalLM(GraniteConfig(**TEXT, logits_scaling=6.0)),
+    "Gemma 2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**TEXT, head_dim=8, num_key_value_heads=2, final_logit_softcapping=0.1)
+    ),
+    "LLaVA-NeXT with Granite": lambda: in_vlm(
+        LlavaNextForConditionalGeneration,
+        LlavaNextConfig,
+        GraniteConfig(**TEXT, logits_scaling=8.0),
+        CLIPVisionConfig,
+        image_token_index=49,
+    ),
+    "Aya Vision": lambda: in_vlm(
+        AyaVisionForConditionalGeneration,
+        AyaVisionConfig,
+        Cohere2Config(**TEXT, pad_token_id=0, logit_scale=0.25),
+        SiglipVisionConfig,
+        image_token_index=49,
+    ),
+    "Command A Vision": lambda: in_vlm(
+        Cohere2VisionForConditionalGeneration,
+        Cohere2VisionConfig,
+        Cohere2Config(**TEXT, pad_token_id=0, logit_scale=0.25),
+        SiglipVisionConfig,
+        image_token_id=49,
+    ),
+}
+
+
+def states_and_logits(model):
+    input_ids = torch.randint(0, 49, (1, 7))
+    with torch.no_grad():
+        states = model.base_model(input_ids=input_ids).last_hidden_state
+        return states, model.eval()(input_ids=input_ids).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_head_reads_what_models_do_to_logits(name):
+    model = MODELS[name]().eval()
+    states, logits = states_and_logits(model)
+    head = LMHead.from_model(model)
+    assert (head.softcapping is not None) == (name == "Gemma 2")
+    torch.testing.assert_close(head.logits(states, temperature=1.0), logits)
+
+
+def test_reading_a_head_needs_no_weights_and_leaves_nothing():
+    """So it is the same in shards, and on each rank."""
+    with torch.device("meta"):
+        model = MODELS["Granite"]()
+    model.lm_head = torch.nn.Linear(32, 50, bias=False)
+    random_state = torch.get_rng_state()
+    assert LMHead.from_model(model).logit_scale == pytest.approx(1 / 6)
+    assert all(module._compiled_call_impl is None for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"lm_head": [3, 5], "embed_tokens": [3]}}],
+)
+def test_head_that_an_adapter_trains_is_read(options):
+    model = get_peft_model(MODELS["Granite"](), LoraConfig(target_modules=["q_proj"], **options))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lm_head" in name:
+            torch.nn.init.normal_(parameter)
+    base = model.get_base_model()
+    states, logits = states_and_logits(base)
+    head = LMHead.from_model(model)
+    assert head.trains
+    torch.testing.assert_close(head.logits(states, 1.0), logits)
+    with model.disable_adapter():
+        states, without = states_and_logits(base)
+        head = LMHead.from_model(model)
+        torch.testing.assert_close(head.logits(states, 1.0), without)
+    assert not torch.allclose(without, logits)
+
+
+def test_lora_on_the_head_is_refused():
+    model = get_peft_model(MODELS["Granite"](), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match=r"head of GraniteForCausalLM is a peft.*Linear.* out of .*`target_modules`"):
+        LMHead.from_model(model)
+
+
+def test_a_head_that_is_offloaded_is_refused():
+    with torch.device("meta"), pytest.raises(ValueError, match="is offloaded: its weight is on the device 'meta'"):
+        LMHead.from_model(MODELS["Granite"]())
+
+
+class ScalesStates(GraniteForCausalLM):
+    def forward(self, input_ids, attention_mask=None):
+        states = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(states / 2))
+
+
+class ShiftsLogits(GraniteForCausalLM):
+    def forward(self, input_ids, attention_mask=None):
+        states = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(states) + torch.arange(4))
+
+
+class NeedsMore(GraniteForCausalLM):
+    def forward(self, input_ids, pixel_values, attention_mask=None): ...
+
+
+@pytest.mark.parametrize(
+    "model_class, message",
+    [
+        (ScalesStates, "its head does not get what `model` returns"),
+        (ShiftsLogits, "it does not only scale or soft-cap the product"),
+        (NeedsMore, r"its forward fails with TypeError: .*pixel_values"),
+    ],
+)
+def test_a_model_with_other_logits_is_refused(model_class, message):
+    with pytest.raises(ValueError, match=f"cannot compute the logits of {model_class.__name__}.* {message}"):
+        LMHead.from_model(model_class(GraniteConfig(**TEXT)))

@@ -33,12 +33,14 @@ from tiny_models import (
     with_completion,
 )
 from torch.distributed.utils import _apply_to_tensors
-from transformers import TrainerCallback
+from transformers import Qwen3VLForConditionalGeneration, TrainerCallback
+from transformers.utils import ModelOutput
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
 from trl_vicur.trainer import vicur_trainer
-from trl_vicur.trainer.losses import LMHead, token_logprobs
+from trl_vicur.trainer.lm_head import LMHead
+from trl_vicur.trainer.losses import token_logprobs
 from trl_vicur.trainer.mixed_precision import ForwardRedirection
 from trl_vicur.trainer.vision_features import get_backbone
 
@@ -555,6 +557,32 @@ def test_ema_teacher_follows_the_student(tmp_path, processor, peft_config):
         lent = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     torch.testing.assert_close(lent, expected)
     assert not changed(before, weights(trainer.model))
+
+
+def test_ema_teacher_has_its_own_head_bias(tmp_path, processor):
+    model = make_qwen3_vl()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features))
+    trainer = make_trainer(tmp_path, processor, model=model, teacher_model_kind="ema")
+    trainer.model.train()
+    trainer._prepare_inputs([trainer.train_dataset[i] for i in range(4)])
+    trainer.ema_teacher.average["lm_head.bias"].fill_(-1)
+    _, head = trainer._teacher_hidden_states(trainer.model, trainer._buffered_inputs[0])
+    assert (head.bias == -1).all() and (trainer.model.lm_head.bias == 0).all()
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_other_logits_than_those_of_the_losses_are_refused(tmp_path, processor, role):
+    """Before the first rollout."""
+
+    class ClipsLogits(Qwen3VLForConditionalGeneration):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            return ModelOutput(logits=output.logits.clamp(max=20))
+
+    model = ClipsLogits(make_qwen3_vl().config)
+    models = {"model": model} if role == "student" else {"teacher_model": model}
+    with pytest.raises(ValueError, match="cannot compute the logits of ClipsLogits"):
+        make_trainer(tmp_path, processor, **models)
 
 
 def test_ema_teacher_between_forward_and_backward(tmp_path, processor):

@@ -18,7 +18,8 @@ from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import sink_attention
 from trl_vicur.dataset_rows import read_video
 from trl_vicur.trainer.dataset_validation import RowChecker
-from trl_vicur.trainer.losses import LMHead, token_logprobs
+from trl_vicur.trainer.lm_head import LMHead
+from trl_vicur.trainer.losses import token_logprobs
 
 
 VIDEO_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")

@@ -14,101 +14,32 @@ more than most teachers differ from their student. Liger's loss is the exception
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
 
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig
 from trl.kernels import chunked_logprob
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction, _project
 from trl.kernels.chunked_logprob import (
     _BLOCK_SIZE,
     OPTIONAL_OUTPUTS,
-    _addmm_fp32,
     _backward_tile,
     _forward_tile,
     _use_triton,
 )
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from .lm_head import LMHead, add_products
+
 
 # A tile of float32 logits that TRL's kernels fold: with its copy in bfloat16 for the backward products no larger than
 # the tile of bfloat16 in TRL, which has 4,096 x 32,768
 TILE_TOKENS = 4096
 TILE_COLUMNS = 8192
-# Weights of a head that a CPU copies to float32 at a time: 4 MiB, which its cache holds until they are multiplied
-CPU_WEIGHT_BLOCK = 2**20
 # Logits of a chunk of tokens. On a CPU 64 MiB, above what the C library's heap keeps for itself and fragments; a GPU
 # wants more to be busy
 CPU_CHUNK_LOGITS = 2**24
 CHUNK_LOGITS = 2**26
-
-
-class LMHead(NamedTuple):
-    """
-    A language-model head: the weights, and what the model does to the logits behind them.
-
-    Args:
-        weight (`torch.Tensor` of shape `(vocab, hidden)`):
-            Weight of the output projection.
-        bias (`torch.Tensor` of shape `(vocab,)`, *optional*):
-            Its bias.
-        logit_scale (`float`, *optional*, defaults to `1.0`):
-            Factor on the logits (Cohere, Granite, …).
-        softcapping (`float`, *optional*):
-            If set, logits become `softcapping · tanh(logits / softcapping)` (Gemma).
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    logit_scale: float = 1.0
-    softcapping: float | None = None
-
-    @classmethod
-    def from_model(cls, model: torch.nn.Module) -> "LMHead":
-        """Read the head of a transformers model, or of a PEFT model around one."""
-        head = model.get_output_embeddings()
-        if isinstance(head, FSDPModule):
-            # It can be a shard of its own, which FSDP gathers for its forward only. Backward reduces and frees it
-            head.unshard()
-        config: PreTrainedConfig = model.config.get_text_config()
-        settings = config.to_dict()
-        scale = next(
-            (
-                settings[name]
-                for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-                if settings.get(name) is not None
-            ),
-            1.0,
-        )
-        if settings.get("logits_scaling") is not None:
-            # Granite divides by it, HyperCLOVA X multiplies
-            scale = settings["logits_scaling"] ** (1 if config.model_type == "hyperclovax" else -1)
-        # PEFT's wrapper for `trainable_token_indices` has the merged weight and computes without bias
-        bias = getattr(head, "bias", None)
-        return cls(head.weight, bias, scale, settings.get("final_logit_softcapping"))
-
-    @property
-    def trains(self) -> bool:
-        """Whether it gets gradients at present."""
-        return torch.is_grad_enabled() and any(
-            parameter is not None and parameter.requires_grad for parameter in (self.weight, self.bias)
-        )
-
-    def logits(self, hidden_states: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Logits `(tokens, vocab)` in float32 at least; for a chunk of tokens."""
-        is_exact = hidden_states.dtype == self.weight.dtype in (torch.float32, torch.float64)
-        product = F.linear if is_exact else _Float32Linear.apply
-        logits = product(hidden_states, self.weight, self.bias)
-        # Each of these would be another copy of the logits
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.softcapping is not None:
-            logits = self.softcapping * torch.tanh(logits / self.softcapping)
-        return logits if temperature == 1.0 else logits / temperature
 
 
 def token_logprobs(
@@ -461,57 +392,6 @@ class _ValuesWithGradients(torch.autograd.Function):
         return None, (grad_values.unsqueeze(-1) * gradients).to(gradients.dtype), *[None] * ctx.num_others
 
 
-class _Float32Linear(torch.autograd.Function):
-    """`F.linear` whose result stays in float32, by blocks of the weight: of operands in the states' type."""
-
-    @staticmethod
-    def forward(ctx, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(states, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        output = states.new_empty(len(states), len(weight), dtype=torch.float32)
-        for start, end in _weight_blocks(weight):
-            _project(output[:, start:end], states, weight, bias, start, end, states.dtype)
-        return output
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        states, weight = ctx.saved_tensors
-        needs_states, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_states = torch.zeros_like(states, dtype=torch.float32) if needs_states else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        for start, end in _weight_blocks(weight):
-            _add_products(gradient[:, start:end], states, weight[start:end], grad_states, grad_weight, start)
-        return (
-            grad_states.to(states.dtype) if needs_states else None,
-            grad_weight.to(weight.dtype) if needs_weight else None,
-            gradient.sum(dim=0).to(ctx.bias_dtype) if needs_bias else None,
-        )
-
-
-def _weight_blocks(weight: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """First and last row of each block of a head's weight `(vocab, hidden)`."""
-    size = max(1, CPU_WEIGHT_BLOCK // weight.shape[1]) if weight.device.type == "cpu" else TILE_COLUMNS
-    for start in range(0, len(weight), size):
-        yield start, min(start + size, len(weight))
-
-
-def _add_products(
-    gradient: torch.Tensor,
-    states: torch.Tensor,
-    weight: torch.Tensor,
-    grad_states: torch.Tensor | None,
-    grad_weight: torch.Tensor | None,
-    start: int,
-) -> None:
-    """Add to the gradients `(tokens, hidden)` and `(vocab, hidden)` what a tile of the logits' gradient gives them."""
-    if gradient.is_cuda:
-        gradient = gradient.to(states.dtype)  # its products of half precision accumulate in float32
-    if grad_states is not None:
-        _addmm_fp32(grad_states, gradient, weight.to(states.dtype))
-    if grad_weight is not None:
-        _addmm_fp32(grad_weight[start : start + len(weight)], gradient.t(), states)
-
-
 class _TokenLogprobs(torch.autograd.Function):
     """
     TRL's `ChunkedLogProbFunction`, whose tiles of logits have the hidden states' type, with tiles of float32.
@@ -598,7 +478,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 )
                 grad_rows = None if grad_states is None else grad_states[tokens]
                 end = start + columns
-                _add_products(tile, states[tokens], weight[start:end], grad_rows, grad_weight, start)
+                add_products(tile, states[tokens], weight[start:end], grad_rows, grad_weight, start)
                 if grad_bias is not None:
                     grad_bias[start:end] += tile.sum(dim=0)
         gradients = zip((grad_states, grad_weight, grad_bias), (states, weight, bias), strict=True)

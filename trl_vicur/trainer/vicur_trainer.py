@@ -63,8 +63,8 @@ from .collapse import CollapseCallback
 from .dataset_validation import ROW_NAME, RowChecker, check_dataset, with_row_number
 from .ema_teacher import EMATeacherCallback
 from .image_processing import images_processed_once
+from .lm_head import LMHead
 from .losses import (
-    LMHead,
     full_divergence,
     importance_sampling_ratio,
     liger_divergence_sum,
@@ -291,6 +291,9 @@ class ViCuRTrainer(DistillationTrainer):
                 "No weight of the model trains, as with an adapter of `inference_mode=True`. Load an adapter that is "
                 "to train on with `PeftModel.from_pretrained(..., is_trainable=True)`."
             )
+        for each in (self.model, self.teacher_model):
+            if each is not None:
+                LMHead.from_model(self.accelerator.unwrap_model(each))  # refuses what the losses cannot read
         self._is_self_distilled = self.teacher_model is None and self.teacher_server is None
         self._forward_redirection = ForwardRedirection(self.accelerator.device.type)
         if self.is_fsdp_enabled:
@@ -875,9 +878,8 @@ class ViCuRTrainer(DistillationTrainer):
                 self._shared_features(unwrapped_student, inputs, of_teacher=True) as encodes_images,
             ):
                 states = self._completion_hidden_states(unwrapped_student, *model_inputs, encodes_images)
-                head = LMHead.from_model(unwrapped_student)
-                # Detached, it stays the teacher's when the student's weights return
-                return states, head._replace(weight=head.weight.detach())
+                # Detached, the head stays the teacher's when the student's weights return
+                return states, LMHead.from_model(unwrapped_student).detach()
 
     @contextmanager
     def _student_as_teacher(self, unwrapped_student: torch.nn.Module) -> Iterator[None]:

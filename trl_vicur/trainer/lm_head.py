@@ -1,0 +1,250 @@
+"""
+Language-model heads, as the losses read them: weights, and what the model does to the product of states and weights.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from trl.kernels.chunked_divergence import _project
+from trl.kernels.chunked_logprob import _addmm_fp32
+
+
+# Weights of a head that are copied to another type at a time. On a CPU 4 MiB of float32, which its cache holds until
+# they are multiplied
+CPU_WEIGHT_BLOCK = 2**20
+WEIGHT_BLOCK = 2**24
+
+# Scale and soft-cap of the models that were asked
+_transforms: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
+
+
+class LMHead(NamedTuple):
+    """
+    A language-model head: the weights, and what the model does to their product with the hidden states.
+
+    Args:
+        weight (`torch.Tensor` of shape `(vocab, hidden)`):
+            Weight of the output projection.
+        bias (`torch.Tensor` of shape `(vocab,)`, *optional*):
+            Its bias.
+        logit_scale (`float`, *optional*, defaults to `1.0`):
+            Factor on the logits (Cohere, Granite, …).
+        softcapping (`float`, *optional*):
+            If set, logits become `softcapping · tanh(logits / softcapping)` (Gemma).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    softcapping: float | None = None
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel | PeftModel) -> "LMHead":
+        """
+        Read the head of a transformers model, or of a PEFT model around one.
+
+        Raises:
+            `ValueError`: If the losses cannot compute the logits of `model(...)` from its hidden states and this head.
+        """
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        head = base.get_output_embeddings()
+        _check_head(base, head)
+        if base not in _transforms:
+            _transforms[base] = _read_transform(base, head)
+        if isinstance(head, FSDPModule):
+            # It can be a shard of its own, which FSDP gathers for its forward only. Backward reduces and frees it
+            head.unshard()
+        # PEFT's wrapper for `trainable_token_indices` has the merged weight and computes without bias
+        return cls(head.weight, getattr(head, "bias", None), *_transforms[base])
+
+    def detach(self) -> "LMHead":
+        """The same without gradient, and with these weights when other ones are exchanged for them."""
+        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+    @property
+    def trains(self) -> bool:
+        """Whether it gets gradients at present."""
+        return torch.is_grad_enabled() and any(
+            parameter is not None and parameter.requires_grad for parameter in (self.weight, self.bias)
+        )
+
+    def logits(self, hidden_states: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Logits `(tokens, vocab)` in float32 at least; for a chunk of tokens."""
+        is_exact = hidden_states.dtype == self.weight.dtype in (torch.float32, torch.float64)
+        product = F.linear if is_exact else _Float32Linear.apply
+        logits = self.transform(product(hidden_states, self.weight, self.bias))
+        return logits if temperature == 1.0 else logits / temperature
+
+    def transform(self, product: torch.Tensor) -> torch.Tensor:
+        """The model's logits, of the product of states and weights."""
+        # Each of these would be another copy of the logits
+        if self.logit_scale != 1.0:
+            product = product * self.logit_scale
+        if self.softcapping is not None:
+            product = self.softcapping * torch.tanh(product / self.softcapping)
+        return product
+
+
+def _check_head(model: PreTrainedModel, head: nn.Module | None) -> None:
+    """Raise a `ValueError` where a head is not the product with a weight that can be read."""
+    is_product = type(head).forward is nn.Linear.forward
+    if not is_product and not isinstance(head, AuxiliaryTrainingWrapper):  # of PEFT, which hands out trained weights
+        raise ValueError(
+            f"The language-model head of {type(model).__name__} is a {type(head).__module__}.{type(head).__name__}, "
+            "but the losses multiply with the weight of an `nn.Linear` and would leave out what else it computes. "
+            "Leave the head out of the adapter's `target_modules` (`modules_to_save` can train it as a whole) and of "
+            "the quantization."
+        )
+    if head.weight.is_meta:
+        raise ValueError(
+            f"The language-model head of {type(model).__name__} is offloaded: its weight is on the device 'meta', "
+            "where the losses cannot read it. Give the head a device of its own in `device_map`."
+        )
+
+
+class _BackboneOutput(tuple):
+    """Output of a backbone that has hidden states and nothing else."""
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+@contextmanager
+def _calls_replaced(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """While active, calls of these modules are calls of functions: no hook and no weight of theirs is touched."""
+    with ExitStack() as stack:
+        for module, function in replacements.items():
+            # Where `nn.Module.compile` puts what is called instead of hooks and forward
+            stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+            module._compiled_call_impl = function
+        yield
+
+
+@torch.no_grad()
+def _read_transform(model: PreTrainedModel, head: nn.Module) -> tuple[float, float | None]:
+    """
+    Ask a model what it does to the product of states and head: its logit scale and its soft-cap.
+
+    Text configs do not say: LLaVA-NeXT does not scale the logits of a Granite, nor Aya Vision those of a Cohere2. So
+    the model's own forward runs between a backbone that returns known states and a head that returns known products.
+    That needs no weights, and so works in shards, when offloaded and when quantized.
+
+    Raises:
+        `ValueError`: If that is neither, or if the head gets other states than the backbone's.
+    """
+    tiny, huge = 2.0**-20, 1e30
+    products = torch.tensor([tiny, huge, *torch.linspace(-60, 60, 14)]).view(1, 4, 4)
+    states = torch.linspace(-2, 2, 4 * 8).view(1, 4, 8)
+    seen = []
+
+    def head_call(hidden_states: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden_states)
+        return products.clone()
+
+    input_ids = torch.ones(1, 4, dtype=torch.long)
+    replacements = {model.base_model: lambda *args, **kwargs: _BackboneOutput([states.clone()]), head: head_call}
+    refusal = (
+        f"The losses cannot compute the logits of {type(model).__name__} from its hidden states and its head, so the "
+        "student would learn another distribution than it samples from: "
+    )
+    try:
+        with _calls_replaced(replacements):
+            output = type(model).forward(model, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        logits = output.logits
+    except Exception as error:
+        raise ValueError(f"{refusal}its forward fails with {type(error).__name__}: {error}") from error
+    if len(seen) != 1 or not torch.equal(seen[0].float().cpu(), states):
+        raise ValueError(f"{refusal}its head does not get what `{model.base_model_prefix}` returns, once.")
+    scale, limit = (logits.flatten()[:2].double() / torch.tensor([tiny, 1.0])).tolist()
+    softcapping = None if abs(limit) > abs(scale) * huge / 2 else limit
+    expected = LMHead(head.weight, None, scale, softcapping).transform(products)
+    if scale == 0 or not torch.allclose(logits.float().cpu(), expected, rtol=1e-5, atol=1e-9):
+        raise ValueError(f"{refusal}it does not only scale or soft-cap the product of the two.")
+    return scale, softcapping
+
+
+class _Float32Linear(torch.autograd.Function):
+    """`F.linear` whose result stays in float32, by blocks of the weight: of operands in the states' type."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(states, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        shape = (*states.shape[:-1], len(weight))
+        states = states.flatten(0, -2)
+        output = states.new_empty(len(states), len(weight), dtype=torch.float32)
+        for start, end in _weight_blocks(weight):
+            _project(output[:, start:end], states, weight, bias, start, end, states.dtype)
+        return output.view(shape)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        states, weight = ctx.saved_tensors
+        shape = states.shape
+        states, gradient = states.flatten(0, -2), gradient.flatten(0, -2)
+        needs_states, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_states = torch.zeros_like(states, dtype=torch.float32) if needs_states else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        for start, end in _weight_blocks(weight):
+            add_products(gradient[:, start:end], states, weight[start:end], grad_states, grad_weight, start)
+        return (
+            grad_states.view(shape).to(states.dtype) if needs_states else None,
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            gradient.sum(dim=0).to(ctx.bias_dtype) if needs_bias else None,
+        )
+
+
+def _weight_blocks(weight: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """First and last row of each block of a head's weight `(vocab, hidden)`."""
+    numel = CPU_WEIGHT_BLOCK if weight.device.type == "cpu" else WEIGHT_BLOCK
+    size = max(1, numel // weight.shape[1])
+    for start in range(0, len(weight), size):
+        yield start, min(start + size, len(weight))
+
+
+def add_products(
+    gradient: torch.Tensor,
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    grad_states: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+    start: int,
+) -> None:
+    """
+    Add to the float32 gradients of states and head what a tile of the logits' gradient gives them.
+
+    Args:
+        gradient (`torch.Tensor` of shape `(tokens, columns)`):
+            Gradient of the tile, in float32.
+        states (`torch.Tensor` of shape `(tokens, hidden)`):
+            Hidden states.
+        weight (`torch.Tensor` of shape `(columns, hidden)`):
+            The tile's rows of the head's weight.
+        grad_states (`torch.Tensor` of shape `(tokens, hidden)`, *optional*):
+            Gradient of the states.
+        grad_weight (`torch.Tensor` of shape `(vocab, hidden)`, *optional*):
+            Gradient of the whole weight.
+        start (`int`):
+            The tile's first column.
+    """
+    if gradient.is_cuda:
+        gradient = gradient.to(states.dtype)  # its products of half precision accumulate in float32
+    if grad_states is not None:
+        _addmm_fp32(grad_states, gradient, weight.to(states.dtype))
+    if grad_weight is not None:
+        _addmm_fp32(grad_weight[start : start + len(weight)], gradient.t(), states)
