@@ -103,6 +103,58 @@ def test_bfloat16_stays_near_float32():
         assert torch.nn.functional.cosine_similarity(update.float(), expected, dim=-1).min() > 0.999
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    is_mixed=st.booleans(),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    outlier=st.sampled_from([1.0, 1e3, 6e4]),
+    seed=st.integers(0, 2**16),
+)
+def test_no_scale_of_a_token_overflows_low_precision(dtype, is_mixed, scale, outlier, seed):
+    """Against Eq. 3-4 in float32, forward and backward, with an outlier in the hidden state of one visual token."""
+    torch.manual_seed(seed)
+    attention = make_attention(num_heads=4, head_dim=16).to(dtype).float()
+    sink, hidden_states, visual_mask = make_inputs(2, 30, 64)
+    with torch.no_grad():
+        hidden_states.mul_(scale)
+        hidden_states[0, 0, 3] = outlier
+        sink.copy_(sink.to(dtype))
+        hidden_states.copy_(hidden_states.to(dtype))
+    direction = torch.randn(2, 64).to(dtype)
+    wanted = [sink, hidden_states, *attention.parameters()]
+    expected = attention.forward_plain(sink, hidden_states, visual_mask)
+    expected_grads = torch.autograd.grad((expected * direction).sum(), wanted)
+
+    if not is_mixed:  # float32 weights on a float16 or bfloat16 backbone, as PEFT makes them, or all in one dtype
+        attention = attention.to(dtype)
+    sink, hidden_states = (tensor.detach().to(dtype).requires_grad_() for tensor in (sink, hidden_states))
+    update = attention(sink, hidden_states, visual_mask)
+    grads = torch.autograd.grad((update * direction).sum(), [sink, hidden_states, *attention.parameters()])
+    for actual, reference in zip((update, *grads), (expected, *expected_grads), strict=True):
+        assert actual.isfinite().all()
+        error = (actual.float() - reference).norm() / reference.norm()
+        assert error < (0.05 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_trains_in_float16_with_a_gradient_scaler():
+    torch.manual_seed(0)
+    attention = make_attention(num_heads=2, head_dim=16)
+    sink, hidden_states, visual_mask = make_inputs(2, 20, 32)
+    hidden_states.data[0, 0, 0] = 6e4
+    optimizer, scaler = torch.optim.SGD(attention.parameters(), lr=0.3), torch.amp.GradScaler("cpu", init_scale=2**10)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = (attention(sink.half(), hidden_states.half(), visual_mask) - 1.0).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0] and scaler.get_scale() == 2**10
+
+
 def test_weights_are_a_distribution_over_the_visual_tokens():
     torch.manual_seed(0)
     attention = make_attention(num_heads=2, head_dim=8)

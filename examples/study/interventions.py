@@ -81,7 +81,7 @@ def hidden_tokens(model: torch.nn.Module, tokens: list[list[int]], batch_size: i
         sink, hidden_states, visual_mask = args
         start = calls[module] * batch_size
         calls[module] += 1
-        mask = visual_mask.clone()
+        mask = visual_mask == 0  # what the layers add to the scores
         for sample, hidden in enumerate(tokens[start : start + len(mask)]):
             positions = mask[sample].nonzero().flatten()
             if len(hidden) < len(positions):

@@ -37,8 +37,9 @@ def record_update_ratios(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         def hook(layer: CueRecoveryLayer, args: tuple[torch.Tensor, CueRecoveryContext], output: torch.Tensor) -> None:
             hidden_states, context = args
             for positions in context.sink_positions.values():
+                positions = positions.to(output.device)
                 samples = torch.nonzero(positions >= 0).squeeze(1)
-                before = hidden_states[samples, positions[samples]].float()
+                before = hidden_states.to(output.device)[samples, positions[samples]].float()
                 after = output[samples, positions[samples]].float()
                 ratios[name] = (after - before).norm(dim=-1) / before.norm(dim=-1)
 
@@ -73,6 +74,7 @@ def sink_attention(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.
     def record(name: str):
         def hook(layer: CueRecoveryLayer, args: tuple[torch.Tensor, CueRecoveryContext]) -> None:
             hidden_states, context = args
+            hidden_states = hidden_states.to(layer.execution_device(hidden_states))
             samples = torch.arange(hidden_states.shape[0], device=hidden_states.device)
             visual_mask = context.visual_mask.to(hidden_states.device)
             for adapter_name, positions in context.sink_positions.items():

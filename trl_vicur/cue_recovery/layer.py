@@ -1,9 +1,13 @@
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 from .config import CueRecoveryConfig
 
@@ -17,10 +21,12 @@ class CueRecoveryContext:
             `True` at image and video tokens, but not at a sink.
         sink_positions (`dict[str, torch.Tensor]`):
             For each active adapter, the sink's index in the sequence, of shape `(batch,)`; `-1` where the sample has
-            no visual token, or none but the sink, and is left untouched.
+            no sink.
         missing_sinks (`dict[str, Callable]`, *optional*):
             For active adapters whose sink may be missing, what returns whether a sample has visual tokens and no sink,
             of shape `(batch,)`. It is called when the layers have run.
+        always_found (`Collection[str]`, *optional*, defaults to `()`):
+            Adapters whose sink is in every sample, which saves looking for `-1`.
 
     Attributes:
         has_arrived (`bool`):
@@ -34,11 +40,54 @@ class CueRecoveryContext:
         visual_mask: torch.Tensor,
         sink_positions: dict[str, torch.Tensor],
         missing_sinks: dict[str, Callable[[], torch.Tensor]] | None = None,
+        always_found: Collection[str] = (),
     ):
         self.visual_mask = visual_mask
-        self.sink_positions = sink_positions
         self.missing_sinks = missing_sinks or {}
         self.has_arrived = False
+        self._found_positions = sink_positions
+        self._always_found = always_found
+        self._inputs: dict[tuple[torch.device, torch.dtype], LayerInputs] = {}
+
+    @property
+    def sink_positions(self) -> dict[str, torch.Tensor]:
+        """
+        For each active adapter, the sink's index in the sequence, of shape `(batch,)`; `-1` where the sample has no
+        sink or no visual token and is left untouched.
+        """
+        has_evidence = self.visual_mask.any(dim=1)
+        return {name: torch.where(has_evidence, each, -1) for name, each in self._found_positions.items()}
+
+    def layer_inputs(self, hidden_states: torch.Tensor) -> "LayerInputs":
+        """What layers compute with, on the device and in the dtype of `hidden_states`. Computed once per call."""
+        device, dtype = hidden_states.device, hidden_states.dtype
+        if (device, dtype) not in self._inputs:
+            mask = additive_mask(self.visual_mask, hidden_states)
+            lacks_evidence = mask.all(dim=1)
+            sinks = {}
+            for name, positions in self._found_positions.items():
+                positions, is_untouched = positions.to(device), lacks_evidence
+                if name not in self._always_found:
+                    positions, is_untouched = positions.clamp(min=0), lacks_evidence | (positions < 0)
+                sinks[name] = positions[:, None, None], is_untouched[:, None]
+            self._inputs[device, dtype] = LayerInputs(mask, sinks)
+        return self._inputs[device, dtype]
+
+
+class LayerInputs(NamedTuple):
+    """
+    A [`CueRecoveryContext`] in the form in which every layer needs it.
+
+    Args:
+        mask (`torch.Tensor` of shape `(batch, seq)`):
+            What is added to the scores, see [`additive_mask`].
+        sinks (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
+            For each active adapter, a valid index in each sample, of shape `(batch, 1, 1)`, and whether the sample is
+            left untouched, of shape `(batch, 1)`.
+    """
+
+    mask: torch.Tensor
+    sinks: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class SinkCrossAttention(nn.Module):
@@ -72,11 +121,11 @@ class SinkCrossAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = width // num_heads
         self.q_proj = nn.Linear(hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(hidden_size, width, bias=False)
+        self.k_proj = FoldedKeys(hidden_size, width, bias=False)
+        self.v_proj = HeadwiseValues(hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(hidden_size, eps=eps)
-        self.kv_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.kv_norm = NormedAverage(hidden_size, eps=eps)
         nn.init.zeros_(self.o_proj.weight)
 
     def attention_weights(
@@ -86,13 +135,14 @@ class SinkCrossAttention(nn.Module):
         Attention of the sink to each position, `(batch, heads, seq)`, in float32 at least; zero where `visual_mask` is
         `False` (and uniform in a sample without any visual token). Arguments as in [`SinkCrossAttention.forward`].
         """
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            folded_query = self._folded_query(sink).to(hidden_states.dtype)
-            return _attend(folded_query, hidden_states, visual_mask, self.kv_norm.eps)[0]
+        return self._attend(sink, hidden_states, visual_mask, weights_only=True)
 
     def forward(self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
         """
         The update z of the sink, in the folded form: O(seq · hidden · heads) instead of O(seq · hidden²).
+
+        Each weight is read in the forward of the layer that holds it. Offloading depends on that: accelerate's hooks
+        bring a weight in for that long.
 
         Args:
             sink (`torch.Tensor` of shape `(batch, hidden)`):
@@ -100,31 +150,23 @@ class SinkCrossAttention(nn.Module):
             hidden_states (`torch.Tensor` of shape `(batch, seq, hidden)`):
                 Hidden states of the whole sequences.
             visual_mask (`torch.Tensor` of shape `(batch, seq)`):
-                `True` at the visual tokens.
+                `True` at the visual tokens. Or floats in the dtype of `hidden_states` that are added to the scores.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden)`: The update, to be added to the sink.
         """
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            return self.o_proj(self.v_proj(self._attend(sink, hidden_states, visual_mask)).flatten(1))
+
+    def _attend(
+        self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor, weights_only: bool = False
+    ) -> torch.Tensor:
         # Autocast would copy all hidden states, and all weights, to use them once
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            folded_query = self._folded_query(sink).to(hidden_states.dtype)
-            averaged = _AverageVisualTokens.apply(folded_query, hidden_states, visual_mask, self.kv_norm.eps)
-            # As for the keys: the norm's weight and W_V are applied once, to the averages
-            averaged = averaged.to(self.v_proj.weight.dtype) * self.kv_norm.weight
-            value_weight = self.v_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
-            return self.o_proj(_HeadwiseLinear.apply(averaged, value_weight).flatten(1))
-
-    def _folded_query(self, sink: torch.Tensor) -> torch.Tensor:
-        """
-        What is multiplied with a hidden state to give its score, `(batch, heads, hidden)`.
-
-        A key is `W_K (norm_weight · v / rms(v))`. There is one query, so W_K and the norm's weight fold into it (and
-        the division by rms(v) into the score): the keys, `(batch, seq, hidden)`, never exist.
-        """
-        query = self.q_proj(self.q_norm(sink.to(self.q_proj.weight.dtype)))
-        query = query.unflatten(-1, (self.num_heads, self.head_dim))
-        key_weight = self.k_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
-        return torch.einsum("bhe,hed->bhd", query, key_weight) * (self.kv_norm.weight * self.head_dim**-0.5)
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            query = self.q_proj(self.q_norm(sink.to(self.q_norm.weight.dtype)))
+            folded_query = self.k_proj(query.unflatten(-1, (self.num_heads, self.head_dim)))
+            mask = additive_mask(visual_mask, hidden_states)
+            return self.kv_norm(folded_query, hidden_states, mask, self.head_dim**-0.5, weights_only)
 
     def forward_plain(
         self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor
@@ -134,67 +176,157 @@ class SinkCrossAttention(nn.Module):
         """
         heads = (self.num_heads, self.head_dim)
         query = self.q_proj(self.q_norm(sink)).unflatten(-1, heads)
-        normed = self.kv_norm(hidden_states)
-        keys = self.k_proj(normed).unflatten(-1, heads)
-        values = self.v_proj(normed).unflatten(-1, heads)
+        normed = F.rms_norm(hidden_states, self.kv_norm.normalized_shape, self.kv_norm.weight, self.kv_norm.eps)
+        keys = F.linear(normed, self.k_proj.weight).unflatten(-1, heads)
+        values = F.linear(normed, self.v_proj.weight).unflatten(-1, heads)
         scores = torch.einsum("bhe,bmhe->bhm", query, keys) * self.head_dim**-0.5
         scores = scores.masked_fill(~visual_mask.unsqueeze(1), torch.finfo(scores.dtype).min)
         weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(values.dtype)
         return self.o_proj(torch.einsum("bhm,bmhe->bhe", weights, values).flatten(1))
 
 
+class FoldedKeys(nn.Linear):
+    """
+    W_K, applied to the query instead of the tokens: there is one query, so the keys, `(batch, seq, hidden)`, never
+    exist.
+    """
+
+    def forward(self, query: torch.Tensor) -> torch.Tensor:
+        """From queries `(batch, heads, head_dim)` to `(batch, heads, hidden)`."""
+        return torch.einsum("bhe,hed->bhd", query, self.weight.unflatten(0, query.shape[1:]))
+
+
+class HeadwiseValues(nn.Linear):
+    """W_V, applied to each head's average of the tokens instead of the tokens."""
+
+    def forward(self, averaged: torch.Tensor) -> torch.Tensor:
+        """From averages `(batch, heads, hidden)` to `(batch, heads, head_dim)`."""
+        return _HeadwiseLinear.apply(averaged.to(self.weight.dtype), self.weight.unflatten(0, (averaged.shape[1], -1)))
+
+
+class NormedAverage(nn.RMSNorm):
+    """norm_kv, and each head's average of the hidden states that it normalizes."""
+
+    def forward(
+        self,
+        folded_query: torch.Tensor,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor,
+        scale: float,
+        weights_only: bool = False,
+    ) -> torch.Tensor:
+        """
+        Average the normalized hidden states by attention.
+
+        Args:
+            folded_query (`torch.Tensor` of shape `(batch, heads, hidden)`):
+                Queries with W_K folded into them.
+            hidden_states (`torch.Tensor` of shape `(batch, seq, hidden)`):
+                Hidden states of the whole sequences.
+            mask (`torch.Tensor` of shape `(batch, seq)`):
+                What is added to the scores.
+            scale (`float`):
+                Factor of the scores.
+            weights_only (`bool`, *optional*, defaults to `False`):
+                Whether to return the attention weights, `(batch, heads, seq)`, in float32 at least.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, heads, hidden)`: The averages.
+        """
+        weight = self.weight
+        if weight.dtype != hidden_states.dtype:
+            # A float32 adapter on a bfloat16 backbone: rounded, the norm's weight would lose most of what it learned,
+            # so it is folded into query and averages
+            folded_query, weight = (folded_query * weight).to(hidden_states.dtype), None
+        args = (folded_query, hidden_states, weight, mask, scale, self.eps)
+        if weights_only:
+            return _attend(*args, dtype=_float32_at_least(hidden_states))[0]
+        # A compiler decides by itself what it keeps
+        averaged = _average(*args) if torch.compiler.is_compiling() else _RecomputedAverage.apply(*args)
+        return averaged if weight is not None else averaged * self.weight
+
+
+def additive_mask(visual_mask: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """0 at the visual tokens, and elsewhere so low that the attention weight is exactly zero."""
+    if visual_mask.is_floating_point():
+        return visual_mask
+    # Not -inf, nor what becomes -inf when a score is added: samples without visual tokens would become NaN
+    low = torch.finfo(hidden_states.dtype).min / 2
+    return hidden_states.new_full(visual_mask.shape, low).masked_fill_(visual_mask.to(hidden_states.device), 0.0)
+
+
 def _attend(
-    folded_query: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    folded_query: torch.Tensor,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor | None,
+    mask: torch.Tensor,
+    scale: float,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Attention weights `(batch, heads, seq)`, the products `(batch, heads, seq)` of query and hidden states, and the
-    hidden states' inverse RMS `(batch, seq)`; weights and RMS in float32 at least.
+    Attention weights `(batch, heads, seq)` in `dtype`, and the normalized hidden states. The query meets normalized
+    states only, so that an outlier overflows float16 no earlier than in Eq. 3-4 as they are written.
     """
-    # A norm with `dtype` accumulates in float32 without a float32 copy of the hidden states
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=dtype)
-    inverse_rms = torch.rsqrt(norm.square() / hidden_states.shape[-1] + eps)
-    products = torch.matmul(folded_query, hidden_states.mT)
-    # The lowest finite value instead of -inf keeps samples without visual tokens free of NaN
-    scores = (products * inverse_rms.unsqueeze(1)).masked_fill(~visual_mask.unsqueeze(1), torch.finfo(dtype).min)
-    return scores.softmax(dim=-1), products, inverse_rms
+    normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, eps)
+    scores = torch.baddbmm(mask.unsqueeze(1), folded_query, normed.mT, alpha=scale)
+    return scores.softmax(dim=-1, dtype=dtype), normed
 
 
-class _AverageVisualTokens(torch.autograd.Function):
-    """
-    Averages of the normalized hidden states by attention, `(batch, heads, hidden)`: softmax((q·vᵢ) rᵢ) · (rᵢ vᵢ) with
-    rᵢ = 1 / rms(vᵢ).
+def _average(folded_query: torch.Tensor, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+    """Averages of the normalized hidden states by attention, `(batch, heads, hidden)`; arguments of [`_attend`]."""
+    weights, normed = _attend(folded_query, hidden_states, *args, dtype=_float32_at_least(hidden_states))
+    return torch.bmm(weights.to(normed.dtype), normed)
 
-    The backward is written out because autograd would go over tensors of shape (batch, seq, hidden) nine times, where
-    two do.
+
+def _float32_at_least(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class _RecomputedAverage(torch.autograd.Function):
+    """
+    [`_average`] that keeps its inputs only: autograd would keep the normalized hidden states, `(batch, seq, hidden)`,
+    which one kernel computes again.
     """
 
     @staticmethod
     def forward(
-        ctx, folded_query: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor, eps: float
+        ctx,
+        folded_query: torch.Tensor,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor | None,
+        mask: torch.Tensor,
+        scale: float,
+        eps: float,
     ) -> torch.Tensor:
-        weights, products, inverse_rms = _attend(folded_query, hidden_states, visual_mask, eps)
-        ctx.save_for_backward(folded_query, hidden_states, weights, products, inverse_rms)
-        return torch.matmul((weights * inverse_rms.unsqueeze(1)).to(hidden_states.dtype), hidden_states)
+        ctx.save_for_backward(folded_query, hidden_states, weight, mask)
+        ctx.scale, ctx.eps = scale, eps
+        # In low precision, a softmax computes in float32 as well and rounds its result: one kernel less
+        weights, normed = _attend(folded_query, hidden_states, weight, mask, scale, eps)
+        return torch.bmm(weights, normed)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        folded_query, hidden_states, weights, products, inverse_rms = ctx.saved_tensors
-        rms_factor = inverse_rms.unsqueeze(1)
-        grad_scaled_weights = torch.matmul(grad, hidden_states.mT)
-        grad_weights = grad_scaled_weights * rms_factor
-        grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True))
-        grad_products = (grad_scores * rms_factor).to(hidden_states.dtype)
-        grad_query = torch.matmul(grad_products, hidden_states)
-        if not ctx.needs_input_grad[1]:
-            return grad_query, None, None, None
-        # The hidden states are read as keys, as values, and in their norm
-        to_keys_and_values = torch.cat([grad_products, (weights * rms_factor).to(hidden_states.dtype)], dim=1)
-        grad_hidden_states = torch.matmul(to_keys_and_values.mT, torch.cat([folded_query, grad], dim=1))
-        grad_inverse_rms = (grad_scaled_weights * weights + grad_scores * products).sum(dim=1)
-        to_norm = -grad_inverse_rms * inverse_rms**3 / hidden_states.shape[-1]
-        to_norm = to_norm.unsqueeze(-1).to(hidden_states.dtype)
-        return grad_query, torch.addcmul(grad_hidden_states, to_norm, hidden_states), None, None
+        *inputs, mask = ctx.saved_tensors
+        with torch.enable_grad():
+            inputs = [
+                tensor if tensor is None else tensor.detach().requires_grad_(needs_grad)
+                for tensor, needs_grad in zip(inputs, ctx.needs_input_grad, strict=False)
+            ]
+            folded_query, hidden_states, weight = inputs
+            # A factor of the product itself would be multiplied with the gradient of all hidden states
+            scaled_query, dtype = folded_query * ctx.scale, _float32_at_least(hidden_states)
+            weights, normed = _attend(scaled_query, hidden_states, weight, mask, 1.0, ctx.eps, dtype)
+            weights = weights.to(normed.dtype)
+        wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+        grads = iter(
+            torch.autograd.grad(
+                (weights, normed),
+                wanted,
+                (torch.bmm(grad, normed.detach().mT), torch.bmm(weights.detach().mT, grad)),
+            )
+        )
+        return *(next(grads) if needs_grad else None for needs_grad in ctx.needs_input_grad[:3]), None, None, None
 
 
 class _HeadwiseLinear(torch.autograd.Function):
@@ -206,7 +338,10 @@ class _HeadwiseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
-        return torch.einsum("bhd,hed->bhe", inputs, weight)
+        # Laid out for W_O, which would copy what `einsum` returns
+        outputs = inputs.new_empty(*inputs.shape[:2], weight.shape[1])
+        torch.bmm(inputs.transpose(0, 1), weight.mT, out=outputs.transpose(0, 1))
+        return outputs
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -319,25 +454,31 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
                 f"`input_ids` has {tuple(context.visual_mask.shape)}. Cue recovery needs one hidden state per token; "
                 "this model family is not supported."
             )
-        samples = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        hidden_states = hidden_states.to(self.execution_device(hidden_states))
         updated = hidden_states
         kept = _KeptForBackward(hidden_states)
-        for adapter_name, positions in context.sink_positions.items():
+        mask, sinks = context.layer_inputs(hidden_states)
+        for adapter_name, (positions, is_untouched) in sinks.items():
             if adapter_name not in self.sink_attention:
                 continue
-            positions = positions.to(hidden_states.device)
-            found = positions >= 0
-            positions = positions.clamp(min=0)
-            sink = hidden_states[samples, positions]
+            positions = positions.expand(-1, 1, hidden_states.shape[-1])
             with kept.hooks():
-                update = self.sink_attention[adapter_name](
-                    sink, hidden_states, context.visual_mask.to(hidden_states.device)
-                )
-            before = updated[samples, positions]
-            after = torch.where(found.unsqueeze(-1), before + update.to(before.dtype), before)
-            updated = updated.index_put((samples, positions), after)
+                sink = hidden_states.gather(1, positions).squeeze(1)
+                update = self.sink_attention[adapter_name](sink, hidden_states, mask)
+            update = update.to(hidden_states).masked_fill(is_untouched, 0.0)
+            updated = updated.scatter_add(1, positions, update.unsqueeze(1))
         kept.replace_by(updated)
         return updated
+
+    def execution_device(self, hidden_states: torch.Tensor) -> torch.device:
+        """
+        The device of the weights. This layer runs before accelerate moves the decoder layer's inputs there
+        (`device_map`).
+        """
+        weight = next(self.sink_attention.parameters())
+        # accelerate keeps offloaded weights on "meta"; its hooks, one per weight, then move weights and inputs
+        is_offloaded = weight.is_meta and any(hasattr(module, "_hf_hook") for module in self.sink_attention.modules())
+        return hidden_states.device if is_offloaded else weight.device
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Does nothing: attention over the image cannot be merged into weights, so it stays active beside them."""
@@ -357,7 +498,10 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
         # PEFT asks a weight named `weight`; a decoder layer has many, and quantized ones are not floating point
         own = {id(parameter) for parameter in self.parameters()}
         weight = next(p for p in base_layer.parameters() if p.is_floating_point() and id(p) not in own)
-        return weight.device, weight.dtype
+        # Of offloaded weights, which stand on "meta" between calls, accelerate knows where they run
+        hooks = (getattr(module, "_hf_hook", None) for module in base_layer.modules() if weight.is_meta)
+        device = next((hook.execution_device for hook in hooks if isinstance(hook, AlignDevicesHook)), None)
+        return weight.device if device is None else torch.device(device), weight.dtype
 
 
 def update_sink_before_layer(decoder_layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

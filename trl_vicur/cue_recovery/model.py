@@ -177,6 +177,15 @@ class CueRecoveryModel(LoraModel):
         if not self._carries_recovery(peft_config, target):
             super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, **kwargs)
             return
+        # `PeftModel.from_pretrained` takes accelerate's hooks off, and moves only LoRA's weights to disk
+        device_map = getattr(self.model, "hf_device_map", {})
+        is_offloaded = "disk" in device_map.values() and next(target.parameters()).is_meta
+        if is_offloaded and not any(hasattr(module, "_hf_hook") for module in target.modules()):
+            raise ValueError(
+                f"{current_key} is offloaded to disk, where PEFT cannot load a recovery module. Load the adapter onto "
+                "a model without disk offload, then call `accelerate.disk_offload` on the result; or keep the layers "
+                "that carry modules in memory with your own `device_map`."
+            )
         text_config = self.model.config.get_text_config()
         if not _has_recovery_layer(target):
             target.cue_recovery = CueRecoveryLayer(target)
@@ -228,29 +237,29 @@ class CueRecoveryModel(LoraModel):
 
         # Compared one by one: a tensor of the ids would have to be copied to the device, which waits for it
         visual_mask = reduce(torch.logical_or, [input_ids == token_id for token_id in self._visual_token_ids])
-        has_visual = visual_mask.any(dim=1)
         # Backbones call it `cache` since transformers 5.24, and still accept the old name
         cache = named.get("cache", named.get("past_key_values"))
         if cache is not None and int(cache.get_seq_length()) > 0:
-            if has_visual.any():
+            if visual_mask.any():
                 raise ValueError(
                     "The KV cache already holds a part of this prompt. Cue recovery needs the sink token and the "
                     "images in one forward call: prefill the whole prompt at once (no `prefill_chunk_size`, no cache "
                     "that is continued with an image)."
                 )
             return None  # several decoded tokens at once, as in assisted generation, or a new turn
-        self._refuse_packed_rows(input_ids, has_visual, named)
+        self._refuse_packed_rows(input_ids, visual_mask, named)
         sinks = {name: self._find_sinks(name, input_ids, named.get("attention_mask")) for name in adapters}
+        always_found = {name for name in adapters if self.peft_config[name].sink_token == "first"}
         missing = {
-            name: read_later(has_visual & (positions < 0))
+            name: read_later(visual_mask.any(dim=1) & (positions < 0))
             for name, positions in sinks.items()
-            if self.peft_config[name].sink_token != "first"
+            if name not in always_found
         }
-        for positions in sinks.values():
-            visual_mask = visual_mask.scatter_(1, positions.clamp(min=0).unsqueeze(1), False)
-        has_evidence = visual_mask.any(dim=1)
-        sinks = {name: torch.where(has_evidence, positions, -1) for name, positions in sinks.items()}
-        return args, {**kwargs, "cue_recovery_context": CueRecoveryContext(visual_mask, sinks, missing)}
+        for name, positions in sinks.items():
+            positions = positions if name in always_found else positions.clamp(min=0)
+            visual_mask = visual_mask.scatter_(1, positions.unsqueeze(1), False)
+        context = CueRecoveryContext(visual_mask, sinks, missing, always_found)
+        return args, {**kwargs, "cue_recovery_context": context}
 
     def _find_sinks(self, adapter_name: str, input_ids: torch.Tensor, attention_mask: Any) -> torch.Tensor:
         """Index of each sample's sink, `(batch,)`; `-1` where there is none."""
@@ -260,17 +269,17 @@ class CueRecoveryModel(LoraModel):
         return find_token(input_ids, config.sink_token_ids[0], attention_mask)
 
     def _refuse_packed_rows(
-        self, input_ids: torch.Tensor, has_visual: torch.Tensor, arguments: dict[str, Any]
+        self, input_ids: torch.Tensor, visual_mask: torch.Tensor, arguments: dict[str, Any]
     ) -> None:
         mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
         uses_flash_attention = "flash" in str(self.model.get_decoder().config._attn_implementation)
         if any(arguments.get(name) is not None for name in PACKING_ARGUMENTS):
-            is_packed = has_visual
+            is_packed = visual_mask.any(dim=1)
         else:
             is_packed = packed_rows(input_ids, mask, position_ids, uses_flash_attention)
         if is_packed is None:
             return  # without waiting for the device, as nearly every call
-        if rows := torch.nonzero(is_packed & has_visual).flatten().tolist():
+        if rows := torch.nonzero(is_packed & visual_mask.any(dim=1)).flatten().tolist():
             raise ValueError(
                 f"Row(s) {rows} of the batch hold several samples, and images: positions start anew within the row, "
                 f"its attention mask keeps parts of it apart, or the call has {', '.join(PACKING_ARGUMENTS)}. Cue "

@@ -25,9 +25,11 @@ def first_real_token(input_ids: torch.Tensor, attention_mask: torch.Tensor | Blo
     if attention_mask is None:
         return input_ids.new_zeros(input_ids.shape[0])
     is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-    is_real = attention_mask.bool() if is_padding_mask else is_seen_by_next(input_ids, attention_mask)
-    # Viewed as integers, of which there is an argmax; it is the first of several
-    return is_real.view(torch.uint8).argmax(dim=1).expand(input_ids.shape[0])
+    is_real = attention_mask if is_padding_mask else is_seen_by_next(input_ids, attention_mask)
+    if is_real.dtype == torch.bool:  # of which there is no argmax
+        is_real = is_real.view(torch.uint8)
+    # The first of several
+    return is_real.argmax(dim=1).expand(input_ids.shape[0])
 
 
 def find_token(
