@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import get_peft_model
+from tiny_families import FAMILIES
 from tiny_models import encode, make_image, make_qwen3_vl, randomize, user, with_completion
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.profiler import ProfilerActivity, profile
@@ -152,6 +153,20 @@ def test_invariant_3_static_cache_agrees(processor):
     with torch.no_grad():
         prefill = model(**inputs, past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(prefill, logits(model, inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma4"])
+def test_invariant_3_flex_attention_with_a_static_cache_agrees(family):
+    """The mask of the prefill is then a `BlockMask`, or one per type of attention."""
+    model, processor = FAMILIES[family]()
+    model = randomize(attach(model, processor))
+    inputs = encode(processor, [user("Hi?", make_image(0)), user("And what is this?", make_image(1))])
+    arguments = dict(max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    expected = torch.stack(model.generate(**inputs, **arguments).logits)
+    model.get_decoder().set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):  # compiled, flex attention takes minutes on a CPU
+        static = model.generate(**inputs, **arguments, cache_implementation="static", disable_compile=True)
+    torch.testing.assert_close(torch.stack(static.logits), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sink_token", SINKS)
