@@ -698,3 +698,12 @@ def test_trainable_tokens_with_fsdp2(monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ValueError, match="`trainable_token_indices` cannot be trained with FSDP2.*Train with DDP"):
         check_sharding(find_sharding(arguments), arguments, [CueRecoveryConfig(r=2, trainable_token_indices=[5])])
+
+
+@pytest.mark.parametrize("kind", ["TP", "CP", "SP"])
+def test_parallelism_within_a_model_or_a_sequence(monkeypatch, kind):
+    arguments = make_config()
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind}_SIZE", "2")
+    with pytest.raises(ValueError, match=f"Only data parallelism is supported, but .*{kind.lower()}_size=2"):
+        check_sharding(find_sharding(arguments), arguments, [None])

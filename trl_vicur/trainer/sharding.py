@@ -3,6 +3,7 @@
 import os
 from typing import Literal
 
+from accelerate import ParallelismConfig
 from accelerate.utils import parse_flag_from_env
 from peft import PeftConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -51,6 +52,15 @@ def check_sharding(sharding: Sharding | None, args: ViCuRConfig, peft_configs: l
     Raises:
         `ValueError`: If they cannot.
     """
+    parallelism = args.parallelism_config
+    if parallelism is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        parallelism = ParallelismConfig()  # reads the sizes that `accelerate launch` was given
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        sizes = ", ".join(f"{name}={getattr(parallelism, name)}" for name in ("tp_size", "cp_size", "sp_size"))
+        raise ValueError(
+            f"Only data parallelism is supported, but the `parallelism_config` has {sizes}: losses and recovery "
+            "modules read whole sequences and weights. Set these sizes to 1, and shard with FSDP2."
+        )
     if sharding == "ZeRO-3":
         raise ValueError(
             "DeepSpeed's ZeRO-3 is not supported: losses and the teacher's copy would read shards of weights. "
