@@ -5,9 +5,10 @@ FLOPs, bytes and memory of each GPU come from the models' configs, for 128 promp
 visual) and completions of 4,096. The counts are checked against torch's FLOP counter on the real architecture; and
 seconds, which are FLOPs over a machine's rate of matrix products, against decoder layers that are timed here.
 
-What it assumes of a GPU stands in `GPU`; of the run: bfloat16 weights, an adapter (the module alone) or full
-fine-tuning with AdamW, gradient checkpointing, sharded teacher and student, rollouts by vLLM beside the training in
-the same GPUs' memory, image features shared.
+What it assumes of a GPU stands in `GPU`; of the run: `bf16=True` under FSDP2, which gathers weights and computes in
+bfloat16; frozen weights that were loaded in bfloat16 (in float32 their shards are twice as large), trained ones in
+float32; an adapter (the module alone) or full fine-tuning with AdamW, gradient checkpointing, sharded teacher and
+student, rollouts by vLLM beside the training in the same GPUs' memory, image features shared.
 """
 
 from dataclasses import dataclass
