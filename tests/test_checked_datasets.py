@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from socket import socket
 
 import datasets
 import pytest
@@ -77,6 +78,47 @@ def test_doctor_is_told_all_bad_rows_in_order(tmp_path, num_proc):
     checker = make_checker(dataset_num_proc=num_proc)
     errors = [str(error) for error in find_bad_rows(dataset, "d", checker, checker.args)]
     assert [error.partition(":")[0] for error in errors] == ["Row 41 of d", "Row 43 of d", "Row 90 of d"]
+
+
+TWO_PROCESSES = """
+import sys
+from test_checked_datasets import *
+datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2])
+asked = []
+check_row = RowChecker.check
+RowChecker.check = lambda self, row: (asked.append(row), check_row(self, row))[1]
+for name in sys.argv[3:]:
+    try:
+        check(load_from_disk(f"{sys.argv[1]}/{name}"))
+        print(f"{name} has passed after {len(asked)} rows")
+    except ValueError as error:
+        print(str(error)[:6])
+"""
+
+
+def test_every_training_process_names_the_first_bad_row_of_all(tmp_path):
+    """Rows 41 and 90 belong to different processes. Both know at once that the good ones have been checked."""
+    make_dataset(tmp_path / "good")
+    make_dataset(tmp_path / "bad", bad=(41, 90))
+    arguments = [str(tmp_path), str(datasets.config.HF_DATASETS_CACHE), "good", "good", "bad"]
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": paths, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, *arguments],
+            env={**environment, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        lines = process.communicate(timeout=300)[0].splitlines()
+        half = COUNT // 2
+        assert lines == [f"good has passed after {half} rows"] * 2 + ["Row 41"]
 
 
 def test_check_leaves_the_random_state_alone(tmp_path):
