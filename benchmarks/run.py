@@ -16,7 +16,16 @@ from measure import save
 
 
 # Modules of this folder. Each has `run(quick) -> dict` and `plot(results) -> Figure`
-BENCHMARKS = ["cue_recovery", "loss", "vision_sharing", "step_time", "growth", "cost_model", "cue_generation"]
+BENCHMARKS = [
+    "cue_recovery",
+    "loss",
+    "vision_sharing",
+    "step_time",
+    "growth",
+    "cost_model",
+    "cue_generation",
+    "row_checks",
+]
 if importlib.util.find_spec("vllm"):  # in an environment of its own
     BENCHMARKS.append("vllm_rollout")
 
