@@ -168,9 +168,11 @@ def assert_equals_transformers(outputs: list, checkpoint: Checkpoint, conversati
         torch.testing.assert_close(served, logprobs, rtol=0, atol=1e-4)
 
 
-def assert_server_equals_transformers(address: str, checkpoint: Checkpoint, conversations: list[list[dict]]):
-    """The same by way of the chat API."""
-    client = OpenAI(base_url=f"{address}/v1", api_key="-")
+def assert_server_equals_transformers(
+    address: str, checkpoint: Checkpoint, conversations: list[list[dict]], **headers: str
+):
+    """The same through the chat API."""
+    client = OpenAI(base_url=f"{address}/v1", api_key="-", default_headers=headers)
     for conversation in conversations:
         choice = client.chat.completions.create(
             model=str(checkpoint.base),

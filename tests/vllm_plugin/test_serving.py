@@ -1,8 +1,11 @@
 """Serving with the vLLM plugin: what vLLM answers is what transformers answers to each prompt alone."""
 
 import json
+import os
+import re
 
 import pytest
+import requests
 import torch
 from engines import (
     HEAD_DIM,
@@ -13,12 +16,15 @@ from engines import (
     engine,
     generate,
     make_checkpoint,
+    runner,
     server,
 )
 from tiny_models import make_image, make_processor, make_qwen2_5_processor, make_qwen2_5_vl, make_qwen3_vl, user
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import utils
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from trl_vicur.vllm import engine_config, model
 from trl_vicur.vllm.model import CueRecoveryMixin
@@ -97,6 +103,27 @@ def test_sink_behind_the_question_in_preempted_requests(tmp_path):
     assert_equals_transformers(outputs, checkpoint, conversations)
 
 
+def test_asynchronous_scheduling(qwen3_vl, monkeypatch):
+    """vLLM's default on GPUs: the next step is scheduled while this one runs. On CPUs vLLM switches it off."""
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_leave_on(vllm_config):
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(check_and_leave_on))
+    conversations = [user("What is this?", make_image(0)), user("Hello."), user("Compare.", make_image(1))]
+    with engine(qwen3_vl, qwen3_vl.adapter, max_num_seqs=2) as llm:
+        assert isinstance(llm.llm_engine.engine_core.engine_core.scheduler, AsyncScheduler)
+        assert_equals_transformers(generate(llm, qwen3_vl, conversations), qwen3_vl, conversations)
+
+
+def test_the_model_runner_is_the_one_that_was_asked_for(llm):
+    """.ci/vllm runs all tests with both."""
+    package = "vllm.v1.worker.cpu." if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else "vllm.v1.worker.cpu_"
+    assert type(runner(llm)).__module__ == f"{package}model_runner"
+
+
 def test_without_an_adapter_the_model_is_vllms(qwen3_vl):
     conversations = [user("What is this?", make_image(0)), user("Hello.")]
     with engine(qwen3_vl, None) as llm:
@@ -167,6 +194,28 @@ def test_server_with_an_adapter_that_holds_the_backbone(tmp_path):
     with server(checkpoint.base, "--hf-overrides", overrides, "--max-model-len", "2048") as address:
         conversations = [user("What is this?", make_image(0)), user("What is this?", make_image(1))]
         assert_server_equals_transformers(address, checkpoint, conversations)
+
+
+@pytest.mark.parametrize("option", ["--data-parallel-size", "--tensor-parallel-size"])
+def test_server_with_two_workers(qwen3_vl, option):
+    conversations = [user("What is this?", make_image(0)), user("Hello.")]
+    overrides = json.dumps({"cue_recovery": str(qwen3_vl.adapter)})
+    arguments = ("--hf-overrides", overrides, "--max-model-len", "2048", option, "2")
+    with server(qwen3_vl.base, *arguments, VLLM_CPU_OMP_THREADS_BIND="nobind") as address:
+        for rank in ("0", "1") if option == "--data-parallel-size" else ("0",):
+            assert_server_equals_transformers(address, qwen3_vl, conversations, **{"X-data-parallel-rank": rank})
+
+
+def test_server_that_speculates_by_ngrams(qwen3_vl):
+    """Several tokens per decode step, in which the module does nothing."""
+    conversations = [user("aaaaaaaa", make_image(0)), user("Hello."), user("ababababab", make_image(1))]
+    overrides = json.dumps({"cue_recovery": str(qwen3_vl.adapter)})
+    ngrams = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    arguments = ("--hf-overrides", overrides, "--max-model-len", "2048", "--speculative-config", json.dumps(ngrams))
+    with server(qwen3_vl.base, *arguments) as address:
+        assert_server_equals_transformers(address, qwen3_vl, conversations)
+        metrics = requests.get(f"{address}/metrics").text
+    assert float(re.search(r"^vllm:spec_decode_num_drafts_total\{.*\} (.*)$", metrics, re.MULTILINE)[1]) > 0
 
 
 @pytest.fixture
