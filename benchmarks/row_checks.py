@@ -96,8 +96,8 @@ def measure_resume(count: int) -> dict[str, float]:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "image.png")
-        file.write_bytes(make_png(32))
-        images = {"in the dataset": {"bytes": make_png(32), "path": None}, "files": {"bytes": None, "path": str(file)}}
+        file.write_bytes(make_png(4))
+        images = {"in the dataset": {"bytes": make_png(4), "path": None}, "files": {"bytes": None, "path": str(file)}}
         for kind, image in images.items():
             dataset = make_dataset(Path(folder, kind), count, image)
             checker = make_checker()
@@ -111,10 +111,13 @@ def run(quick: bool = False) -> dict[str, Any]:
     datasets.disable_progress_bars()
     datasets.disable_caching()
     counts = {64: 200} if quick else {64: 4_000, 500: 600, 1_000: 200}
-    throughput = {side: measure_throughput(side, count, 1 if quick else 5) for side, count in counts.items()}
+    throughput = {}
+    for side, count in counts.items():
+        throughput[side] = measure_throughput(side, count, 1 if quick else 3)
+        print(side, throughput[side], flush=True)
     datasets.enable_caching()
     resume = {count: measure_resume(count) for count in ([1_000] if quick else [1_000, 100_000, 1_000_000])}
-    print(throughput, resume, flush=True)
+    print(resume, flush=True)
     return {"throughput": throughput, "resume": resume}
 
 
