@@ -7,10 +7,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import matplotlib
 import peft
@@ -18,6 +20,7 @@ import torch
 import transformers
 import trl
 from matplotlib.figure import Figure
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 matplotlib.use("Agg")
@@ -92,6 +95,76 @@ def peak_memory(function: Callable[[], Any]) -> int:
     before = process_memory("VmRSS")
     function()
     return process_memory("VmHWM") - before
+
+
+class CountKernels(TorchDispatchMode):
+    """
+    While active, counts the operations that launch a kernel: views and allocations do not. A norm is one, forward or
+    backward, as on a GPU, where it is fused; on a CPU it is made of several.
+    """
+
+    WITHOUT_KERNEL = {
+        *("view", "_unsafe_view", "reshape", "expand", "transpose", "permute", "t", "unsqueeze", "squeeze", "select"),
+        *("slice", "split", "split_with_sizes", "unbind", "unfold", "as_strided", "detach", "alias", "lift_fresh"),
+        *("empty", "empty_like", "new_empty", "new_empty_strided", "promote_types"),
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.kernels: list[str] = []
+        self.is_in_norm = False
+        self.norms = patch.object(torch.nn.functional, "rms_norm", self._rms_norm)
+
+    def __enter__(self):
+        self.norms.start()
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        self.norms.stop()
+
+    def _rms_norm(self, input, normalized_shape, weight=None, eps=None):
+        return _CountedNorm.apply(self, input, normalized_shape, weight, eps)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        if not self.is_in_norm and name not in self.WITHOUT_KERNEL:
+            self.kernels.append(name)
+        return function(*args, **(kwargs or {}))
+
+    @contextmanager
+    def one_kernel(self, name: str) -> Iterator[None]:
+        self.kernels.append(name)
+        self.is_in_norm = True
+        try:
+            yield
+        finally:
+            self.is_in_norm = False
+
+
+class _CountedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, counter, inputs, shape, weight, eps):
+        ctx.save_for_backward(inputs, weight)
+        ctx.counter, ctx.shape, ctx.eps = counter, shape, eps
+        with counter.one_kernel("rms_norm"):
+            return torch.rms_norm(inputs, shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        needed = (ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        with ctx.counter.one_kernel("rms_norm_backward"), torch.enable_grad():
+            saved = ctx.saved_tensors
+            inputs = [
+                each if each is None else each.detach().requires_grad_(need)
+                for each, need in zip(saved, needed, strict=True)
+            ]
+            output = torch.rms_norm(inputs[0], ctx.shape, inputs[1], ctx.eps)
+            grads = iter(
+                torch.autograd.grad(output, [each for each, need in zip(inputs, needed, strict=True) if need], grad)
+            )
+        grad_inputs, grad_weight = (next(grads) if need else None for need in needed)
+        return None, grad_inputs, None, grad_weight, None
 
 
 def process_memory(field: str) -> int:

@@ -4,6 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
+from tiny_models import encode, make_image, make_qwen3_vl, user
+
+from trl_vicur import CueRecoveryConfig
+from trl_vicur.cue_recovery import CueRecoveryLayer
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -34,3 +40,22 @@ def test_sides_take_turns():
 def test_peak_memory_is_that_of_the_call():
     peak = measure.peak_memory(lambda: bytearray(200_000_000))
     assert peak == pytest.approx(200_000_000, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "dtype, autocast_adapter_dtype, most", [("float32", False, 12), ("bfloat16", False, 12), ("bfloat16", True, 17)]
+)
+def test_a_module_launches_12_kernels_and_a_call_8(processor, dtype, autocast_adapter_dtype, most):
+    """A float32 adapter on a bfloat16 backbone, as PEFT makes it, also casts what goes in and out."""
+    model = make_qwen3_vl().to(getattr(torch, dtype))
+    model = get_peft_model(model, CueRecoveryConfig(layer_interval=1), autocast_adapter_dtype=autocast_adapter_dtype)
+    inputs = encode(processor, [user("What?", make_image(0)), user("Which one?", make_image(1))])
+    hidden_states = torch.randn(*inputs["input_ids"].shape, 32, dtype=model.dtype)
+    layer = next(module for module in model.modules() if isinstance(module, CueRecoveryLayer))
+    with torch.no_grad(), measure.CountKernels() as of_call:
+        _, kwargs = model.base_model._add_context(model.get_base_model().model, (), inputs)
+        context = kwargs["cue_recovery_context"]
+        context.layer_inputs(hidden_states)
+    with torch.no_grad(), measure.CountKernels() as of_module:
+        layer(hidden_states, context)
+    assert len(of_call.kernels) <= 8 and len(of_module.kernels) <= most
