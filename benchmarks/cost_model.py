@@ -35,12 +35,15 @@ class GPU(NamedTuple):
     link: float = 450e9  # NVLink, each direction
     utilization: float = 0.4
     bandwidth_utilization: float = 0.7
+    launch: float = 5e-6  # of one kernel, from Python, without CUDA graphs
 
 
 NUM_GPUS = 8
 PROMPTS, PROMPT_TOKENS, VISUAL_TOKENS, CUE_TOKENS, COMPLETION_TOKENS = 128, 2048, 1024, 100, 4096
 BYTES = 2  # of a bfloat16
 VOCABULARY = 151936
+# Kernels that `--only cue_recovery` counts, a fused norm as one
+LAUNCHES = {"decoder_layer": 26, "module": 12, "call": 8}
 VISION_8B = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16)
 VISION_2B = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16)
 
@@ -123,6 +126,19 @@ class Costs:
         """The recovery modules, at the default interval."""
         carrying = len(carrying_layers(self.text, CueRecoveryConfig().layer_interval))
         return carrying * (4 * self.text.hidden_size**2 + 2 * self.text.hidden_size)
+
+
+def prefill_overhead(costs: Costs, tokens: int, gpu: GPU) -> float:
+    """
+    The modules' share of a prefill in eager PyTorch on a GPU: it takes as long as its launches or its products,
+    whichever is more. The modules' own products, of one token, are left out.
+    """
+    layers = costs.text.num_hidden_layers
+    carrying = len(carrying_layers(costs.text, CueRecoveryConfig().layer_interval))
+    launches = layers * LAUNCHES["decoder_layer"] * gpu.launch
+    added = (carrying * LAUNCHES["module"] + LAUNCHES["call"]) * gpu.launch
+    products = costs.decoder_flops(tokens) / (gpu.flops * gpu.utilization)
+    return max(launches + added, products) / max(launches, products) - 1
 
 
 def plan(student: Costs, teacher: Costs | None, full: bool, gpu: GPU) -> dict[str, Any]:
@@ -265,6 +281,15 @@ def run(quick: bool = False) -> dict[str, Any]:
     for row in checks["seconds"]:
         measured = row["measured_over_predicted"]["median"]
         print(f"{row['model']}, {row['tokens']} tokens: measured {measured:.2f} of predicted seconds")
+    overhead = {
+        f"{size}, {visual_tokens} visual tokens": prefill_overhead(
+            Costs(CONFIGS[size]), visual_tokens + NUM_TEXT_TOKENS, GPU()
+        )
+        for size in ("2B", "8B")
+        for visual_tokens in (min(GRIDS), max(GRIDS))
+    }
+    for name, share in overhead.items():
+        print(f"{name}: launches add {share:.1%} to an eager prefill")
     student = Costs(CONFIGS["8B"])
     plans = {}
     for name, teacher, full in (
@@ -278,7 +303,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         memory = sum(plans[name]["memory"].values()) / 1e9
         print(f"{name}: {total:.0f} s per step, {memory:.0f} GB for training on each GPU, {settings}")
         print("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in plans[name]["seconds"].items()))
-    return {"gpu": GPU()._asdict(), "checks": checks, "plans": plans}
+    return {"gpu": GPU()._asdict(), "checks": checks, "prefill_overhead": overhead, "plans": plans}
 
 
 def plot(results: dict[str, Any]) -> Figure:

@@ -29,6 +29,12 @@ def test_cost_model_has_the_real_sizes(size, billions, module_millions):
     assert costs.module_parameters / 1e6 == pytest.approx(module_millions, abs=0.1)
 
 
+def test_cost_model_counts_launches_where_they_bound_a_prefill():
+    costs, gpu = cost_model.Costs(cost_model.CONFIGS["2B"]), cost_model.GPU()
+    assert cost_model.prefill_overhead(costs, 128, gpu) == pytest.approx((6 * 12 + 8) / (28 * 26))
+    assert cost_model.prefill_overhead(costs, 1846, gpu) == 0
+
+
 def test_sides_take_turns():
     calls = []
     times = measure.alternate({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=2)
