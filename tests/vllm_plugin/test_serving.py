@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
 import requests
@@ -28,6 +29,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from trl_vicur.vllm import engine_config, model
 from trl_vicur.vllm.model import CueRecoveryMixin
+from trl_vicur.vllm.sinks import find_sinks
 
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
@@ -224,7 +226,7 @@ def start(qwen3_vl, tmp_path):
 
     def start(adapter_config: dict | None = None, **options):
         adapter = tmp_path / "adapter"
-        adapter.mkdir()
+        shutil.copytree(qwen3_vl.adapter, adapter)
         config = json.loads((qwen3_vl.adapter / "adapter_config.json").read_text()) | (adapter_config or {})
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         overrides = {"cue_recovery": str(adapter)} | options.pop("hf_overrides", {})
@@ -285,6 +287,11 @@ def test_an_adapter_of_another_base_model(start):
     config.model_config.model = "Qwen/Qwen3-VL-2B-Thinking"  # not here; its config would be the same
     with pytest.raises(ValueError, match="was trained on 'Qwen/Qwen3-VL-2B-Instruct', but .*Thinking' is served"):
         engine_config.CueRecoveryEngineConfig.verify_and_update_config(config)
+
+
+def test_a_step_in_micro_batches_is_refused():
+    with pytest.raises(RuntimeError, match="one micro-batch, but vLLM split a step into 2"):
+        find_sinks(None, None, None, [{}, {}], None)
 
 
 def test_an_architecture_that_has_no_module(start):

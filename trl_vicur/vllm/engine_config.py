@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedConfig
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -136,6 +136,7 @@ def _load_adapter_config(adapter: str, model_config: ModelConfig) -> "CueRecover
             f"Serve {base!r}."
         )
     _check_adapter_options(config, adapter)
+    _check_tied_embeddings(config, adapter, model_config.hf_config)
     return config
 
 
@@ -155,6 +156,22 @@ def _check_adapter_options(config: "CueRecoveryConfig", adapter: str) -> None:
             f"The cue recovery adapter {adapter!r} was trained with {', '.join(unserved)}, which vLLM cannot serve "
             f"as it was trained. {MERGE_FIRST}"
         )
+
+
+def _check_tied_embeddings(config: "CueRecoveryConfig", adapter: str, model_config: PreTrainedConfig) -> None:
+    """Embeddings and head that are one weight in vLLM, but of which the adapter changes one, as PEFT allows."""
+    if not model_config.tie_word_embeddings or (config.train_base and config.r == 0):
+        return
+    from peft.utils import load_peft_weights
+
+    for name in load_peft_weights(adapter, device="cpu"):
+        is_own = ".embed_tokens." in name or ".lm_head." in name
+        if is_own and (".lora_" in name or not config.train_base):
+            raise ValueError(
+                f"The cue recovery adapter {adapter!r} has {name!r}, which vLLM cannot serve as it was trained: "
+                "embeddings and head are one weight in the served model, and the adapter changes one of them. Train "
+                "with other `target_modules`, or serve with transformers."
+            )
 
 
 def _make_module_config(options: dict[str, Any], model_config: ModelConfig) -> "CueRecoveryConfig":

@@ -60,24 +60,24 @@ class CueRecoveryMixin:
                 "`--no-enable-prefix-caching --no-enable-chunked-prefill -cc.cudagraph_mode=FULL_DECODE_ONLY`."
             )
         if isinstance(self._adapter, str):
-            self.recovery_config = CueRecoveryConfig.from_pretrained(self._adapter)
+            self._recovery_config = CueRecoveryConfig.from_pretrained(self._adapter)
             self.secondary_weights = [DefaultModelLoader.Source(self._adapter, revision=None, fall_back_to_pt=False)]
         else:
-            self.recovery_config = CueRecoveryConfig(**self._adapter)
+            self._recovery_config = CueRecoveryConfig(**self._adapter)
         # Of the step that is being prepared: token ids, and which of them are visual
         self._prefill: tuple[torch.Tensor, torch.Tensor] | None = None
         self.recovery_modules: dict[str, SinkCrossAttention] = {}
 
         text_config = vllm_config.model_config.hf_config.get_text_config()
         layers = self.language_model.model.layers
-        for index in carrying_layers(text_config, self.recovery_config.layer_interval):
+        for index in carrying_layers(text_config, self._recovery_config.layer_interval):
             layer = layers[index]
             layer.cue_recovery = nn.Module()
             layer.cue_recovery.sink_attention = SinkCrossAttention(
                 text_config.hidden_size,
-                self.recovery_config.num_heads or text_config.num_attention_heads,
+                self._recovery_config.num_heads or text_config.num_attention_heads,
                 text_config.rms_norm_eps,
-                self.recovery_config.bottleneck_size,
+                self._recovery_config.bottleneck_size,
             )
             name = f"layers.{index}.cue_recovery"
             self.recovery_modules[name] = layer.cue_recovery.sink_attention
@@ -100,7 +100,7 @@ class CueRecoveryMixin:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         prefill, self._prefill = self._prefill, None
         context = get_forward_context()
-        batch = find_sinks(*prefill, positions, context.attn_metadata, self.recovery_config)
+        batch = find_sinks(*prefill, positions, context.attn_metadata, self._recovery_config)
         context.additional_kwargs["cue_recovery"] = batch
         output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         if batch is not None and (silent := sorted(self.recovery_modules.keys() - batch.updated_by)):
@@ -134,15 +134,15 @@ class CueRecoveryMixin:
             for source_name, source in weights:
                 is_adapters = isinstance(self._adapter, str) and source_name.startswith(PEFT_PREFIX)
                 if ".lora_" in source_name:
-                    if self.recovery_config.r == 0:
+                    if is_adapters and self._recovery_config.r == 0:
                         raise self._cannot_serve(source_name, "the adapter's config has `r=0`")
-                    continue  # `_lora_updates` has read it
+                    continue  # `_lora_updates` has read it, or training has merged it
                 for name, weight in self.hf_to_vllm_mapper.apply([(_without_peft(source_name), source)]):
                     if _MODULE in name:
                         module_weights[name] = weight
                         continue
-                    if is_adapters:
-                        self._check_replacement(source_name, name, from_base)
+                    if is_adapters and name not in from_base:
+                        raise self._cannot_serve(source_name, "the served checkpoint has no such weight")
                     (from_adapter if is_adapters else from_base).add(name)
                     if name in lora:
                         merged.add(name)
@@ -156,27 +156,21 @@ class CueRecoveryMixin:
                 f"{len(missing) - 1} other weight(s) that are not among those to be loaded. Serve the model that it "
                 "was trained on; an engine that takes weights from training needs an adapter without LoRA."
             )
-        if isinstance(self._adapter, str) and self.recovery_config.train_base:
-            if kept := sorted(name for name in from_base - from_adapter if not self._is_tied(name)):
+        if isinstance(self._adapter, str) and self._recovery_config.train_base:
+            tied = {"language_model.lm_head.weight"} if self.config.tie_word_embeddings else set()
+            if kept := sorted(from_base - from_adapter - tied):
                 raise ValueError(
                     f"The cue recovery adapter {self._adapter!r} has `train_base=True`, but lacks {len(kept)} "
                     f"weight(s) of the backbone, among them {kept[0]!r}. Save or download it again."
                 )
         return loaded | self._load_modules(module_weights)
 
-    def _check_replacement(self, source_name: str, name: str, from_base: set[str]) -> None:
-        """A backbone weight in the adapter's file must replace a weight of the checkpoint, and only that one."""
-        if name not in from_base:
-            raise self._cannot_serve(source_name, "the served checkpoint has no such weight")
-        if self._is_tied(name) and not self.recovery_config.train_base:
-            raise self._cannot_serve(source_name, "embeddings and head are one weight in the served model")
-
     def _load_modules(self, weights: dict[str, torch.Tensor]) -> set[str]:
         parameters = {name: parameter for name, parameter in self.named_parameters() if _MODULE in name}
         if isinstance(self._adapter, str) and (odd := sorted(parameters.keys() ^ weights.keys())):
             raise ValueError(
                 f"The cue recovery adapter {self._adapter!r} lacks, or has against its config "
-                f"(`layer_interval={self.recovery_config.layer_interval}`), {len(odd)} weight(s) of its modules, "
+                f"(`layer_interval={self._recovery_config.layer_interval}`), {len(odd)} weight(s) of its modules, "
                 f"among them {odd[0]!r}. Save or download it again."
             )
         with torch.no_grad():
@@ -188,7 +182,7 @@ class CueRecoveryMixin:
 
     def _lora_updates(self) -> dict[str, Callable[[], torch.Tensor]]:
         """For each weight with LoRA, by its name in vLLM, the function that computes the update, as PEFT's merge."""
-        config = self.recovery_config
+        config = self._recovery_config
         if config.r == 0:
             return {}
         factors = load_peft_weights(self._adapter, device="cpu")
@@ -201,21 +195,12 @@ class CueRecoveryMixin:
                 updates[f"{module}.weight"] = partial(_lora_update, a, b, self._scaling(module, len(a)), is_embedding)
             elif ".lora_" in name and not name.endswith((".lora_B.weight", ".lora_embedding_B")):
                 raise self._cannot_serve(name, "LoRA on linear layers and embeddings alone can be merged")
-        updates = self.hf_to_vllm_mapper.apply_dict(updates)
-        if tied := [name for name in updates if self._is_tied(name)]:
-            raise self._cannot_serve(f"LoRA of {tied[0]}", "embeddings and head are one weight in the served model")
-        return updates
+        return self.hf_to_vllm_mapper.apply_dict(updates)
 
     def _scaling(self, module: str, rank: int) -> float:
-        config = self.recovery_config
+        config = self._recovery_config
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
         return alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-    def _is_tied(self, name: str) -> bool:
-        """Whether a weight of the backbone serves as embeddings and as head."""
-        embeddings, head = self.language_model.model.embed_tokens, self.language_model.lm_head
-        names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-        return name in names and embeddings.weight is head.weight
 
     def _merge(self, name: str, weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.shape != update.shape:

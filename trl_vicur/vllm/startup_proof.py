@@ -37,7 +37,7 @@ def prove_module_runs(worker: WorkerBase, vllm_config: VllmConfig) -> None:
         module.register_forward_pre_hook(lambda _module, _args, name=name: calls.update([name]))
         for name, module in modules.items()
     ]
-    prefill, decode, cleanup = _steps(worker, vllm_config, model.recovery_config.sink_token_ids)
+    prefill, decode, cleanup = _steps(worker, vllm_config, model._recovery_config.sink_token_ids)
     _run(worker, prefill)
     in_prefill = Counter(calls)
     calls.clear()
