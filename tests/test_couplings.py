@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from served_teacher import make_trainer
 from test_signatures import WITH_PACKAGES_OF_THEIR_OWN
 from tiny_models import encode, make_image, make_qwen3_vl, user
@@ -25,6 +26,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import PushToHubMixin
 from trl import DistillationConfig, DistillationTrainer
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.kernels import chunked_logprob
 from trl.trainer.utils import RepeatSampler
 
 import trl_vicur
@@ -105,6 +107,11 @@ def test_a_field_that_trl_has_too_is_refused_by_name(tmp_path, monkeypatch):
 
 # Private names of the libraries' objects, each with whether it is where we know it
 FOREIGN = {
+    "_attn_implementation": lambda: hasattr(transformers.PreTrainedConfig(), "_attn_implementation"),
+    "_backward_kernel": lambda: "_backward_kernel" in vars(chunked_logprob),
+    "_compiled_call_impl": lambda: hasattr(torch.nn.Module(), "_compiled_call_impl"),
+    "_fingerprint": lambda: hasattr(Dataset.from_list([{}]), "_fingerprint"),
+    "_forward_kernel": lambda: "_forward_kernel" in vars(chunked_logprob),
     "_get_num_multimodal_tokens": lambda: hasattr(transformers.Qwen3VLProcessor, "_get_num_multimodal_tokens"),
     "_is_fsdp_managed_module": lambda: is_fsdp_managed_module(SimpleNamespace(_is_fsdp_managed_module=True)),
     "_name_or_path": lambda: "_name_or_path" in inspect.getsource(transformers.PreTrainedConfig),
@@ -140,6 +147,35 @@ def test_private_names_of_other_objects_exist():
     assert FOREIGN.keys() == used.keys(), f"No longer used: {sorted(FOREIGN.keys() - used.keys())}. Delete them here."
     lost = {name: sorted(used[name]) for name, is_found in FOREIGN.items() if not is_found()}
     assert not lost, f"Private names that {INSTALLED} do not have where we know them; they are used in {lost}."
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        (
+            "_forward_kernel",
+            "mm_ptr mm_stride targets_ptr max_ptr sum_exp_ptr x_sum_exp_ptr sq_sum_exp_ptr z_sum_ptr "
+            "max_before_target_ptr target_logit_ptr vocab_start n_cols logit_scale softcap inv_t HAS_SOFTCAP "
+            "HAS_ENTROPY HAS_LOG_SUM_SQ_PROBS HAS_MEAN_LOGITS HAS_IS_TOP1 BLOCK_SIZE",
+        ),
+        (
+            "_backward_kernel",
+            "mm_ptr mm_stride targets_ptr log_z_ptr entropy_ptr grad_logprobs_ptr grad_entropy_ptr vocab_start "
+            "n_cols logit_scale softcap inv_t HAS_SOFTCAP HAS_LOGPROB_GRAD HAS_ENTROPY_GRAD BLOCK_SIZE",
+        ),
+    ],
+)
+def test_triton_kernels_have_the_parameters_that_we_pass(name, parameters):
+    """They run on a GPU only, and are no functions to test_signatures.py where there is Triton."""
+    kernels = {
+        node.name: [argument.arg for argument in node.args.args]
+        for node in ast.parse(inspect.getsource(chunked_logprob)).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert kernels.get(name) == parameters.split(), (
+        f"trl {version('trl')} has another `{name}` in trl.kernels.chunked_logprob, with {kernels.get(name)}. "
+        "losses.py launches it with positional arguments in the order above: read what it does now, and adapt that."
+    )
 
 
 def test_vllm_engine_is_made_by_the_name_that_we_replace():
