@@ -210,7 +210,7 @@ def test_train_starts_as_many_processes_as_are_asked_for(tmp_path, capfd, model,
     run_train(tmp_path, model, str(tmp_path / "rows.parquet"), *on_cpu, *options)
     printed = capfd.readouterr()
     assert "'epoch': '1'" in printed.out and "following values were not passed" not in printed.err
-    run_train(tmp_path, model, str(tmp_path / "rows.parquet"), "--use_cpu", "--resume_from_checkpoint", "True")
+    run_train(tmp_path, model, str(tmp_path / "rows.parquet"), *on_cpu, *options, "--resume_from_checkpoint", "True")
     assert "following values were not passed" not in capfd.readouterr().err
 
 
