@@ -164,7 +164,7 @@ FORWARD = CueRecoveryMixin.forward
     ],
     ids=["images do not arrive", "also in decode steps", "hooks do not run"],
 )
-def test_an_engine_that_does_not_run_the_module_does_not_start(
+def test_invariant_14_an_engine_that_does_not_run_the_module_does_not_start(
     qwen3_vl, monkeypatch, target, name, replacement, message
 ):
     """Served is trained."""
@@ -173,7 +173,7 @@ def test_an_engine_that_does_not_run_the_module_does_not_start(
         pass
 
 
-def test_an_engine_whose_model_was_replaced_does_not_start(qwen3_vl, monkeypatch):
+def test_invariant_14_an_engine_whose_model_was_replaced_does_not_start(qwen3_vl, monkeypatch):
     """As by another plugin that registers the architecture later."""
     monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
     monkeypatch.setattr(utils, "_MODEL_ARCH_BY_HASH", {})  # vLLM's memory of what it has resolved
