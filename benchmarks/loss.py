@@ -1,10 +1,10 @@
 """
 The distillation losses at Qwen3-VL-2B's vocabulary: time and peak memory of forward and backward.
 
-1,024 completion tokens, hidden size 2048, vocabulary 151,936; the heads are frozen, as with an adapter. Each objective
-against the naive form, which has the logits of all tokens at once; and against the libraries' kernels: TRL's chunked
-log-probabilities and divergence, and Liger's fused linear JSD. Their errors against float64, in loss and gradient, are
-taken at a smaller size.
+1,024 completion tokens, hidden size 2048, vocabulary 151,936, in float32 and bfloat16; the heads are frozen, as with
+an adapter. Each objective against the naive form, which has the logits of all tokens at once, in the states' type; and
+against the libraries' kernels: TRL's chunked log-probabilities and divergence, and Liger's fused linear JSD. Their
+errors against float64 of the same operands, in loss and gradient, are taken at a smaller size.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
+from trl_vicur.trainer.lm_head import LMHead
 from trl_vicur.trainer.losses import (
-    LMHead,
     full_divergence,
     liger_divergence_sum,
     sampled_token_loss,
@@ -29,7 +29,7 @@ from trl_vicur.trainer.losses import (
 )
 
 
-DTYPE = torch.bfloat16 if IS_CUDA else torch.float32
+DTYPES = (torch.float32, torch.bfloat16)
 TOKENS, HIDDEN, VOCABULARY = 1024, 2048, 151936
 TOP_K = 100
 CLIPS = dict(epsilon=0.2, epsilon_high=0.2, advantage_clip=10.0)
@@ -137,13 +137,13 @@ def objectives() -> dict[str, dict[str, Objective]]:
     return table
 
 
-def largest_error(objective: Objective, naive: Objective) -> float:
+def largest_error(objective: Objective, naive: Objective, dtype: torch.dtype) -> float:
     """Relative error of loss and gradient against the naive form in float64."""
     errors = []
     results = []
-    for function, dtype in ((objective, torch.float32), (naive, torch.float64)):
-        problem = Problem(96, 64, 5000, torch.float32)
-        if dtype == torch.float64:
+    for function, is_exact in ((objective, False), (naive, True)):
+        problem = Problem(96, 64, 5000, dtype)
+        if is_exact:
             problem.student_states = problem.student_states.detach().double().requires_grad_()
             problem.teacher_states = problem.teacher_states.double()
             problem.student_head = LMHead(problem.student_head.weight.double())
@@ -163,7 +163,14 @@ def largest_error(objective: Objective, naive: Objective) -> float:
 
 
 def run(quick: bool = False) -> dict[str, Any]:
-    problem = Problem(*((256, 256, 20000) if quick else (TOKENS, HIDDEN, VOCABULARY)), DTYPE)
+    sizes = (256, 256, 20000) if quick else (TOKENS, HIDDEN, VOCABULARY)
+    rows = [row for dtype in DTYPES for row in rows_of(Problem(*sizes, dtype), dtype)]
+    return {"tokens": sizes[0], "vocabulary": sizes[2], "rows": rows}
+
+
+def rows_of(problem: Problem, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Each side of each comparison."""
+    dtype_name = str(dtype).removeprefix("torch.")
     rows = []
     for name, sides in objectives().items():
 
@@ -179,31 +186,36 @@ def run(quick: bool = False) -> dict[str, Any]:
                     times[side].append(seconds(lambda: call(objective)))
 
                 peaks[side].append(peak_memory(timed))
+        trl = next((side for side in sides if side.startswith("TRL")), None)
         for side, objective in sides.items():
             row = {
+                "dtype": dtype_name,
                 "objective": name,
                 "side": side,
                 "seconds": median(times[side]),
                 "time_over_naive": ratio(times[side], times["naive"]),
                 "peak_bytes": median(peaks[side]),
                 "peak_over_naive": ratio(peaks[side], peaks["naive"])["median"],
+                "error": largest_error(objective, sides["naive"], dtype),
             }
-            if side != "naive":
-                row["error"] = largest_error(objective, sides["naive"])
+            if trl is not None:
+                row["time_over_trl"] = ratio(times[side], times[trl])
             rows.append(row)
+            over_trl = f", {row['time_over_trl']['median']:.2f} of TRL's kernel" if trl is not None else ""
             print(
-                f"{name}, {side}: {row['seconds']:.2f} s ({row['time_over_naive']['median']:.2f} of naive), peak "
-                f"{row['peak_bytes'] / 2**20:.0f} MiB ({row['peak_over_naive']:.2f}), error {row.get('error', 0):.1e}",
+                f"{dtype_name}, {name}, {side}: {row['seconds']:.2f} s ({row['time_over_naive']['median']:.2f} of "
+                f"naive{over_trl}), peak {row['peak_bytes'] / 2**20:.0f} MiB ({row['peak_over_naive']:.2f}), error "
+                f"{row['error']:.1e}",
                 flush=True,
             )
-    return {"tokens": len(problem.token_ids), "vocabulary": len(problem.student_head.weight), "rows": rows}
+    return rows
 
 
 def plot(results: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(10, 10), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     rows = results["rows"]
-    labels = [f"{row['objective']}: {row['side']}" for row in rows]
+    labels = [f"{row['dtype']}, {row['objective']}: {row['side']}" for row in rows]
     colors = ["0.7" if row["side"] == "naive" else "C0" if row["side"] == "ours" else "C1" for row in rows]
     left.barh(labels, [row["peak_bytes"] / 2**30 for row in rows], color=colors)
     right.barh(labels, [row["seconds"] for row in rows], color=colors)
