@@ -274,6 +274,13 @@ def test_sampled_token_loss_clips_as_ppo(log_ratio, advantage, expected_ratio, c
     assert (logprobs.grad == 0).item() is clipped
 
 
+def test_the_difference_of_log_probabilities_is_clamped():
+    """And not each of them at −10 before, as in the authors' code: tokens that both find unlikely have advantages."""
+    student, teacher = torch.tensor([-12.0, -25.0, -1.0]), torch.tensor([-15.0, -2.0, -30.0])
+    _, advantages, _ = sampled_token_loss(student, student, teacher, 0.2, 0.2, advantage_clip=10.0)
+    assert advantages.tolist() == [-3.0, 10.0, -10.0]
+
+
 @pytest.mark.parametrize(
     "mode, expected",
     [

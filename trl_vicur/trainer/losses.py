@@ -221,6 +221,8 @@ def liger_divergence_sum(
     """
     The divergence of [`full_divergence`] by Liger's fused linear JSD, which only knows the sum over all tokens.
 
+    It rounds logits to the hidden states' type.
+
     Raises:
         `ValueError`: If a model scales or caps its logits, which Liger's loss does not do.
     """

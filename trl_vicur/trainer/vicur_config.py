@@ -81,7 +81,9 @@ class ViCuRConfig(DistillationConfig):
         epsilon_high (`float`, *optional*):
             Upper clip range, if it is to differ from `epsilon`.
         advantage_clip (`float`, *optional*, defaults to `10.0`):
-            Largest absolute advantage in `"sampled_token"`, in nats.
+            Largest absolute advantage in `"sampled_token"`, in nats: the difference of the two log-probabilities is
+            clamped. The authors' code also clamps each log-probability at −10 before it takes the difference, so that
+            a token that both find unlikely has no advantage; here it has its own.
         loss_aggregation (`str`, *optional*, defaults to `"token"`):
             `"token"` is the mean over all completion tokens of the batch, `"sequence"` the mean over completions of
             each completion's mean (as Eq. 7 is written).
