@@ -366,7 +366,7 @@ print("done", flush=True)
 
 def test_killed_at_many_points_nothing_is_lost_or_done_twice(tmp_path):
     """`SIGKILL` at random moments, from the opening of the store to the renaming of the last file."""
-    count = 60
+    count = 150
     make_dataset(count).save_to_disk(str(tmp_path / "dataset"))
     code = KILLED_RUN.format(
         tests=str(TESTS), log=str(tmp_path / "log"), dataset=str(tmp_path / "dataset"), output=str(tmp_path / "out")

@@ -30,7 +30,8 @@ RECORD = Path(__file__).with_name("signatures.json")
 
 
 def library_of(thing) -> str:
-    return thing.__module__.partition(".")[0]
+    # `torch.compile` leaves functions without a module among the globals of what it has compiled
+    return (thing.__module__ or "").partition(".")[0]
 
 
 def signature(function) -> str:
