@@ -271,7 +271,7 @@ def test_refused(tmp_path, trainer, make, message):
 
 
 def test_shape_that_the_processor_refuses(trainer):
-    with pytest.raises(ValueError, match=r"takes no image of such a shape \(of \[\(1000, 1\)\], in pixels\).*Crop or"):
+    with pytest.raises(ValueError, match=r"does not accept images of the sizes \[\(1000, 1\)\], in pixels: .*Crop or"):
         trainer._row_checker.check(row_with(make_image(0, (1000, 1))))
 
 

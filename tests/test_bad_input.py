@@ -206,12 +206,15 @@ REFUSED_ROWS = {
     # Placeholders of other layouts
     "placeholder-of-another-layout": (
         asks("<image>\nWhat?"),
-        "The text of `prompt` contains '<image>', a placeholder that the model would read as text: '<image>\\nWhat?'. "
-        "Give `prompt` a block {'type': 'image'} in its place, or remove it.",
+        "The text of `prompt` contains the placeholder '<image>', which the model would read as text: "
+        "'<image>\\nWhat?'. Replace it with a block {'type': 'image'} in `prompt`, or remove it.",
     ),
-    "numbered-placeholder": (asks([IMAGE, text("In <image 1>?")]), "The text of `prompt` contains '<image 1>'"),
-    "video-placeholder": (asks("<VIDEO> What?"), "a block {'type': 'video'} in its place"),
-    "placeholder-of-another-layout-in-cue": ({"cue": "<image_1> a dot"}, "The text of `cue` contains '<image_1>'"),
+    "numbered-placeholder": (asks([IMAGE, text("In <image 1>?")]), "contains the placeholder '<image 1>'"),
+    "video-placeholder": (asks("<VIDEO> What?"), "Replace it with a block {'type': 'video'} in `prompt`"),
+    "placeholder-of-another-layout-in-cue": (
+        {"cue": "<image_1> a dot"},
+        "The text of `cue` contains the placeholder '<image_1>'",
+    ),
     # Text that is none
     "lone-surrogate-in-question": (asks("a\ud800"), "`prompt` contains the lone surrogate '\\ud800', which is no"),
     "lone-surrogate-in-cue": ({"cue": "\udfffx"}, "`cue` contains the lone surrogate '\\udfff'"),
@@ -539,7 +542,7 @@ CONFLICTS = {
     ),
     "compiled-model": (
         dict(torch_compile=True),
-        "`torch_compile=True` is not supported: TRL replaces the forward that is compiled by one",
+        "`torch_compile=True` is not supported: TRL replaces the compiled forward with one",
     ),
     "completion-beyond-the-context": (dict(max_completion_length=2048), "exceeds the model's context of 2048 tokens"),
 }
@@ -611,7 +614,7 @@ REFUSED_RECOVERY_OPTIONS = [
     *[("sink_token", value, f"a token string, got {value!r}") for value in ("", None, 5)],
     ("train_base", "yes", "`train_base` must be True or False, got 'yes'"),
     *[("sink_token_ids", value, f"`sink_token_ids` must hold one token id, got {value!r}") for value in ([], [1, 2])],
-    ("sink_token", "assistant", "is no longer an option: the header has other token ids"),
+    ("sink_token", "assistant", "is no longer an option: its token ids depend on"),
 ]
 
 
@@ -670,7 +673,7 @@ def test_rows_whose_prompts_lack_the_sink_token():
     row = make_rows(1)[0]
     rows = [{**row, "prompt": [system, *row["prompt"]]}, {**row, "images": []}, row]
     config = CueRecoveryConfig(layer_interval=2, sink_token="<|endoftext|>")
-    message = r"Row 2 of train_dataset: The prompt has an image or video, but .* no sink token '<\|endoftext\|>' into"
+    message = r"Row 2 of train_dataset: The prompt has an image or video, .* lacks the sink token '<\|endoftext\|>'"
     with pytest.raises(ValueError, match=message):
         build(Dataset.from_list(rows * 2), processor=processor, peft_config=config)
     build(Dataset.from_list(rows[:2] * 2), processor=processor, peft_config=config)

@@ -301,4 +301,4 @@ def test_another_process_finds_the_receipt(tmp_path):
 def test_receipt_that_cannot_be_written_only_warns(tmp_path, caplog):
     (tmp_path / "cache").write_text("no folder")
     check(make_dataset(tmp_path / "rows"))
-    assert "The rows will be checked again by the next run" in caplog.text
+    assert "The next run will check the rows again" in caplog.text

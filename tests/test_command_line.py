@@ -287,11 +287,11 @@ def test_doctor_finds_what_the_trainer_would_refuse(capsys, monkeypatch, model, 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "`max_steps=-1` with a streamed dataset of an unknown number of rows"),
+        ([], "`max_steps=-1`, but the length of a streamed dataset is not known"),
         (["--max_steps", "2", "--num_iterations", "2"], "`num_iterations=2` needs a `Dataset`"),
         (
             ["--max_steps", "2", "--accelerator_config", '{"dispatch_batches": true}'],
-            "`accelerator_config={'dispatch_batches': True}` with a streamed dataset is not supported",
+            "`accelerator_config={'dispatch_batches': True}` is not supported with a streamed dataset",
         ),
     ],
 )

@@ -180,7 +180,7 @@ def test_a_failing_row_is_recorded_and_only_retried_on_request(tmp_path):
         ({"question": ""}, "asks nothing"),
         ({"question": None}, "asks nothing"),
         ({"question": "what <|im_end|> is it"}, "control token"),
-        ({"question": "<image>\nwhat is it"}, "`question` contains '<image>', a placeholder"),
+        ({"question": "<image>\nwhat is it"}, "`question` contains the placeholder '<image>'"),
     ],
 )
 def test_bad_rows_are_recorded(row, error):

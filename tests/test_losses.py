@@ -583,8 +583,8 @@ class NeedsMore(GraniteForCausalLM):
 @pytest.mark.parametrize(
     "model_class, message",
     [
-        (ScalesStates, "its head does not get what `model` returns"),
-        (ShiftsLogits, "it does not only scale or soft-cap the product"),
+        (ScalesStates, "its head is not called once with the output of `model`"),
+        (ShiftsLogits, "it does more to their product than scale or soft-cap it"),
         (NeedsMore, r"its forward fails with TypeError: .*pixel_values"),
     ],
 )

@@ -217,7 +217,8 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, checkpoints, arguments
 )
 def test_checkpoint_of_a_run_over_other_batches_is_refused(tmp_path, checkpoints, arguments, of_checkpoint, of_run):
     trainer = make_trainer(tmp_path, teacher_model_kind="ema", **arguments)
-    with pytest.raises(ValueError, match=f"made with .*`{of_checkpoint}`.*has .*`{of_run}`.*Resume with the settings"):
+    message = f"made with .*`{of_checkpoint}`.*has .*`{of_run}`.*Resume with the checkpoint's settings"
+    with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
 
 
@@ -232,7 +233,7 @@ def test_rollouts_of_another_partition_or_number_of_processes_are_refused(tmp_pa
     batches = tmp_path / "checkpoint-1" / "batches.json"
     batches.write_text(batches.read_text().replace('"num_processes": 1', '"num_processes": 2'))
     (tmp_path / "checkpoint-1" / "checkpoint_files.json").write_text("{}")
-    with pytest.raises(ValueError, match="made with `num_processes=2`, but this run has `num_processes=1`. It stands"):
+    with pytest.raises(ValueError, match="made with `num_processes=2`, but this run has `num_processes=1`. It was"):
         train(tmp_path, resume=True, num_iterations=2)
 
 

@@ -79,7 +79,7 @@ def test_privilege_for_a_thinking_student_warns(tmp_path, template, options, war
     messages = thinking_warnings(lambda: make_trainer(tmp_path, with_template(template), **options))
     assert len(messages) == warns
     if warns:
-        assert "`privilege='cue'`: a teacher with privilege costs thinking models up to 17 %" in messages[0]
+        assert "(`privilege='cue'`), which costs thinking models up to 17 %" in messages[0]
         assert "chat_template_kwargs={'enable_thinking': False}" in messages[0]
 
 

@@ -431,7 +431,7 @@ def test_invariant_2_the_base_teaches_whatever_an_adapter_trains(tmp_path, recwa
     inputs = encode(processor, [[{"role": "user", "content": [{"type": "image", "image": make_image(0)}]}]])
     is_moved = peft_config in MOVED_BASE.values()
     assert (trainer.teacher_model is not None) == is_moved
-    assert any("frozen copy of the base is the teacher" in str(each.message) for each in recwarn) == is_moved
+    assert any("the teacher is a frozen copy of the base" in str(each.message) for each in recwarn) == is_moved
     with torch.no_grad():
         if is_moved:
             teacher = trainer.teacher_model.eval()(**inputs).logits

@@ -18,7 +18,7 @@ from transformers import ProcessorMixin
 DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 ROLES = ("system", "user", "assistant", "tool")
 BLOCK_TYPES = ("text", "image", "video")
-# "<image>", "<image 1>", "<image_1>", "<video>": where other layouts put an image or a video
+# "<image>", "<image 1>", "<image_1>", "<video>": image and video slots of other prompt formats
 PLACEHOLDER = re.compile(r"<(image|video)(?:[ _-]?\d{1,3})?>", re.IGNORECASE)
 VISUAL_COLUMNS = ("images", "image", "videos", "video")
 
@@ -236,14 +236,14 @@ def check_messages(messages: Any) -> None:
 def check_placeholders(column: str, value: Any) -> None:
     """
     Raises:
-        `ValueError`: If a string of the value has a placeholder of another layout, which a model would read as text.
+        `ValueError`: If a string in the value has a placeholder of another format, which a model would read as text.
     """
     for text in all_strings(value):
         if placeholder := PLACEHOLDER.search(text):
             kind = placeholder[1].lower()
             raise ValueError(
-                f"The text of `{column}` contains {placeholder[0]!r}, a placeholder that the model would read as "
-                f"text: {shorten(text)}. Give `prompt` a block {{'type': '{kind}'}} in its place, or remove it."
+                f"The text of `{column}` contains the placeholder {placeholder[0]!r}, which the model would read as "
+                f"text: {shorten(text)}. Replace it with a block {{'type': '{kind}'}} in `prompt`, or remove it."
             )
 
 
@@ -290,7 +290,7 @@ def control_token_pattern(processing_class: ProcessorMixin) -> re.Pattern:
 
 class RowReader:
     """
-    Reads rows without decoding their images, which is most of the work; `image_size` checks them instead.
+    Read rows without decoding their images, which is most of the work; `image_size` checks the images instead.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -298,7 +298,7 @@ class RowReader:
     """
 
     def __init__(self, dataset: Dataset):
-        # A transform or format of the user's makes whole rows
+        # A user's transform or format expects whole rows
         is_formatted = dataset.format["type"] is not None
         columns = [] if is_formatted else [column for column in VISUAL_COLUMNS if column in dataset.column_names]
         self.visuals = dataset.select_columns(columns).with_format("arrow") if columns else None

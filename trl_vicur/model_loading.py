@@ -30,7 +30,7 @@ def naming_model(name: str) -> Iterator[None]:
 
 def end_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """
-    The tokens that end a text: those of the model's generation config, or else the tokenizer's.
+    Ids of the tokens that end a generated text, from the model's generation config or else from the tokenizer.
 
     Raises:
         `ValueError`: If neither has one.
@@ -40,8 +40,8 @@ def end_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
         end_ids = tokenizer.eos_token_id
     if end_ids is None:
         raise ValueError(
-            "Neither the model's generation config nor its tokenizer has an end token, so no text would ever end. Set "
-            "`generation_config.eos_token_id` to the token that ends a turn of the assistant."
+            "Neither the model's generation config nor its tokenizer has an end token, so generation would not stop. "
+            "Set `generation_config.eos_token_id` to the token that ends a turn of the assistant."
         )
     return end_ids if isinstance(end_ids, list) else [end_ids]
 

@@ -48,9 +48,9 @@ def add_privilege(prompt: list[dict[str, Any]], privilege: str | None, template:
 
 def hint_marker(template: str) -> str:
     """
-    The word by which a leaked hint is recognized: what introduces the privilege on its line or, if that has no word,
-    on the last line before it that has one, e.g. `"Hint"`. An empty string if no word stands between the privilege and
-    the prompt, or the beginning.
+    The text that identifies a leaked hint, e.g. `"Hint"`: the words before the privilege on its line or, if it has
+    none, the last line before it that has words. An empty string if there are none after the start of the template, or
+    after the prompt if that comes first.
     """
     introduction = ""
     for literal, field, _, _ in Formatter().parse(template):

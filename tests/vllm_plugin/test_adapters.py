@@ -124,7 +124,7 @@ def test_adapters_are_served_as_they_were_trained(llm, untied, tmp_path, config)
 def test_what_cannot_be_served_is_refused_by_name_until_peft_has_merged_it(llm, untied, tmp_path, config):
     trained = train(untied, tmp_path / "adapter", **{"r": 4, "target_modules": ["q_proj"], **config})
     name = next(iter(config))
-    with pytest.raises(ValueError, match=f"was trained with {name}=.* Let PEFT merge it"):
+    with pytest.raises(ValueError, match=f"was trained with {name}=.* Merge it with PEFT"):
         load(llm, untied.base, trained.adapter)
 
     merged = trained.model.merge_and_unload()
@@ -166,7 +166,7 @@ def rewrite(adapter: Path, change, **config) -> None:
         (
             lambda tensors: tensors.update({f"{DECODER_LAYER}self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}),
             {},
-            r"LoRA of shape \(256, 32\) for language_model.model.layers.1.self_attn.q_proj.weight",
+            r"LoRA update of shape \(256, 32\) for language_model.model.layers.1.self_attn.q_proj.weight",
         ),
     ],
     ids=["unknown tensor", "unknown LoRA", "r", "module lacks a weight", "train_base", "shape"],

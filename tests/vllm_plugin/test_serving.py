@@ -153,7 +153,7 @@ FORWARD = CueRecoveryMixin.forward
 @pytest.mark.parametrize(
     ("target", "name", "replacement", "message"),
     [
-        (CueRecoveryMixin, "embed_input_ids", _without_its_images, "did not run once each in the prefill of a prompt"),
+        (CueRecoveryMixin, "embed_input_ids", _without_its_images, "should run once in the prefill of a prompt"),
         (
             CueRecoveryMixin,
             "forward",
@@ -274,7 +274,7 @@ def test_engine_options_under_which_the_module_would_be_left_out_or_is_untested(
     [
         ({"hidden_size": 2048}, "was made for a model with `hidden_size` 2048, but .* has `hidden_size` 64"),
         ({"num_hidden_layers": 28}, "was made for a model with `num_hidden_layers` 28"),
-        ({"use_dora": True, "r": 4}, "was trained with use_dora=True, which vLLM cannot serve .* Let PEFT merge it"),
+        ({"use_dora": True, "r": 4}, "was trained with use_dora=True, which vLLM cannot serve .* Merge it with PEFT"),
     ],
 )
 def test_adapters_that_cannot_be_served(start, adapter_config, message):

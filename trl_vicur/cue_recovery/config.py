@@ -26,7 +26,7 @@ class CueRecoveryConfig(LoraConfig):
         sink_token (`str`, *optional*, defaults to `"first"`):
             The token that gathers the evidence. `"first"` is the first real (not padding) token of the sample, the
             paper's choice. A token string is that token's first occurrence: `"<|im_start|>"` begins Qwen's prompts,
-            and `"<|im_end|>"` closes their first turn, so that it has seen the question where that is the user's.
+            and `"<|im_end|>"` ends their first turn: it has seen the question if the prompt has no system turn.
             A token string needs [`CueRecoveryConfig.resolve_sink_token`], which [`ViCuRTrainer`] calls by itself, and
             a prompt with an image that lacks the token is an error.
         num_heads (`int`, *optional*):
@@ -47,7 +47,7 @@ class CueRecoveryConfig(LoraConfig):
         > Parameters that are filled in, and stored so that an adapter loads without a tokenizer
 
         sink_token_ids (`list[int]`, *optional*):
-            The id of the token that is the sink. Filled in by [`CueRecoveryConfig.resolve_sink_token`].
+            The sink token's id, as a list of one. Filled in by [`CueRecoveryConfig.resolve_sink_token`].
         hidden_size (`int`, *optional*):
             Hidden size of the text model that the adapter was made for.
         num_hidden_layers (`int`, *optional*):
@@ -104,10 +104,11 @@ class CueRecoveryConfig(LoraConfig):
             raise ValueError(f"`sink_token` must be 'first' or a token string, got {self.sink_token!r}.")
         if self.sink_token == "assistant":
             raise ValueError(
-                "`sink_token='assistant'`, the header of the turn to be generated, is no longer an option: the header "
-                "has other token ids after some texts and in another thinking mode, so the module was silently "
-                "skipped, and each turn of a tool rollout moved it. Use 'first' and train the adapter again; a token "
-                "that follows the question, such as '<|im_end|>' in prompts without a system turn, can still be named."
+                "`sink_token='assistant'`, the header of the turn to be generated, is no longer an option: its token "
+                "ids depend on the text before it and on the thinking mode, so the module was sometimes silently "
+                "skipped, and every turn of a tool rollout moved the sink. Use 'first' and train the adapter again. "
+                "To place the sink after the question, name a token there, such as '<|im_end|>' in prompts without a "
+                "system turn."
             )
         if not isinstance(self.train_base, bool):
             raise ValueError(f"`train_base` must be True or False, got {self.train_base!r}.")

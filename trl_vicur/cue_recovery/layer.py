@@ -23,18 +23,18 @@ class CueRecoveryContext:
             For each active adapter, the sink's index in the sequence, of shape `(batch,)`; `-1` where the sample has
             no sink.
         missing_sinks (`dict[str, Callable]`, *optional*):
-            For active adapters whose sink may be missing, what returns whether a sample has visual tokens and no sink,
-            of shape `(batch,)`. It is called when the layers have run.
+            For each active adapter whose sink may be missing, a function that returns which samples have visual tokens
+            but no sink, of shape `(batch,)`. It is called after the layers have run.
         always_found (`Collection[str]`, *optional*, defaults to `()`):
-            Adapters whose sink is in every sample, which saves looking for `-1`.
+            Adapters whose sink is in every sample, so that the layers need not check for `-1`.
 
     Attributes:
         has_arrived (`bool`):
             Whether it has reached a decoder layer.
     """
 
-    # Not a dataclass: under mixed precision FSDP2 rebuilds a forward's arguments by `torch.distributed.utils.
-    # _apply_to_tensors`, which copies dataclasses; the layers would then note their arrival on a copy
+    # Not a dataclass: under mixed precision FSDP2 rebuilds a forward's arguments with `torch.distributed.utils.
+    # _apply_to_tensors`, which copies dataclasses, so the layers would set `has_arrived` on a copy
     def __init__(
         self,
         visual_mask: torch.Tensor,
@@ -59,7 +59,7 @@ class CueRecoveryContext:
         return {name: torch.where(has_evidence, each, -1) for name, each in self._found_positions.items()}
 
     def layer_inputs(self, hidden_states: torch.Tensor) -> "LayerInputs":
-        """What layers compute with, on the device and in the dtype of `hidden_states`. Computed once per call."""
+        """The layers' inputs on the device and in the dtype of `hidden_states`, computed once for each such pair."""
         device, dtype = hidden_states.device, hidden_states.dtype
         if (device, dtype) not in self._inputs:
             mask = additive_mask(self.visual_mask, hidden_states)
@@ -76,14 +76,14 @@ class CueRecoveryContext:
 
 class LayerInputs(NamedTuple):
     """
-    A [`CueRecoveryContext`] in the form in which every layer needs it.
+    A [`CueRecoveryContext`], converted for the layers.
 
     Args:
         mask (`torch.Tensor` of shape `(batch, seq)`):
-            What is added to the scores, see [`additive_mask`].
+            Added to the scores, see [`additive_mask`].
         sinks (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
-            For each active adapter, a valid index in each sample, of shape `(batch, 1, 1)`, and whether the sample is
-            left untouched, of shape `(batch, 1)`.
+            For each active adapter, the sink's index in each sample (0 if it has none), of shape `(batch, 1, 1)`, and
+            whether the sample is left untouched, of shape `(batch, 1)`.
     """
 
     mask: torch.Tensor
@@ -141,8 +141,8 @@ class SinkCrossAttention(nn.Module):
         """
         The update z of the sink, in the folded form: O(seq · hidden · heads) instead of O(seq · hidden²).
 
-        Each weight is read in the forward of the layer that holds it. Offloading depends on that: accelerate's hooks
-        bring a weight in for that long.
+        Each weight is read only in the forward of the submodule that owns it: with offloading, accelerate's hooks
+        load a weight just for that call.
 
         Args:
             sink (`torch.Tensor` of shape `(batch, hidden)`):
@@ -150,7 +150,7 @@ class SinkCrossAttention(nn.Module):
             hidden_states (`torch.Tensor` of shape `(batch, seq, hidden)`):
                 Hidden states of the whole sequences.
             visual_mask (`torch.Tensor` of shape `(batch, seq)`):
-                `True` at the visual tokens. Or floats in the dtype of `hidden_states` that are added to the scores.
+                `True` at the visual tokens; or an additive mask in the dtype of `hidden_states`.
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden)`: The update, to be added to the sink.
@@ -187,12 +187,12 @@ class SinkCrossAttention(nn.Module):
 
 class FoldedKeys(nn.Linear):
     """
-    W_K, applied to the query instead of the tokens: there is one query, so the keys, `(batch, seq, hidden)`, never
-    exist.
+    W_K, applied to the query instead of the tokens. There is one query, so the keys, `(batch, seq, hidden)`, are
+    never materialized.
     """
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
-        """From queries `(batch, heads, head_dim)` to `(batch, heads, hidden)`."""
+        """Map queries `(batch, heads, head_dim)` to `(batch, heads, hidden)`."""
         return torch.einsum("bhe,hed->bhd", query, self.weight.unflatten(0, query.shape[1:]))
 
 
@@ -200,12 +200,12 @@ class HeadwiseValues(nn.Linear):
     """W_V, applied to each head's average of the tokens instead of the tokens."""
 
     def forward(self, averaged: torch.Tensor) -> torch.Tensor:
-        """From averages `(batch, heads, hidden)` to `(batch, heads, head_dim)`."""
+        """Map averages `(batch, heads, hidden)` to `(batch, heads, head_dim)`."""
         return _HeadwiseLinear.apply(averaged.to(self.weight.dtype), self.weight.unflatten(0, (averaged.shape[1], -1)))
 
 
 class NormedAverage(nn.RMSNorm):
-    """norm_kv, and each head's average of the hidden states that it normalizes."""
+    """norm_kv, followed by each head's attention-weighted average of the normalized hidden states."""
 
     def forward(
         self,
@@ -216,7 +216,7 @@ class NormedAverage(nn.RMSNorm):
         weights_only: bool = False,
     ) -> torch.Tensor:
         """
-        Average the normalized hidden states by attention.
+        Average the normalized hidden states, weighted by attention.
 
         Args:
             folded_query (`torch.Tensor` of shape `(batch, heads, hidden)`):
@@ -224,19 +224,20 @@ class NormedAverage(nn.RMSNorm):
             hidden_states (`torch.Tensor` of shape `(batch, seq, hidden)`):
                 Hidden states of the whole sequences.
             mask (`torch.Tensor` of shape `(batch, seq)`):
-                What is added to the scores.
+                Added to the scores.
             scale (`float`):
-                Factor of the scores.
+                Factor on the scores.
             weights_only (`bool`, *optional*, defaults to `False`):
-                Whether to return the attention weights, `(batch, heads, seq)`, in float32 at least.
+                Whether to return the attention weights instead of the averages.
 
         Returns:
-            `torch.Tensor` of shape `(batch, heads, hidden)`: The averages.
+            `torch.Tensor` of shape `(batch, heads, hidden)`: The averages; or the attention weights, of shape
+            `(batch, heads, seq)`, in at least float32.
         """
         weight = self.weight
         if weight.dtype != hidden_states.dtype:
-            # A float32 adapter on a bfloat16 backbone: rounded, the norm's weight would lose most of what it learned,
-            # so it is folded into query and averages
+            # A float32 adapter on a bfloat16 backbone: rounding the norm's weight would lose most of what it learned,
+            # so fold it into the query and the averages instead
             folded_query, weight = (folded_query * weight).to(hidden_states.dtype), None
         args = (folded_query, hidden_states, weight, mask, scale, self.eps)
         if weights_only:
@@ -247,10 +248,10 @@ class NormedAverage(nn.RMSNorm):
 
 
 def additive_mask(visual_mask: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    """0 at the visual tokens, and elsewhere so low that the attention weight is exactly zero."""
+    """0 at visual tokens, elsewhere so low that the weight is exactly zero if the sample has visual tokens."""
     if visual_mask.is_floating_point():
         return visual_mask
-    # Not -inf, nor what becomes -inf when a score is added: samples without visual tokens would become NaN
+    # Half the minimum, since a score is added: with -inf, samples without visual tokens would become NaN
     low = torch.finfo(hidden_states.dtype).min / 2
     return hidden_states.new_full(visual_mask.shape, low).masked_fill_(visual_mask.to(hidden_states.device), 0.0)
 
@@ -265,8 +266,8 @@ def _attend(
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Attention weights `(batch, heads, seq)` in `dtype`, and the normalized hidden states. The query meets normalized
-    states only, so that an outlier overflows float16 no earlier than in Eq. 3-4 as they are written.
+    Attention weights `(batch, heads, seq)` in `dtype`, and the normalized hidden states. States are normalized before
+    the product with the query, so that outliers overflow float16 no earlier than in Eq. 3-4 as written.
     """
     normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, eps)
     scores = torch.baddbmm(mask.unsqueeze(1), folded_query, normed.mT, alpha=scale)
@@ -274,7 +275,7 @@ def _attend(
 
 
 def _average(folded_query: torch.Tensor, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
-    """Averages of the normalized hidden states by attention, `(batch, heads, hidden)`; arguments of [`_attend`]."""
+    """Attention-weighted averages of the normalized states, `(batch, heads, hidden)`. Arguments as [`_attend`]."""
     weights, normed = _attend(folded_query, hidden_states, *args, dtype=_float32_at_least(hidden_states))
     return torch.bmm(weights.to(normed.dtype), normed)
 
@@ -285,8 +286,8 @@ def _float32_at_least(tensor: torch.Tensor) -> torch.dtype:
 
 class _RecomputedAverage(torch.autograd.Function):
     """
-    [`_average`] that keeps its inputs only: autograd would keep the normalized hidden states, `(batch, seq, hidden)`,
-    which one kernel computes again.
+    [`_average`] that saves only its inputs for backward: autograd would also save the normalized hidden states,
+    `(batch, seq, hidden)`, which one kernel recomputes.
     """
 
     @staticmethod
@@ -301,7 +302,7 @@ class _RecomputedAverage(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(folded_query, hidden_states, weight, mask)
         ctx.scale, ctx.eps = scale, eps
-        # In low precision, a softmax computes in float32 as well and rounds its result: one kernel less
+        # No `dtype`: in low precision softmax computes in float32 anyway and rounds its result, which saves a kernel
         weights, normed = _attend(folded_query, hidden_states, weight, mask, scale, eps)
         return torch.bmm(weights, normed)
 
@@ -314,7 +315,7 @@ class _RecomputedAverage(torch.autograd.Function):
                 for tensor, needs_grad in zip(inputs, ctx.needs_input_grad, strict=False)
             ]
             folded_query, hidden_states, weight = inputs
-            # A factor of the product itself would be multiplied with the gradient of all hidden states
+            # Scale the query: a scale on the product would be applied to the gradient of all hidden states
             scaled_query, dtype = folded_query * ctx.scale, _float32_at_least(hidden_states)
             weights, normed = _attend(scaled_query, hidden_states, weight, mask, 1.0, ctx.eps, dtype)
             weights = weights.to(normed.dtype)
@@ -338,7 +339,7 @@ class _HeadwiseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
-        # Laid out for W_O, which would copy what `einsum` returns
+        # In the memory layout that W_O reads without the copy that an `einsum` would need
         outputs = inputs.new_empty(*inputs.shape[:2], weight.shape[1])
         torch.bmm(inputs.transpose(0, 1), weight.mT, out=outputs.transpose(0, 1))
         return outputs
@@ -472,11 +473,11 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
 
     def execution_device(self, hidden_states: torch.Tensor) -> torch.device:
         """
-        The device of the weights. This layer runs before accelerate moves the decoder layer's inputs there
-        (`device_map`).
+        The device of the weights; for offloaded weights that of `hidden_states`. Under `device_map` this layer runs
+        before accelerate moves the decoder layer's inputs there.
         """
         weight = next(self.sink_attention.parameters())
-        # accelerate keeps offloaded weights on "meta"; its hooks, one per weight, then move weights and inputs
+        # accelerate keeps offloaded weights on "meta", and its hooks on the submodules move weights and inputs
         is_offloaded = weight.is_meta and any(hasattr(module, "_hf_hook") for module in self.sink_attention.modules())
         return hidden_states.device if is_offloaded else weight.device
 
@@ -498,7 +499,7 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
         # PEFT asks a weight named `weight`; a decoder layer has many, and quantized ones are not floating point
         own = {id(parameter) for parameter in self.parameters()}
         weight = next(p for p in base_layer.parameters() if p.is_floating_point() and id(p) not in own)
-        # Of offloaded weights, which stand on "meta" between calls, accelerate knows where they run
+        # Offloaded weights are on "meta" between calls; accelerate's hooks know the device they run on
         hooks = (getattr(module, "_hf_hook", None) for module in base_layer.modules() if weight.is_meta)
         device = next((hook.execution_device for hook in hooks if isinstance(hook, AlignDevicesHook)), None)
         return weight.device if device is None else torch.device(device), weight.dtype

@@ -177,14 +177,14 @@ class CueRecoveryModel(LoraModel):
         if not self._carries_recovery(peft_config, target):
             super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, **kwargs)
             return
-        # `PeftModel.from_pretrained` takes accelerate's hooks off, and moves only LoRA's weights to disk
+        # `PeftModel.from_pretrained` removes accelerate's hooks, and offloads only LoRA's weights to disk
         device_map = getattr(self.model, "hf_device_map", {})
         is_offloaded = "disk" in device_map.values() and next(target.parameters()).is_meta
         if is_offloaded and not any(hasattr(module, "_hf_hook") for module in target.modules()):
             raise ValueError(
-                f"{current_key} is offloaded to disk, where PEFT cannot load a recovery module. Load the adapter onto "
-                "a model without disk offload, then call `accelerate.disk_offload` on the result; or keep the layers "
-                "that carry modules in memory with your own `device_map`."
+                f"{current_key} is offloaded to disk, and PEFT cannot load a recovery module there. Load the adapter "
+                "onto a model without disk offload and call `accelerate.disk_offload` on the result, or pass a "
+                "`device_map` that keeps the layers with modules in memory."
             )
         text_config = self.model.config.get_text_config()
         if not _has_recovery_layer(target):
@@ -262,7 +262,7 @@ class CueRecoveryModel(LoraModel):
         return args, {**kwargs, "cue_recovery_context": context}
 
     def _find_sinks(self, adapter_name: str, input_ids: torch.Tensor, attention_mask: Any) -> torch.Tensor:
-        """Index of each sample's sink, `(batch,)`; `-1` where there is none."""
+        """Index of each sample's sink, `(batch,)`; `-1` if it has none."""
         config = self.peft_config[adapter_name]
         if config.sink_token == "first":
             return first_real_token(input_ids, attention_mask)
@@ -278,17 +278,17 @@ class CueRecoveryModel(LoraModel):
         else:
             is_packed = packed_rows(input_ids, mask, position_ids, uses_flash_attention)
         if is_packed is None:
-            return  # without waiting for the device, as nearly every call
+            return  # the common case, which does not wait for the device
         if rows := torch.nonzero(is_packed & visual_mask.any(dim=1)).flatten().tolist():
             raise ValueError(
-                f"Row(s) {rows} of the batch hold several samples, and images: positions start anew within the row, "
-                f"its attention mask keeps parts of it apart, or the call has {', '.join(PACKING_ARGUMENTS)}. Cue "
-                "recovery reads one sample per row, and would mix their images. Pad the samples instead of packing "
+                f"Row(s) {rows} of the batch hold several samples, and images: positions restart within the row, its "
+                f"attention mask separates parts of it, or the call has one of {', '.join(PACKING_ARGUMENTS)}. Cue "
+                "recovery expects one sample per row and would mix their images. Pad the samples instead of packing "
                 "them (no `packing`, no `padding_free`, no continuous batching)."
             )
 
     def _check_context(self, backbone: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Forward hook of the backbone: a row with an image must have a sink, and the decoder layers the context."""
+        """Forward hook of the backbone: check that layers got the context and that rows with images have a sink."""
         context = kwargs.get("cue_recovery_context")
         if context is None:
             return
@@ -303,7 +303,7 @@ class CueRecoveryModel(LoraModel):
                     f"Row(s) {rows} of the batch have an image, but not the sink token "
                     f"{self.peft_config[name].sink_token!r} of the adapter '{name}', so its recovery module would do "
                     "nothing there. Render prompts with the processor and the chat template that the adapter was "
-                    "trained with. If it is new, choose a token that every prompt has, or `sink_token='first'`."
+                    "trained with. For a new adapter, choose a token that every prompt has, or `sink_token='first'`."
                 )
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
@@ -471,8 +471,8 @@ def _has_recovery_layer(decoder_layer: nn.Module) -> bool:
 
 def read_later(mask: torch.Tensor) -> Callable[[], torch.Tensor]:
     """
-    A mask on the CPU, for when it is called. On a GPU the copy begins now, and the call waits for this copy alone: to
-    ask for it later would wait for all the work that has been queued in between.
+    Return a function that returns the mask on the CPU. On a GPU the copy starts now and the function waits for this
+    copy alone; a copy that starts later would also wait for all work queued in between.
     """
     if not mask.is_cuda:
         return lambda: mask

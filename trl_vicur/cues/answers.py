@@ -97,9 +97,9 @@ ARITHMETIC = (
     *(sympy.Add, sympy.Mul, sympy.Pow, sympy.Number, sympy.NumberSymbol, sympy.Symbol, ImaginaryUnit),
     sympy.UnevaluatedExpr,
 )
-# "x ∈ [0, 1]" says as much as "[0, 1]"
+# "x ∈ [0, 1]" means "[0, 1]"
 MEMBER_OF = re.compile(r"\A\s*[A-Za-z]\s*\\in(?![A-Za-z])")
-# A decimal of as many significant digits may be a rounded value; one of fewer is what it says
+# A decimal with at least this many significant digits may be rounded; one with fewer is taken as exact
 ROUNDED_DIGITS = 6
 COLLECTIONS = (sympy.Tuple, sympy.Set, sympy.And, Relational, BooleanAtom)
 
@@ -112,8 +112,8 @@ def is_correct(completion: str, answer: str) -> bool:
     is"; without any, the last sentence, or the option or the yes or no that the completion begins with. Then
 
     - a reference that is an option's letter: the final answer must name this option, and no other;
-    - mathematics: it must have the same value, at any scale; a decimal of six or more significant digits may be a
-      rounded value, and 50 % is 50 or 0.5. Units are not compared, as is usual with
+    - mathematics: it must have the same value, however small; a decimal with six or more significant digits may be
+      rounded, and 50 % equals 50 and 0.5. Units are not compared, as is usual with
       [math-verify](https://github.com/huggingface/Math-Verify), which compares the expressions. Those that could take
       long are compared as text;
     - other text: its words, or those behind its last "is", "shows", …, must be the same but for articles and the like.
@@ -203,7 +203,7 @@ def _named_option(text: str) -> str | None:
 
 
 def _letter(match: re.Match) -> str:
-    """The only group that matched, as options are written."""
+    """The option's letter, from the only group that matched, in upper case."""
     return next(filter(None, match.groups())).upper()
 
 
@@ -266,13 +266,13 @@ def _is_same_value(text: str, answer: str) -> bool:
 def _is_same_expression(answer: sympy.Basic, other: sympy.Basic) -> bool:
     if _is_number(answer) and _is_number(other):
         return _is_same_number(answer, other)
-    # math-verify compares decimals by their first six places, which takes all tiny values for one. It gets none
+    # math-verify rounds decimals to six places, so all tiny values would be equal. Pass it exact fractions instead
     numbers = list(_numbers(answer))
     exact = {
         number: next((each for each in numbers if _is_same_number(each, number)), number) for number in _numbers(other)
     }
     other = other.xreplace(exact)
-    is_linear = not answer.has(sympy.Pow) and not other.has(sympy.Pow)  # others may take long to solve
+    is_linear = not answer.has(sympy.Pow) and not other.has(sympy.Pow)  # solving others may take long
     answer, other = (each.xreplace({number: _exact(number) for number in _numbers(each)}) for each in (answer, other))
     return verify(answer, other, numeric_precision=50, allow_set_relation_comp=is_linear, timeout_seconds=None)
 
@@ -291,7 +291,7 @@ def _numbers(expression: sympy.Basic) -> Iterator[sympy.Expr]:
 
 
 def _exact(number: sympy.Expr) -> sympy.Expr:
-    """The number with fractions in place of decimals and percentages."""
+    """The number with fractions instead of decimals and percentages."""
     return number.xreplace({each: sympy.Rational(str(each)) for each in number.atoms(sympy.Float)}).doit()
 
 
@@ -307,7 +307,7 @@ def _is_same_number(one: sympy.Expr, other: sympy.Expr) -> bool:
         return True
     difference, *sizes = (abs(sympy.N(value, 30)) for value in (values[0] - values[1], *values))
     if not all(value.is_Float or value.is_zero for value in (difference, *sizes)):
-        return False  # infinite, or not defined
+        return False  # infinite or undefined
     size = max(sizes)
     is_exact = all(value.is_Rational for value in values)
     if not is_exact and difference <= size * sympy.Rational(1, 10**20):
@@ -321,7 +321,7 @@ def _is_same_number(one: sympy.Expr, other: sympy.Expr) -> bool:
 
 
 def _num_digits(decimal: sympy.Float) -> int:
-    """Significant digits of a decimal, without zeros at its end."""
+    """Number of significant digits of a decimal, without trailing zeros."""
     return len(Decimal(str(decimal)).normalize().as_tuple().digits)
 
 

@@ -201,7 +201,7 @@ class TrainingCheck:
         factors = (args.per_device_train_batch_size, args.gradient_accumulation_steps, self.num_processes)
         return [
             *(
-                (name, "streamed: its rows are checked when they are used")
+                (name, "streamed: its rows are checked as they are used")
                 if isinstance(dataset, IterableDataset)
                 else (name, f"{len(dataset):,} rows")
                 for name, dataset in self.datasets.items()

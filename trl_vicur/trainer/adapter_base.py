@@ -1,9 +1,9 @@
 """
-Whether a model without its adapter is, and stays, the model that the adapter was made for.
+Check that a model whose adapter is disabled is, and stays, its base model.
 
-`disable_adapter()` takes the adapter out of the forward pass. It does not undo what attaching it did to the base
-weights (PiSSA and its relatives move a part of them into the adapter), nor what training does to those that train
-beside it (`bias`).
+`disable_adapter()` removes the adapter from the forward pass. It does not undo changes of the base weights when the
+adapter was attached (PiSSA and its relatives move a part of them into the adapter), nor the training of base weights
+together with the adapter (`bias`).
 """
 
 from collections.abc import Iterator
@@ -21,17 +21,17 @@ from transformers import PreTrainedModel
 from trl.trainer import distillation_trainer
 
 
-# Initializations of LoRA that leave the base as it is. For an adapter that was attached elsewhere; others are measured
+# LoRA initializations that leave the base unchanged, for adapters attached elsewhere; for others, weights are compared
 KEEPING_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @contextmanager
 def refusing_adapters_that_rewrite_the_base() -> Iterator[None]:
     """
-    While active, the adapter that TRL attaches must leave the base weights as they are: their bits are compared.
+    While active, the adapter that TRL attaches must not change the base weights: their checksums are compared.
 
     Raises:
-        `ValueError`: If it does not.
+        `ValueError`: If it changes one.
     """
     attach = distillation_trainer.get_peft_model
 
@@ -47,9 +47,9 @@ def refusing_adapters_that_rewrite_the_base() -> Iterator[None]:
         if changed:
             raise ValueError(
                 f"Attaching the adapter rewrote {len(changed)} weight(s) of the base model, among them "
-                f"'{changed[0]}'{_named_initialization(peft_config)}. The model without its adapter, which is to be "
-                "the teacher, would not be the base, and the saved adapter would fit no model but this one. Choose "
-                "an initialization that leaves the base as it is, e.g. `init_lora_weights=True`."
+                f"'{changed[0]}'{_named_initialization(peft_config)}. The model without its adapter, which teaches by "
+                "default, would not be the base, and the saved adapter would fit only this rewritten base. Choose an "
+                "initialization that leaves the base unchanged, e.g. `init_lora_weights=True`."
             )
         return peft_model
 
@@ -62,14 +62,14 @@ def refusing_adapters_that_rewrite_the_base() -> Iterator[None]:
 
 def check_attached_adapters(peft_configs: dict[str, PeftConfig]) -> None:
     """
-    Check the adapters of a model that is passed with them, whose base cannot be compared with what it was.
+    Check adapters that the user attached, by their configs, since the original base weights are not known.
 
     Args:
         peft_configs (`dict[str, PeftConfig]`):
-            The adapters' configs by their names.
+            The adapters' configs by name.
 
     Raises:
-        `ValueError`: If one was made in a way that rewrites the base, or trains a part of it.
+        `ValueError`: If an adapter's initialization rewrites the base, or if it trains a part of the base.
     """
     for name, config in peft_configs.items():
         if not isinstance(config, LoraConfig):
@@ -85,7 +85,7 @@ def check_attached_adapters(peft_configs: dict[str, PeftConfig]) -> None:
 
 
 def trainable_base_weights(model: PeftModel) -> list[str]:
-    """Names of the weights that train and belong to no adapter, so that they stay as trained when it is disabled."""
+    """Names of the trainable weights outside adapters, which keep their trained values when adapters are disabled."""
     in_adapters = set()
     for module in model.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -96,7 +96,7 @@ def trainable_base_weights(model: PeftModel) -> list[str]:
 
 
 def _named_initialization(config: PeftConfig) -> str:
-    """The option that says how an adapter begins, as a part of a sentence."""
+    """The option that sets an adapter's initialization, in parentheses, for an error."""
     if not isinstance(config, LoraConfig):
         return f" ({config.peft_type.value})"
     if config.kasa_config is not None:
@@ -105,12 +105,12 @@ def _named_initialization(config: PeftConfig) -> str:
 
 
 def _checksum(parameter: nn.Parameter) -> int | None:
-    """Sum of a tensor's bits, read as integers. `None` where there are none to read."""
+    """Sum of a tensor's bytes, read as integers. `None` for tensors on "meta" and for tensor subclasses."""
     if parameter.is_meta or is_traceable_wrapper_subclass(parameter):
         return None
     data = parameter.data.contiguous().view(-1).view(torch.uint8)
     if data.storage_offset() % 8:
         data = data.clone()
-    # Eight bytes at a time: on a CPU 200 times as fast as two
+    # Sum 8 bytes at a time, which a CPU does 200 times as fast as 2 bytes at a time
     whole = len(data) // 8 * 8
     return int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())

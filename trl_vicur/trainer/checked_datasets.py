@@ -1,8 +1,8 @@
 """
-Which datasets have passed the check of their rows, so that a resumed run does not check a million rows again.
+Remember which datasets have passed the check of their rows, so that a resumed run need not check a million rows again.
 
-A dataset that has passed leaves an empty file in the cache of `datasets`. Its name is a digest of everything that the
-verdict depends on, so a file is either there, and true, or not: a check that is killed leaves none.
+A dataset that has passed leaves an empty file, its receipt, in the cache of `datasets`. The file's name is a digest of
+everything that the result depends on, so a receipt is never out of date, and a killed check leaves none.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A smaller dataset is checked sooner than the digest is made
+# Checking fewer rows is faster than computing the digest
 MIN_ROWS = 100
 
 
@@ -41,9 +41,8 @@ def receipt_of(dataset: Dataset, checker: "RowChecker") -> Path | None:
             The check of a row.
 
     Returns:
-        `Path` or `None`: `None` where the dataset is small, where `datasets` may cache nothing
-        ([`~datasets.disable_caching`]), and where rows may change unnoticed: a transform makes them, or their images
-        are addresses.
+        `Path` or `None`: `None` if the dataset is small, if caching is off ([`~datasets.disable_caching`]), or if rows
+        may change unnoticed, because a transform makes them or their images are URLs.
     """
     if len(dataset) < MIN_ROWS or not datasets.is_caching_enabled() or dataset.format["type"] is not None:
         return None
@@ -55,23 +54,23 @@ def receipt_of(dataset: Dataset, checker: "RowChecker") -> Path | None:
                     files += map(_file_state, _paths(chunk))
     except ValueError:
         return None
-    # The fingerprint of a dataset that was loaded from disk is what a file of its folder says, so files have a say too
+    # A dataset loaded from disk reads its fingerprint from a file there, so include the state of its data files
     parts = (dataset._fingerprint, len(dataset), dataset.column_names, files, checker.digest)
     name = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
     return Path(datasets.config.HF_DATASETS_CACHE, "trl_vicur_checked_datasets", name)
 
 
 def write_receipt(receipt: Path) -> None:
-    """Remember that a dataset has passed; where the disk does not allow it, the next run checks again."""
+    """Remember that a dataset has passed. If the file cannot be written, the next run checks again."""
     try:
         receipt.parent.mkdir(parents=True, exist_ok=True)
         receipt.touch()
     except OSError as error:
-        logger.warning(f"The rows will be checked again by the next run: {receipt} cannot be written ({error}).")
+        logger.warning(f"The next run will check the rows again, because {receipt} cannot be written ({error}).")
 
 
 def _file_state(path: str) -> tuple[str, int, int] | str:
-    """By which a changed file is noticed. One that is missing is for the check to find."""
+    """Size and modification time, to notice changes. A missing file has none; the check of rows reports it."""
     try:
         state = os.stat(path)
     except OSError:
@@ -81,10 +80,10 @@ def _file_state(path: str) -> tuple[str, int, int] | str:
 
 def _paths(values: pa.Array) -> Iterator[str]:
     """
-    The files among the images and videos of a column: those that are not within the dataset.
+    Paths of a column's images and videos that are files outside the dataset.
 
     Raises:
-        `ValueError`: If one of them is not a local file, or if the column's type is not one of theirs.
+        `ValueError`: If one is a URL, or if the column's type is not that of images or videos.
     """
     if isinstance(values, pa.ExtensionArray):
         values = values.storage
@@ -100,4 +99,4 @@ def _paths(values: pa.Array) -> Iterator[str]:
                     raise ValueError(f"{path} may change unnoticed.")
                 yield path
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
-        raise ValueError(f"{kind} is not the type of images or videos.")
+        raise ValueError(f"{kind} is not a type of images or videos.")

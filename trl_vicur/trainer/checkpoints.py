@@ -29,11 +29,11 @@ from .vicur_config import ViCuRConfig
 logger = logging.getLogger(__name__)
 
 FILE_LIST_NAME = "checkpoint_files.json"
-# Which rows a step trains on, by the options that decide it
+# File with the options that decide which rows a step trains on
 BATCHES_NAME = "batches.json"
-# Names of the files with rollouts, one for each process, in a checkpoint between two steps on the same ones
+# Rollouts of each rank, in a checkpoint that was saved between two steps on the same rollouts
 ROLLOUTS_NAME = "rollouts_{}.pt"
-# How the rows of a step are divided, which rows come when, and what else rollouts depend on
+# Options that set how a step's rows are divided, the order of rows, and the contents of rollouts
 PARTITION = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
 ORDER = ("len(train_dataset)", "shuffle_dataset", "seed")
 OF_ROLLOUTS = ("distillation_mode", "privilege")
@@ -125,7 +125,7 @@ def check_checkpoint(directory: str | os.PathLike) -> None:
 
 def batch_settings(args: ViCuRConfig, train_dataset: Dataset | IterableDataset) -> dict[str, Any]:
     """
-    The settings that decide which rows a step trains on, and how rollouts are kept between two steps on the same ones.
+    The settings that decide which rows a step trains on, and how saved rollouts are laid out.
 
     Args:
         args ([`ViCuRConfig`]):
@@ -134,7 +134,7 @@ def batch_settings(args: ViCuRConfig, train_dataset: Dataset | IterableDataset) 
             The rows.
 
     Returns:
-        `dict[str, Any]`: Their values by their names.
+        `dict[str, Any]`: The values by name.
     """
     return {
         "num_iterations": args.num_iterations,
@@ -151,18 +151,18 @@ def batch_settings(args: ViCuRConfig, train_dataset: Dataset | IterableDataset) 
 
 def check_batches(directory: str | os.PathLike, args: ViCuRConfig, train_dataset: Dataset | IterableDataset) -> None:
     """
-    Check that a resumed run goes on with the rows and rollouts that the checkpoint's run would have gone on with.
+    Check that a resumed run continues with the same rows and rollouts as the run that saved the checkpoint.
 
     Args:
         directory (`str` or `os.PathLike`):
-            The checkpoint, which is whole.
+            A complete checkpoint.
         args ([`ViCuRConfig`]):
             Training configuration of the resumed run.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Its rows.
 
     Raises:
-        `CheckpointError`: If a setting differs by which it would not.
+        `CheckpointError`: If a setting that decides this differs.
     """
     saved = json.loads(Path(directory, BATCHES_NAME).read_text(encoding="utf-8"))
     settings = batch_settings(args, train_dataset)
@@ -179,13 +179,13 @@ def check_batches(directory: str | os.PathLike, args: ViCuRConfig, train_dataset
         return
     of_checkpoint, of_run = (", ".join(f"`{name}={each[name]!r}`" for name in differing) for each in (saved, settings))
     if is_within_rollouts and not {*differing} <= {*ORDER}:
-        reason = "It stands between two steps on the same rollouts, which are kept as these settings made them"
+        reason = "It was saved between two steps on the same rollouts, whose layout depends on these settings"
     else:
-        reason = "The run would go on with other rows than those that it has not seen yet"
-    hint = ", or set `ignore_data_skip=True` to begin the epoch's rows anew" if {*differing} <= {*ORDER} else ""
+        reason = "The run would repeat or skip rows"
+    hint = ", or set `ignore_data_skip=True` to restart the epoch's rows" if {*differing} <= {*ORDER} else ""
     raise CheckpointError(
         f"The checkpoint {str(directory)!r} was made with {of_checkpoint}, but this run has {of_run}. {reason}. "
-        f"Resume with the settings that it was made with{hint}, or start a new run from its weights."
+        f"Resume with the checkpoint's settings{hint}, or start a new run from its weights."
     )
 
 

@@ -43,13 +43,13 @@ from .vicur_config import ViCuRConfig
 from .video_inputs import add_videos
 
 
-# Column that names the rows of a stream
+# Column with the name of each row of a stream
 ROW_NAME = "streamed_row_name"
 ROWS_PER_BATCH = 16
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-# The options that the verdict on a row depends on; `tests/test_checked_datasets.py` finds one that is missing here
+# Options that the check of a row depends on. `tests/test_checked_datasets.py` fails if one is missing here
 OPTIONS = (
     "privilege",
     "cue_column",
@@ -79,7 +79,7 @@ class RowChecker:
         is_sharded (`bool`, *optional*, defaults to `False`):
             Whether processes share the weights among them.
         recovery_configs (list of [`CueRecoveryConfig`], *optional*):
-            Those of the student's recovery modules, with their sink tokens resolved.
+            Configs of the student's recovery modules, with resolved sink tokens.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class RowChecker:
     ):
         self.has_tools = has_tools
         self.is_sharded = is_sharded
-        # Ids of the tokens that a module needs in every prompt with an image
+        # Ids of the sink tokens that every prompt with an image or video must contain
         self.sink_tokens = {
             each.sink_token: each.sink_token_ids[0] for each in recovery_configs if each.sink_token_ids
         }
@@ -105,7 +105,7 @@ class RowChecker:
 
     @cached_property
     def digest(self) -> str:
-        """Of everything that the verdict on a row depends on: options, processor, and the code that runs."""
+        """Digest of everything that the check of a row depends on: options, processor, and code."""
         hasher = hashlib.blake2b(digest_size=16)
         options = {name: getattr(self.args, name) for name in OPTIONS}
         limits = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
@@ -254,13 +254,13 @@ class RowChecker:
         for token, token_id in self.sink_tokens.items():
             if token_id not in token_ids:
                 raise ValueError(
-                    f"The prompt has an image or video, but the chat template writes no sink token {token!r} into it, "
-                    "so the recovery module would do nothing. Choose a `sink_token` that every prompt has, such as "
-                    "'first'."
+                    f"The prompt has an image or video, but rendered by the chat template it lacks the sink token "
+                    f"{token!r}, so the recovery module would do nothing. Choose a `sink_token` that every prompt "
+                    "has, such as 'first'."
                 )
 
     def _text_token_ids(self, prompt: list[dict[str, Any]], num_images: int, num_videos: int) -> list[int]:
-        """The rendered prompt, with one token or so for each image and video."""
+        """Token ids of the rendered prompt, with placeholders of images and videos not yet expanded."""
         text = self.processing_class.apply_chat_template(
             _fill_prompt(prompt, num_images, num_videos),
             tokenize=False,
@@ -279,7 +279,7 @@ class RowChecker:
                 return sum(self.processing_class._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
             except ValueError as error:
                 raise ValueError(
-                    f"The processor takes no image of such a shape (of {list(image_sizes)}, in pixels): {error}. "
+                    f"The processor does not accept images of the sizes {list(image_sizes)}, in pixels: {error}. "
                     "Crop or pad the image, or remove the row."
                 ) from error
         # SmolVLM's and LFM2-VL's processors cannot tell without an image
@@ -329,7 +329,7 @@ def check_dataset(
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The dataset. Rows of an iterable dataset are checked when they are used.
+            The dataset. Rows of an iterable dataset are checked as they are used.
         name (`str`):
             What to call it in errors.
         checker ([`RowChecker`]):
@@ -340,8 +340,8 @@ def check_dataset(
             How many rows it must have.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The same dataset; a stream as
-        [`name_streamed_rows`] returns it.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset; for a stream the result of
+        [`name_streamed_rows`].
 
     Raises:
         `ValueError`: If it is no dataset, has too few rows, misses a column or holds a bad row; names the column, or
@@ -354,7 +354,7 @@ def check_dataset(
     if all(_of_all_processes(receipt is not None and receipt.exists(), args)):
         return dataset
     first = next(_problems(dataset, name, checker, args), None)
-    # Every process raises the first one, not that of its own part
+    # Every rank raises the dataset's first problem, not the first of its own share
     if problems := [problem for problem in _of_all_processes(first, args) if problem is not None]:
         raise ValueError(min(problems)[1])
     if receipt is not None:
@@ -382,15 +382,16 @@ def find_bad_rows(
 
 
 class TooFewRowsError(ValueError):
-    """The dataset has fewer rows than a step takes."""
+    """The dataset has fewer rows than one step needs."""
 
 
 def check_shape(dataset: Dataset | IterableDataset, name: str, args: ViCuRConfig, min_rows: int = 1) -> None:
     """
-    What of [`check_dataset`] needs no row. Arguments as there.
+    Run the checks of [`check_dataset`] that need no rows. Arguments as there.
 
     Raises:
-        `ValueError`: If it is no dataset, misses a column or, in a [`TooFewRowsError`], has too few rows.
+        `ValueError`: If it is not a dataset or lacks a column.
+        [`TooFewRowsError`]: If it has too few rows.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         held = f" of {list(dataset)}" if isinstance(dataset, dict) else ""
@@ -412,7 +413,7 @@ def _of_all_processes(value: Any, args: ViCuRConfig) -> list[Any]:
 
 
 class _RowProblems(TorchDataset):
-    """What is wrong with each row, `None` where nothing is: for a `DataLoader`, whose workers look for it."""
+    """Each row's problem, or `None`: a dataset for a `DataLoader`, so that its workers check rows in parallel."""
 
     def __init__(self, dataset: Dataset, name: str, checker: RowChecker, numbers: range):
         self.rows = RowReader(dataset)
@@ -432,16 +433,16 @@ class _RowProblems(TorchDataset):
 
 
 def _problems(dataset: Dataset, name: str, checker: RowChecker, args: ViCuRConfig) -> Iterator[tuple[int, str]]:
-    """Number and problem of each bad row, in their order, of this process's part of the dataset."""
+    """Number and problem of each bad row in this rank's share of the dataset, in order."""
     numbers = range(args.process_index, len(dataset), args.world_size)
     num_workers = args.dataset_num_proc or 1
     loader = DataLoader(
         _RowProblems(dataset, name, checker, numbers),
         batch_size=ROWS_PER_BATCH,
         collate_fn=list,
-        # Workers for a few rows would take longer to start than the rows
+        # For a few rows, starting workers takes longer than the check
         num_workers=num_workers if num_workers > 1 and len(numbers) > num_workers * ROWS_PER_BATCH else 0,
-        generator=torch.Generator(),  # the global one's state decides on the weights of a new adapter
+        generator=torch.Generator(),  # a draw from the global one would change the weights of a new adapter
     )
     is_silent = args.disable_tqdm or args.process_index != 0
     with tqdm(total=len(numbers), desc=f"Checking {name}", unit="row", disable=is_silent) as progress:
@@ -452,12 +453,12 @@ def _problems(dataset: Dataset, name: str, checker: RowChecker, args: ViCuRConfi
 
 def name_streamed_rows(dataset: IterableDataset, name: str) -> IterableDataset:
     """
-    A stream whose rows carry a column [`ROW_NAME`], by which errors name them wherever they are shuffled, repeated,
-    split between processes or skipped. Images are left undecoded, so that the check of a row finds unreadable ones.
+    Add a column [`ROW_NAME`] to a stream, so that errors name the row however rows are shuffled, repeated, skipped or
+    split between ranks. Images stay undecoded, so that the check of a row finds unreadable ones.
 
     Args:
         dataset ([`~datasets.IterableDataset`]):
-            The stream. Rows that have a name keep it.
+            The stream. Rows that already have a name keep it.
         name (`str`):
             What to call the stream in errors.
     """
@@ -475,7 +476,7 @@ def _undecoded(feature: Any) -> Any:
         return {key: _undecoded(value) for key, value in feature.items()}
     if isinstance(feature, (List, LargeList)):
         return type(feature)(_undecoded(feature.feature))
-    # An image of another mode than its file's is for `datasets` to convert
+    # If the feature sets a mode, `datasets` must decode and convert the image
     return ImageFeature(decode=False) if isinstance(feature, ImageFeature) and feature.mode is None else feature
 
 

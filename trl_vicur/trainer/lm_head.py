@@ -1,5 +1,5 @@
 """
-Language-model heads, as the losses read them: weights, and what the model does to the product of states and weights.
+Language-model heads as the losses read them: weight, bias, logit scale and soft-cap.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,18 +18,18 @@ from trl.kernels.chunked_divergence import _project
 from trl.kernels.chunked_logprob import _addmm_fp32
 
 
-# Weights of a head that are copied to another type at a time. On a CPU 4 MiB of float32, which its cache holds until
-# they are multiplied
+# Number of head weights that are cast to another dtype at a time. On a CPU this is 4 MiB in float32, which stays in
+# its cache until the product
 CPU_WEIGHT_BLOCK = 2**20
 WEIGHT_BLOCK = 2**24
 
-# Scale and soft-cap of the models that were asked
+# Logit scale and soft-cap of each model that has been probed
 _transforms: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
 
 
 class LMHead(NamedTuple):
     """
-    A language-model head: the weights, and what the model does to their product with the hidden states.
+    A language-model head: its weights, and the transform that the model applies to their product with hidden states.
 
     Args:
         weight (`torch.Tensor` of shape `(vocab, hidden)`):
@@ -61,32 +61,32 @@ class LMHead(NamedTuple):
         if base not in _transforms:
             _transforms[base] = _read_transform(base, head)
         if isinstance(head, FSDPModule):
-            # It can be a shard of its own, which FSDP gathers for its forward only. Backward reduces and frees it
+            # FSDP gathers a head that is sharded by itself only for its own forward. Backward reduces and frees it
             head.unshard()
         # PEFT's wrapper for `trainable_token_indices` has the merged weight and computes without bias
         return cls(head.weight, getattr(head, "bias", None), *_transforms[base])
 
     def detach(self) -> "LMHead":
-        """The same without gradient, and with these weights when other ones are exchanged for them."""
+        """A copy without gradient, which keeps these weights when the model's are swapped for others."""
         return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     @property
     def trains(self) -> bool:
-        """Whether it gets gradients at present."""
+        """Whether the head gets gradients, in the current grad mode."""
         return torch.is_grad_enabled() and any(
             parameter is not None and parameter.requires_grad for parameter in (self.weight, self.bias)
         )
 
     def logits(self, hidden_states: torch.Tensor, temperature: float) -> torch.Tensor:
-        """Logits `(tokens, vocab)` in float32 at least; for a chunk of tokens."""
+        """Logits `(tokens, vocab)` of a chunk of tokens, in at least float32."""
         is_exact = hidden_states.dtype == self.weight.dtype in (torch.float32, torch.float64)
         product = F.linear if is_exact else _Float32Linear.apply
         logits = self.transform(product(hidden_states, self.weight, self.bias))
         return logits if temperature == 1.0 else logits / temperature
 
     def transform(self, product: torch.Tensor) -> torch.Tensor:
-        """The model's logits, of the product of states and weights."""
-        # Each of these would be another copy of the logits
+        """Turn the product of states and weights into the model's logits."""
+        # Skip the no-ops: each would copy the logits
         if self.logit_scale != 1.0:
             product = product * self.logit_scale
         if self.softcapping is not None:
@@ -95,24 +95,24 @@ class LMHead(NamedTuple):
 
 
 def _check_head(model: PreTrainedModel, head: nn.Module | None) -> None:
-    """Raise a `ValueError` where a head is not the product with a weight that can be read."""
+    """Raise a `ValueError` unless the head is a product with a weight that can be read."""
     is_product = type(head).forward is nn.Linear.forward
-    if not is_product and not isinstance(head, AuxiliaryTrainingWrapper):  # of PEFT, which hands out trained weights
+    if not is_product and not isinstance(head, AuxiliaryTrainingWrapper):  # PEFT's, which returns the trained weight
         raise ValueError(
             f"The language-model head of {type(model).__name__} is a {type(head).__module__}.{type(head).__name__}, "
-            "but the losses multiply with the weight of an `nn.Linear` and would leave out what else it computes. "
-            "Leave the head out of the adapter's `target_modules` (`modules_to_save` can train it as a whole) and of "
-            "the quantization."
+            "but the losses multiply with the weight of an `nn.Linear` and would omit anything else that it computes. "
+            "Leave the head out of the adapter's `target_modules` (`modules_to_save` can train it as a whole) and do "
+            "not quantize it."
         )
     if head.weight.is_meta:
         raise ValueError(
             f"The language-model head of {type(model).__name__} is offloaded: its weight is on the device 'meta', "
-            "where the losses cannot read it. Give the head a device of its own in `device_map`."
+            "where the losses cannot read it. Place the head on a GPU or the CPU in `device_map`."
         )
 
 
 class _BackboneOutput(tuple):
-    """Output of a backbone that has hidden states and nothing else."""
+    """Output of a backbone with hidden states only; all other fields are `None`."""
 
     @property
     def last_hidden_state(self) -> torch.Tensor:
@@ -126,10 +126,10 @@ class _BackboneOutput(tuple):
 
 @contextmanager
 def _calls_replaced(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """While active, calls of these modules are calls of functions: no hook and no weight of theirs is touched."""
+    """While active, calls of these modules run the given functions; their hooks and weights are not touched."""
     with ExitStack() as stack:
         for module, function in replacements.items():
-            # Where `nn.Module.compile` puts what is called instead of hooks and forward
+            # `nn.Module.__call__` runs this, if it is set (by `nn.Module.compile`), instead of hooks and forward
             stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
             module._compiled_call_impl = function
         yield
@@ -138,14 +138,15 @@ def _calls_replaced(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterat
 @torch.no_grad()
 def _read_transform(model: PreTrainedModel, head: nn.Module) -> tuple[float, float | None]:
     """
-    Ask a model what it does to the product of states and head: its logit scale and its soft-cap.
+    Probe a model for its logit scale and soft-cap.
 
-    Text configs do not say: LLaVA-NeXT does not scale the logits of a Granite, nor Aya Vision those of a Cohere2. So
-    the model's own forward runs between a backbone that returns known states and a head that returns known products.
-    That needs no weights, and so works in shards, when offloaded and when quantized.
+    Text configs are no guide: LLaVA-NeXT does not scale the logits of a Granite, nor Aya Vision those of a Cohere2. So
+    run the model's own forward with a backbone that returns known states and a head that returns known products. That
+    reads no weights, so it works for sharded, offloaded and quantized models.
 
     Raises:
-        `ValueError`: If that is neither, or if the head gets other states than the backbone's.
+        `ValueError`: If the model does anything else to the product, or if the head's input is not the backbone's
+            output.
     """
     tiny, huge = 2.0**-20, 1e30
     products = torch.tensor([tiny, huge, *torch.linspace(-60, 60, 14)]).view(1, 4, 4)
@@ -160,7 +161,7 @@ def _read_transform(model: PreTrainedModel, head: nn.Module) -> tuple[float, flo
     replacements = {model.base_model: lambda *args, **kwargs: _BackboneOutput([states.clone()]), head: head_call}
     refusal = (
         f"The losses cannot compute the logits of {type(model).__name__} from its hidden states and its head, so the "
-        "student would learn another distribution than it samples from: "
+        "student would learn a different distribution than it samples from: "
     )
     try:
         with _calls_replaced(replacements):
@@ -169,17 +170,17 @@ def _read_transform(model: PreTrainedModel, head: nn.Module) -> tuple[float, flo
     except Exception as error:
         raise ValueError(f"{refusal}its forward fails with {type(error).__name__}: {error}") from error
     if len(seen) != 1 or not torch.equal(seen[0].float().cpu(), states):
-        raise ValueError(f"{refusal}its head does not get what `{model.base_model_prefix}` returns, once.")
+        raise ValueError(f"{refusal}its head is not called once with the output of `{model.base_model_prefix}`.")
     scale, limit = (logits.flatten()[:2].double() / torch.tensor([tiny, 1.0])).tolist()
     softcapping = None if abs(limit) > abs(scale) * huge / 2 else limit
     expected = LMHead(head.weight, None, scale, softcapping).transform(products)
     if scale == 0 or not torch.allclose(logits.float().cpu(), expected, rtol=1e-5, atol=1e-9):
-        raise ValueError(f"{refusal}it does not only scale or soft-cap the product of the two.")
+        raise ValueError(f"{refusal}it does more to their product than scale or soft-cap it.")
     return scale, softcapping
 
 
 class _Float32Linear(torch.autograd.Function):
-    """`F.linear` whose result stays in float32, by blocks of the weight: of operands in the states' type."""
+    """`F.linear` with operands in the states' dtype and a float32 result, one block of the weight at a time."""
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -210,7 +211,7 @@ class _Float32Linear(torch.autograd.Function):
 
 
 def _weight_blocks(weight: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """First and last row of each block of a head's weight `(vocab, hidden)`."""
+    """First row of each block of a head's weight `(vocab, hidden)`, and the row after its last."""
     numel = CPU_WEIGHT_BLOCK if weight.device.type == "cpu" else WEIGHT_BLOCK
     size = max(1, numel // weight.shape[1])
     for start in range(0, len(weight), size):
@@ -226,11 +227,11 @@ def add_products(
     start: int,
 ) -> None:
     """
-    Add to the float32 gradients of states and head what a tile of the logits' gradient gives them.
+    Add a tile of the logits' gradient to the float32 gradients of the hidden states and the head.
 
     Args:
         gradient (`torch.Tensor` of shape `(tokens, columns)`):
-            Gradient of the tile, in float32.
+            Gradient of the logits in the tile, in float32.
         states (`torch.Tensor` of shape `(tokens, hidden)`):
             Hidden states.
         weight (`torch.Tensor` of shape `(columns, hidden)`):
@@ -243,7 +244,7 @@ def add_products(
             The tile's first column.
     """
     if gradient.is_cuda:
-        gradient = gradient.to(states.dtype)  # its products of half precision accumulate in float32
+        gradient = gradient.to(states.dtype)  # GPUs accumulate half-precision products in float32
     if grad_states is not None:
         _addmm_fp32(grad_states, gradient, weight.to(states.dtype))
     if grad_weight is not None:

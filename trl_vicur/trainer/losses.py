@@ -6,9 +6,9 @@ shape (tokens, vocabulary) never exist as a whole. TRL's kernels do that, or Lig
 for the top-k divergence, for which there is no kernel, it is torch over chunks of tokens: it takes three products with
 a head where the kernels take five, and less memory.
 
-The operands of a product with a head are in the hidden states' type, as in the model. The product accumulates and
-stays in float32, and so does all that follows: logits of bfloat16 would be off by up to 2⁻⁹ of themselves, which is
-more than most teachers differ from their student. Liger's loss is the exception. Autocast must be off.
+The operands of a product with a head have the hidden states' dtype, as in the model. The product accumulates in
+float32, and logits and losses stay in float32: bfloat16 would round logits by up to 2⁻⁹ of their value, which is more
+than most teachers differ from their student. Liger's loss is the exception. Autocast must be off.
 """
 
 import math
@@ -32,8 +32,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from .lm_head import LMHead, add_products
 
 
-# A tile of float32 logits that TRL's kernels fold: with its copy in bfloat16 for the backward products no larger than
-# the tile of bfloat16 in TRL, which has 4,096 x 32,768
+# Size of a tile of float32 logits. With its bfloat16 copy for the backward products it needs no more memory than TRL's
+# bfloat16 tile of 4,096 x 32,768
 TILE_TOKENS = 4096
 TILE_COLUMNS = 8192
 # Logits of a chunk of tokens. On a CPU 64 MiB, above what the C library's heap keeps for itself and fragments; a GPU
@@ -221,7 +221,7 @@ def liger_divergence_sum(
     """
     The divergence of [`full_divergence`] by Liger's fused linear JSD, which only knows the sum over all tokens.
 
-    It rounds logits to the hidden states' type.
+    It rounds logits to the hidden states' dtype.
 
     Raises:
         `ValueError`: If a model scales or caps its logits, which Liger's loss does not do.
@@ -396,11 +396,11 @@ class _ValuesWithGradients(torch.autograd.Function):
 
 class _TokenLogprobs(torch.autograd.Function):
     """
-    TRL's `ChunkedLogProbFunction`, whose tiles of logits have the hidden states' type, with tiles of float32.
+    TRL's `ChunkedLogProbFunction` with float32 tiles of logits; TRL's tiles have the hidden states' dtype.
 
     bfloat16 has steps of 0.125 at a logit of 28, which gave 27 % of the small advantages the wrong sign. The kernels
-    that fold the tiles are TRL's; `test_a_frozen_head_changes_neither_values_nor_gradients`
-    holds them to the plain form.
+    that reduce the tiles are TRL's; `test_a_frozen_head_changes_neither_values_nor_gradients` compares the result with
+    the plain form.
     """
 
     @staticmethod
@@ -422,7 +422,7 @@ class _TokenLogprobs(torch.autograd.Function):
             "BLOCK_SIZE": _BLOCK_SIZE,
         }
         outputs = {f"HAS_{name.upper()}": name == "entropy" for name in OPTIONAL_OUTPUTS}
-        # Of each token: largest logit, sum of exponentials, the same weighted by logits, logit of the token
+        # For each token: largest logit, sum of exponentials, that sum weighted by logits, the token's logit, unused
         statistics = states.new_zeros(5, len(states), dtype=torch.float32)
         statistics[0] = -math.inf
         with _gathered([LMHead(weight, bias)]):
@@ -463,7 +463,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 to_gradient = _backward_tile
                 if _use_triton(tile.device):
                     to_gradient = chunked_logprob._backward_kernel[(size, -(-columns // ctx.options["BLOCK_SIZE"]))]
-                unused = log_total[tokens]  # entropies and their gradients
+                unused = log_total[tokens]  # in place of entropies and their gradients
                 to_gradient(
                     tile,
                     tile.stride(0),
@@ -490,7 +490,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def _tiles(
     states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Iterator[tuple[slice, int, torch.Tensor]]:
-    """Tiles of the float32 logits, with their tokens and first column. All in one buffer."""
+    """Tiles of the float32 logits, each with its tokens and first column. All tiles share one buffer."""
     buffer = states.new_empty(min(len(states), TILE_TOKENS), min(len(weight), TILE_COLUMNS), dtype=torch.float32)
     for first in range(0, len(states), TILE_TOKENS):
         tokens = slice(first, min(first + TILE_TOKENS, len(states)))

@@ -1,8 +1,8 @@
 """
-Mixed precision: models compute in bfloat16 or float16, and what is computed from their hidden states in float32.
+Mixed precision: models compute in bfloat16 or float16; log-probabilities and losses are computed in float32.
 
-Accelerate's own autocast is not enough. It is in the student's `forward`, which `_ForwardRedirection` replaces and
-which `generate` of a PEFT model does not call; and there is none for DeepSpeed.
+Accelerate's own autocast is not enough. It wraps the student's `forward`, which `_ForwardRedirection` replaces and
+which `generate` of a PEFT model does not call; and DeepSpeed has none.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from trl.models.utils import _ForwardRedirection
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """
-    What models compute in under `bf16=True` or `fp16=True`.
+    The dtype that models compute in under `bf16=True` or `fp16=True`.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
             The trainer's accelerator.
 
     Returns:
-        `torch.dtype` or `None`: `None` without mixed precision: the dtype of their weights.
+        `torch.dtype` or `None`: `None` without mixed precision, where models compute in the dtype of their weights.
     """
     if accelerator.mixed_precision == "no":
         return None
@@ -33,10 +33,10 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
 
 def autocast(accelerator: Accelerator) -> AbstractContextManager:
     """
-    Mixed precision for one pass of a model, or for one rollout.
+    Mixed precision for one pass of a model or one rollout.
 
-    Each pass enters it anew: leaving it frees autocast's copies of the weights, which another teacher's weights, or a
-    pass with gradients after one without, must not find.
+    Enter it separately for each pass. Leaving it clears autocast's cache of cast weights, which would be wrong after
+    other weights were swapped in, and for a pass with gradients after one without.
     """
     dtype = compute_dtype(accelerator)
     return nullcontext() if dtype is None else torch.autocast(accelerator.device.type, dtype)
@@ -44,16 +44,16 @@ def autocast(accelerator: Accelerator) -> AbstractContextManager:
 
 class ForwardRedirection(_ForwardRedirection):
     """
-    TRL's redirection of a method through a wrapped model's forward, for what must not be rounded on its way.
+    TRL's redirection of a method through a wrapped model's forward, without rounding the method's arguments.
 
-    Hooks around a forward change its arguments: FSDP2 casts float tensors to `param_dtype`, be they log-probabilities
-    or token counts, and gives the method a copy of each dict, as DDP does on a GPU. So only the model goes through.
-    And the method runs without autocast, which DeepSpeed can have around its engine's forward; passes of models enter
-    it themselves.
+    Hooks around a forward change its arguments: FSDP2 casts float tensors to `param_dtype`, even log-probabilities and
+    token counts, and passes the method a copy of each dict, as DDP does on a GPU. So only the model is passed through
+    the forward. The method runs without autocast, which DeepSpeed may enable around its engine's forward; each pass of
+    a model enters autocast itself.
 
     Args:
         device_type (`str`):
-            Type of the device that the models are on, such as `"cuda"`.
+            Device type of the models, such as `"cuda"`.
     """
 
     def __init__(self, device_type: str):

@@ -7,7 +7,7 @@ from .vicur_config import ViCuRConfig
 
 
 def privilege_column(args: ViCuRConfig) -> str | None:
-    """The dataset column with the privileged text; `None` where the teacher sees none."""
+    """The dataset column with the privileged text; `None` if the teacher sees none."""
     return {"cue": args.cue_column, "answer": args.answer_column, "none": None}[args.privilege]
 
 

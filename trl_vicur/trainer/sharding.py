@@ -11,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .vicur_config import ViCuRConfig
 
 
-# DeepSpeed's ZeRO-1 and ZeRO-2 leave the weights whole, in buffers of their own. Another FSDP is named by its version
+# DeepSpeed's ZeRO-1 and ZeRO-2 leave the weights whole, in buffers of their own. Other FSDPs are named by version
 Sharding = Literal["FSDP1", "FSDP2", "DeepSpeed", "ZeRO-3"] | str
 
 
@@ -47,7 +47,7 @@ def check_sharding(sharding: Sharding | None, args: ViCuRConfig, peft_configs: l
         args ([`ViCuRConfig`]):
             Training configuration.
         peft_configs (`list[PeftConfig | None]`):
-            Configurations of the adapters that train; `None` for the model's own weights.
+            Configs of the adapters that train; `None` for the model's own weights.
 
     Raises:
         `ValueError`: If they cannot.
@@ -77,6 +77,6 @@ def check_sharding(sharding: Sharding | None, args: ViCuRConfig, peft_configs: l
         )
     if sharding == "FSDP2" and any(getattr(config, "trainable_token_indices", None) for config in peft_configs):
         raise ValueError(
-            "`trainable_token_indices` cannot be trained with FSDP2, which does not find the embedding that PEFT has "
-            "wrapped. Train with DDP or ZeRO-2, or leave the option out."
+            "`trainable_token_indices` cannot be trained with FSDP2, which does not find the embedding inside PEFT's "
+            "wrapper. Train with DDP or ZeRO-2, or leave the option out."
         )

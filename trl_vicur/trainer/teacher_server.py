@@ -21,8 +21,8 @@ CONCURRENCY = 64  # requests under way at a time, of each process
 RETRY_INTERVAL = 2.0  # seconds
 PROBE_SIZES = (64, 1024)  # pixels of a square image's side
 PROBE_COMPLETION = "The image shows one colour and nothing else."
-NUM_PROBES = 8  # at a time, so that a load balancer gives each of several replicas some
-# Nats. Logits of 16 to 32 are 0.125 apart in bfloat16, and their sums differ with what else is in a batch
+NUM_PROBES = 8  # at once, so that a load balancer spreads them over all replicas
+# Nats. bfloat16 logits from 16 to 32 have steps of 0.125, and rounding depends on what else is in the batch
 MAX_PROBE_DIFFERENCE = 0.5
 
 
@@ -117,10 +117,10 @@ class TeacherServer:
     @classmethod
     def from_config(cls, args: ViCuRConfig, processing_class: ProcessorMixin, model: str | None) -> "TeacherServer":
         """
-        The server of `args.teacher_model_server_url`, after it has scored a completion of a prompt with an image,
-        small and large, several times: what it would refuse is refused before training, and so are replicas of it
-        that differ.
-        Warns if its chat template puts the teacher into another thinking mode than the student's does.
+        Connect to the server at `args.teacher_model_server_url`, and have it score prompts with a small and a large
+        image several times each, so that requests it would refuse and replicas that differ fail before training.
+
+        Warns if the server's chat template puts the teacher into another thinking mode than the student's does.
 
         Args:
             args ([`ViCuRConfig`]):
@@ -153,7 +153,7 @@ class TeacherServer:
         return server
 
     def _probe(self, request: ScoringRequest) -> None:
-        """Score a request several times at once; the answers may differ by rounding."""
+        """Score a request several times at once, and check that the answers differ by rounding only."""
         answers = self.score([request] * NUM_PROBES)
         numbers = [[*answer.logprobs, *chain(*answer.top_logprobs)] for answer in answers]
         difference = max(max(same) - min(same) for same in zip(*numbers, strict=True))
@@ -161,14 +161,14 @@ class TeacherServer:
             raise ValueError(
                 f"`teacher_model_server_url={self.url!r}` scored the same request {NUM_PROBES} times with "
                 f"log-probabilities that differ by up to {difference:.2f} nats, expected at most "
-                f"{MAX_PROBE_DIFFERENCE} from rounding. Probably several replicas share this address and do not serve "
-                "the same weights: serve one model on all of them, or name the address of one."
+                f"{MAX_PROBE_DIFFERENCE} from rounding. Several replicas probably share this address and serve "
+                "different weights: serve the same model on all of them, or give the address of one."
             )
 
     def _thinking_mode(
         self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None
     ) -> ThinkingMode | None:
-        """Mode that the server's own chat template puts the teacher into; `None` if it has none."""
+        """Mode that the server's own chat template puts the teacher into; `None` if it has no chat template."""
 
         def render(**variables: Any) -> str:
             body = {"model": self.model, "messages": MESSAGES, "chat_template_kwargs": variables}

@@ -1,4 +1,4 @@
-"""Thinking modes of chat templates: privilege costs thinking models, and teacher and student must agree on one."""
+"""Thinking modes of chat templates: privilege harms thinking models, and teacher and student need the same mode."""
 
 import re
 import warnings
@@ -12,7 +12,8 @@ from .vicur_config import ViCuRConfig
 
 
 ThinkingMode = Literal["on", "off", "none"]
-SWITCHES = ("enable_thinking", "thinking")  # variables of chat templates: Qwen's, GLM's and Gemma's; Granite's
+# Chat template variables: the first is Qwen's, GLM's and Gemma's, the second Granite's
+SWITCHES = ("enable_thinking", "thinking")
 MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]
 OPEN_BLOCK = re.compile(r"<think>(?!.*</think>)", re.DOTALL)
 CLOSED_BLOCK = re.compile(r"<think>\s*</think>")
@@ -26,14 +27,14 @@ def thinking_mode(
 
     Args:
         render (`Callable`):
-            Renders one user turn and the generation prompt, with the keyword arguments as the template's variables.
+            Renders one user turn and the generation prompt, with its keyword arguments as template variables.
         chat_template_kwargs (`dict`, *optional*):
             The variables that prompts are rendered with.
         switches (iterable of `str`, *optional*, defaults to `("enable_thinking", "thinking")`):
             Variables that may switch thinking on and off.
 
     Returns:
-        `"on"`, `"off"`, or `"none"` if the template knows no thinking.
+        `"on"`, `"off"`, or `"none"` if the template has no thinking mode.
     """
     kwargs = chat_template_kwargs or {}
     rendered = render(**kwargs)
@@ -44,20 +45,20 @@ def thinking_mode(
     with_thinking, without = (render(**{**kwargs, **dict.fromkeys(switches, value)}) for value in (True, False))
     if with_thinking == without:
         return "none"
-    # Qwen3 thinks by default and has a mark for not thinking; Gemma 4 is the other way around
+    # Qwen3 thinks by default and marks prompts without thinking; Gemma 4 does the opposite
     return "off" if rendered == without else "on"
 
 
 def thinking_mode_of_processor(
     processing_class: ProcessorMixin, chat_template_kwargs: dict[str, Any] | None
 ) -> ThinkingMode | None:
-    """[`thinking_mode`] of a processor's chat template; `None` if it fails on contents in blocks."""
+    """[`thinking_mode`] of a processor's chat template; `None` if the template fails on content blocks."""
     template = str(processing_class.chat_template)
 
     def render(**variables: Any) -> str:
         return processing_class.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True, **variables)
 
-    # A processor takes what its template does not know for an argument of its own
+    # A processor treats variables that its template does not have as its own arguments
     try:
         return thinking_mode(render, chat_template_kwargs, [name for name in SWITCHES if name in template])
     except (TypeError, TemplateError):
@@ -65,13 +66,13 @@ def thinking_mode_of_processor(
 
 
 def warn_about_thinking(processing_class: ProcessorMixin, args: ViCuRConfig) -> None:
-    """Warn if the student thinks before it answers and the teacher sees a privilege."""
+    """Warn if the student thinks before it answers and the teacher sees privileged text."""
     if args.privilege != "none" and thinking_mode_of_processor(processing_class, args.chat_template_kwargs) == "on":
         warnings.warn(
-            f"The student's chat template renders prompts for thinking, and `privilege={args.privilege!r}`: a teacher "
-            "with privilege costs thinking models up to 17 % of their accuracy (arXiv 2607.05184). Use the instruct "
-            "version of the checkpoint; or, if its template has the switch, "
-            "`chat_template_kwargs={'enable_thinking': False}`; or `privilege='none'`."
+            "The student's chat template renders prompts for thinking, but the teacher is privileged "
+            f"(`privilege={args.privilege!r}`), which costs thinking models up to 17 % of their accuracy (arXiv "
+            "2607.05184). Use the instruct checkpoint, `chat_template_kwargs={'enable_thinking': False}` if its "
+            "template has this switch, or `privilege='none'`."
         )
 
 
@@ -79,14 +80,14 @@ def warn_about_thinking_teacher(
     teacher_name: str, teacher_mode: ThinkingMode | None, processing_class: ProcessorMixin, args: ViCuRConfig
 ) -> None:
     """
-    Warn if the teacher's own chat template puts it into another mode than the student's does, which renders what the
-    teacher reads.
+    Warn if the teacher's own chat template has another thinking mode than the student's, which renders the teacher's
+    prompts.
 
     Args:
         teacher_name (`str`):
             Id or path of the teacher.
         teacher_mode (`"on"`, `"off"` or `"none"`, *optional*):
-            Mode that its own chat template puts it into; `None` if it is not known.
+            Mode of the teacher's own chat template; `None` if it is not known.
         processing_class ([`~transformers.ProcessorMixin`]):
             Processor of the student.
         args ([`ViCuRConfig`]):
@@ -99,13 +100,13 @@ def warn_about_thinking_teacher(
             f"Teacher and student are in different thinking modes: with `chat_template_kwargs="
             f"{args.chat_template_kwargs!r}` the chat template of the teacher {teacher_name!r} {does[teacher_mode]}, "
             f"but the student's, which renders the prompts of both, {does[student_mode]}. The teacher would score "
-            "prompts unlike those that it was trained on. Choose two thinking or two instruct checkpoints, or put "
+            "prompts unlike those it was trained on. Choose two thinking or two instruct checkpoints, or put "
             "both into the same mode with `chat_template_kwargs={'enable_thinking': ...}`."
         )
 
 
 def load_thinking_mode(model_name: str, revision: str | None, args: ViCuRConfig) -> ThinkingMode | None:
-    """[`thinking_mode`] of a model's own chat template; `None` if it has none, since a teacher reads token ids."""
+    """[`thinking_mode`] of a model's own chat template; `None` if it has none, which a teacher does not need."""
     try:
         processing_class = AutoProcessor.from_pretrained(
             model_name, revision=revision, trust_remote_code=args.trust_remote_code

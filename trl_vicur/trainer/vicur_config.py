@@ -42,14 +42,14 @@ class ViCuRConfig(DistillationConfig):
         > Parameters that control the check of the datasets
 
         dataset_num_proc (`int`, *optional*):
-            Number of processes by which each training process checks its part of the rows before training. By default
-            it does so itself.
+            Number of worker processes with which each rank checks its share of the rows before training. By default
+            the rank checks them itself.
 
         > Parameters that control the teacher model in self-distillation (without `teacher_model`)
 
         teacher_model_kind (`str`, *optional*, defaults to `"base"`):
-            `"base"` is the frozen initial student (with PEFT the model without its adapter, and a copy only where
-            weights of the base train as well, as with `bias="all"`), `"live"` the current student, `"ema"` an
+            `"base"` is the frozen initial student (with PEFT the model without its adapter, or a copy if base weights
+            train as well, as with `bias="all"`), `"live"` the current student, `"ema"` an
             exponential moving average of the student.
         teacher_update_rate (`float`, *optional*, defaults to `0.05`):
             Weight of the student in each update of the `"ema"` teacher.
@@ -82,8 +82,8 @@ class ViCuRConfig(DistillationConfig):
             Upper clip range, if it is to differ from `epsilon`.
         advantage_clip (`float`, *optional*, defaults to `10.0`):
             Largest absolute advantage in `"sampled_token"`, in nats: the difference of the two log-probabilities is
-            clamped. The authors' code also clamps each log-probability at −10 before it takes the difference, so that
-            a token that both find unlikely has no advantage; here it has its own.
+            clamped. The authors' code also clamps each log-probability at −10 before the difference, so that a token
+            that both models find unlikely gets zero advantage; here it keeps its advantage.
         loss_aggregation (`str`, *optional*, defaults to `"token"`):
             `"token"` is the mean over all completion tokens of the batch, `"sequence"` the mean over completions of
             each completion's mean (as Eq. 7 is written).
@@ -134,7 +134,7 @@ class ViCuRConfig(DistillationConfig):
     )
     dataset_num_proc: int | None = field(
         default=None,
-        metadata={"help": "Number of processes by which each training process checks its part of the rows."},
+        metadata={"help": "Number of worker processes with which each rank checks its share of the rows."},
     )
     teacher_model_kind: TeacherModelKind = field(
         default="base",

@@ -98,10 +98,10 @@ NUM_SEGMENTS = 4
 
 
 def _check_options_of_stream(args: ViCuRConfig) -> None:
-    """Some of these Trainer and TRL refuse as well, but only once the weights are loaded."""
+    """Refuse options that a stream does not support. Trainer and TRL refuse some, but only after loading weights."""
     if args.max_steps <= 0:
         raise ValueError(
-            f"`max_steps={args.max_steps}` with a streamed dataset of an unknown number of rows: set `max_steps`."
+            f"`max_steps={args.max_steps}`, but the length of a streamed dataset is not known. Set `max_steps`."
         )
     if args.num_iterations > 1:
         raise ValueError(
@@ -109,8 +109,8 @@ def _check_options_of_stream(args: ViCuRConfig) -> None:
         )
     if args.accelerator_config.dispatch_batches:
         raise ValueError(
-            "`accelerator_config={'dispatch_batches': True}` with a streamed dataset is not supported: rows are not "
-            "tensors that one process could send to the others. Leave `dispatch_batches` out."
+            "`accelerator_config={'dispatch_batches': True}` is not supported with a streamed dataset: rows are not "
+            "tensors, so one rank cannot send them to the others. Leave `dispatch_batches` out."
         )
 
 
@@ -293,13 +293,13 @@ class ViCuRTrainer(DistillationTrainer):
             )
         for each in (self.model, self.teacher_model):
             if each is not None:
-                LMHead.from_model(self.accelerator.unwrap_model(each))  # refuses what the losses cannot read
+                LMHead.from_model(self.accelerator.unwrap_model(each))  # raises if the losses cannot read the head
         self._is_self_distilled = self.teacher_model is None and self.teacher_server is None
         self._forward_redirection = ForwardRedirection(self.accelerator.device.type)
         if self.is_fsdp_enabled:
             policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
             if policy is not None:
-                # Accelerate's rounds what a forward returns, which is the loss here
+                # Accelerate's policy rounds a forward's outputs, here the loss
                 policy = replace(policy, output_dtype=None)
                 self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
             # By it `generate` keeps every process until all have finished. Accelerate leaves it unset
@@ -363,9 +363,9 @@ class ViCuRTrainer(DistillationTrainer):
         warn_about_thinking(processing_class, args)
         if args.privilege != "none" and not hint_marker(args.teacher_prompt_template):
             warnings.warn(
-                f"`teacher_prompt_template={args.teacher_prompt_template!r}` has no word before `{{privilege}}` by "
-                "which a completion that speaks of the hint could be recognized, so `hint_leakage` is not logged. "
-                "Introduce the privilege, as in '[Hint]: {privilege}'."
+                f"`teacher_prompt_template={args.teacher_prompt_template!r}` has no word before `{{privilege}}` that "
+                "would identify a completion that mentions the hint, so `hint_leakage` is not logged. Introduce the "
+                "privilege, as in '[Hint]: {privilege}'."
             )
         if teacher_model is not None and args.teacher_model_kind != "base":
             raise ValueError(
@@ -373,13 +373,13 @@ class ViCuRTrainer(DistillationTrainer):
                 "`teacher_model` was passed as well. Leave out one of the two."
             )
         check_sharding(sharding, args, peft_configs)
-        # `accelerate launch --dynamo_backend` compiles by this variable, without `torch_compile`
+        # `accelerate launch --dynamo_backend` sets this variable and compiles without `torch_compile`
         dynamo_backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
         if args.torch_compile or dynamo_backend.upper() != "NO":
             option = "torch_compile=True" if args.torch_compile else f"dynamo_backend={dynamo_backend}"
             raise ValueError(
-                f"`{option}` is not supported: TRL replaces the forward that is compiled by one that calls the "
-                "backbone, so no layer would be compiled, and it finds no adapter in a compiled model. Leave it out."
+                f"`{option}` is not supported: TRL replaces the compiled forward with one that calls the backbone, so "
+                "no layer would be compiled, and TRL does not find the adapter of a compiled model. Leave it out."
             )
         if args.teacher_model_server_url is not None and not isinstance(teacher_model, str | None):
             raise ValueError(
@@ -450,7 +450,7 @@ class ViCuRTrainer(DistillationTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        # Those given to `__init__` have been checked there; a string is the name of one of them
+        # Datasets passed to `__init__` were checked there; a string names one of them
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._check_eval_dataset(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -466,8 +466,8 @@ class ViCuRTrainer(DistillationTrainer):
 
     def _copy_of_base(self) -> torch.nn.Module | None:
         """
-        The student's initial weights without adapter, as a teacher of its own. `None` where the student keeps them:
-        it has an adapter, and nothing else trains.
+        A copy of the student's initial weights without its adapter, as the teacher. `None` if the student keeps these
+        weights, because only an adapter trains.
         """
         if is_peft_model(self.model):
             trained = trainable_base_weights(self.model)
@@ -475,16 +475,16 @@ class ViCuRTrainer(DistillationTrainer):
                 return None
             if not any(getattr(config, "train_base", False) for config in self.model.peft_config.values()):
                 warnings.warn(
-                    f"Beside the adapter {len(trained)} weight(s) of the base train, among them '{trained[0]}'. The "
-                    "model without the adapter would have them as trained, so a frozen copy of the base is the "
-                    f"teacher, which needs another {self.model.get_memory_footprint() / 2**30:.2f} GiB. Leave the "
-                    "base as it is (`bias='none'`) to do without the copy."
+                    f"{len(trained)} weight(s) of the base train with the adapter, among them '{trained[0]}'. Without "
+                    "its adapter the model would keep their trained values, so the teacher is a frozen copy of the "
+                    f"base, which needs another {self.model.get_memory_footprint() / 2**30:.2f} GiB. Freeze the base "
+                    "(`bias='none'`) to avoid the copy."
                 )
         teacher = copy.deepcopy(self.model)
         if is_peft_model(teacher):
             teacher = teacher.unload()
         teacher.requires_grad_(False)
-        if self.is_deepspeed_enabled:  # whose engine has the student's weights in bfloat16, too
+        if self.is_deepspeed_enabled:  # its engine casts the teacher to bfloat16, like the student
             return prepare_deepspeed(teacher, self.accelerator)
         teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         return self._shard_teacher(teacher) if self.is_fsdp_enabled else teacher
@@ -512,7 +512,7 @@ class ViCuRTrainer(DistillationTrainer):
 
     @property
     def _vision_is_sharded(self) -> bool:
-        """Whether no process can encode an image unless all of them do."""
+        """Whether a rank can encode images only if all ranks do."""
         return self.is_fsdp_enabled and self.accelerator.num_processes > 1
 
     @property
@@ -537,12 +537,12 @@ class ViCuRTrainer(DistillationTrainer):
         return inputs
 
     def _tokenize_prompts(self, prompts: list):
-        # Gemma 4's processor pads by default, and TRL would make the padding a part of the prompts. Told not to, it
-        # needs no search for padding, which a prompt may begin with (a bos token that is the pad token, too)
+        # Gemma 4's processor pads by default, and TRL would keep the padding in the prompts. Turn padding off rather
+        # than strip it: a prompt may begin with a bos token that is also the pad token
         chat_template_kwargs = self.chat_template_kwargs
         processor_kwargs = {**chat_template_kwargs.get("processor_kwargs", {}), "padding": False}
         self.chat_template_kwargs = {**chat_template_kwargs, "processor_kwargs": processor_kwargs}
-        # TRL#6718 adds the prompts for vLLM, images unexpanded. `StudentGeneration` derives these from `prompt_ids`
+        # TRL#6718 also returns prompts for vLLM, with unexpanded images. `StudentGeneration` derives them itself
         try:
             prompt_ids, images, multimodal_fields, *for_vllm = super()._tokenize_prompts(prompts)
         finally:
@@ -550,7 +550,7 @@ class ViCuRTrainer(DistillationTrainer):
         if len(for_vllm) > 1:
             raise RuntimeError(
                 f"`DistillationTrainer._tokenize_prompts` returns {3 + len(for_vllm)} values in TRL "
-                f"{version('trl')}; trl-vicur {version('trl-vicur')} knows what to do with 3 or 4. Install "
+                f"{version('trl')}; trl-vicur {version('trl-vicur')} supports 3 or 4. Install "
                 "`trl==1.16.*`, or a newer trl-vicur."
             )
         return prompt_ids, images, multimodal_fields, *(prompt_ids for _ in for_vllm)
@@ -567,7 +567,7 @@ class ViCuRTrainer(DistillationTrainer):
         needs_image = images is None and not has_videos and self._vision_is_sharded
         if needs_image:
             prompt_ids, multimodal_fields = self._blank_image_row.add_to_prompts(prompt_ids, multimodal_fields)
-        with autocast(self.accelerator):  # accelerate has it around the forward of a PEFT model, not of its base
+        with autocast(self.accelerator):  # accelerate wraps the forward of a PEFT model, not that of its base
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         return completion_ids[:-1] if needs_image else completion_ids
 
@@ -576,9 +576,9 @@ class ViCuRTrainer(DistillationTrainer):
         if self._has_module and any(tool_images):
             raise ValueError(
                 f"A tool returned an image ({sum(map(bool, tool_images))} of {len(prompts)} prompts), but a recovery "
-                "module reads all images of a conversation into one sink: the turns before the tool's image were "
-                "sampled with another sink than they would be scored with. Let the tool return text, or train without "
-                "the module."
+                "module reads all images of a conversation into one sink: the turns before the tool's image would be "
+                "scored with another sink than the one they were sampled with. Let the tool return text, or train "
+                "without the module."
             )
         if self._has_videos(prompts):
             images = None  # TRL would process them together with prompts whose videos it does not have
@@ -779,7 +779,7 @@ class ViCuRTrainer(DistillationTrainer):
         }
         has_features = bool(samples) and None not in samples.values()
         if self._vision_is_sharded:
-            # One process that encodes images again would wait for the others
+            # A rank that encodes images again alone would wait for the others
             has_features = all(gather_object([has_features]))
         if has_features:
             inputs.update({f"{kind}_features": of_kind[:num_samples] for kind, of_kind in samples.items()})
@@ -796,7 +796,7 @@ class ViCuRTrainer(DistillationTrainer):
         encodes_images: bool = True,
     ) -> torch.Tensor:
         """Hidden states that predict the completion tokens, `(batch, completion, hidden)`."""
-        # Processes gather the shards of the vision tower from each other, and its gradients
+        # Ranks wait for each other to gather shards of the vision tower, and to reduce its gradients
         needs_gradients = torch.is_grad_enabled() and not self._vision_is_frozen
         is_gathered = self._vision_is_sharded or (needs_gradients and self.accelerator.num_processes > 1)
         has_visuals = "pixel_values" in multimodal_inputs or "pixel_values_videos" in multimodal_inputs
@@ -833,7 +833,7 @@ class ViCuRTrainer(DistillationTrainer):
                 stack.callback(hook.remove)
             with autocast(self.accelerator):
                 states = super()._get_last_hidden_state(unwrapped_model, *args, **multimodal_inputs)
-        # As autocast would hand them to the head: all losses see the distribution that the model samples from
+        # The dtype in which autocast would pass them to the head, so that losses see the distribution that is sampled
         return states.to(compute_dtype(self.accelerator) or states.dtype)
 
     def _student_hidden_states(self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -878,7 +878,7 @@ class ViCuRTrainer(DistillationTrainer):
                 self._shared_features(unwrapped_student, inputs, of_teacher=True) as encodes_images,
             ):
                 states = self._completion_hidden_states(unwrapped_student, *model_inputs, encodes_images)
-                # Detached, the head stays the teacher's when the student's weights return
+                # The detached head keeps the teacher's weights after the student's are restored
                 return states, LMHead.from_model(unwrapped_student).detach()
 
     @contextmanager
@@ -1180,7 +1180,7 @@ class ViCuRTrainer(DistillationTrainer):
     def _load_best_model(self):
         is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if is_whole and is_peft_model(self.model) and self.model.active_adapter != "default":
-            # Where PEFT saves an adapter of another name, and Trainer does not look for it
+            # PEFT saves an adapter that is not named "default" in a subfolder, where Trainer does not look
             name = self.model.active_adapter
             self.model.load_adapter(os.path.join(self.state.best_model_checkpoint, name), name)
         else:
@@ -1216,8 +1216,8 @@ class ViCuRTrainer(DistillationTrainer):
             rollouts = torch.load(path, map_location="cpu", weights_only=True)
             self._buffered_inputs = send_to_device(rollouts, self.args.device)
         if isinstance(self.train_dataset, IterableDataset):
-            # Trainer counts on an epoch of `max_steps` steps, but the stream may have begun anew earlier, and the
-            # checkpoint's `max_steps` may have been another. One epoch exactly is all of them, of a longer stream
+            # Trainer assumes epochs of `max_steps` steps, but the stream may have restarted earlier, and the
+            # checkpoint's `max_steps` may differ. An epoch of exactly 1 is all these steps, within a longer stream
             epoch = self.state.epoch or 0.0
             epochs_trained = max(0, math.ceil(epoch) - 1)
             if resume_from_checkpoint is not None and not self.args.ignore_data_skip:

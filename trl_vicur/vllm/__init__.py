@@ -20,7 +20,7 @@ SUPPORTED_ARCHITECTURES = ("Qwen3VLForConditionalGeneration", "Qwen2_5_VLForCond
 def register() -> None:
     """
     Replace the supported architectures in vLLM's registry by subclasses, which behave as before where no adapter is
-    named, and check every engine that is started with one: its options, and by a prompt with an image that it runs.
+    named. For an engine with an adapter, check its options, and run a prompt with an image to check the module.
     """
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -37,11 +37,11 @@ def register() -> None:
 
 def _prove_at_startup() -> None:
     """
-    Let every worker of this process end its start-up with the proof that the module runs.
+    Make every worker of this process check at the end of its start-up that the module runs.
 
     All executors (one process, several, Ray) call their workers through vLLM's wrapper, which loads this plugin before
-    it makes the worker. The warm-up is the last step of a start-up: the KV cache is there, the model is compiled, and
-    its CUDA graphs are captured.
+    it creates the worker. Warm-up is the last step of a start-up: after it the KV cache is allocated, the model is
+    compiled, and its CUDA graphs are captured.
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -53,5 +53,5 @@ def _prove_at_startup() -> None:
             prove_module_runs(wrapper.worker, wrapper.vllm_config)
         return times
 
-    # Otherwise the wrapper forwards this call to its worker, by `__getattr__`
+    # By default the wrapper's `__getattr__` forwards this call to its worker
     WorkerWrapperBase.compile_or_warm_up_model = compile_or_warm_up_model

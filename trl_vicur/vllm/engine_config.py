@@ -14,16 +14,16 @@ from . import SUPPORTED_ARCHITECTURES
 if TYPE_CHECKING:
     from ..cue_recovery import CueRecoveryConfig
 
-# LoRA options whose whole effect is in the weights that are merged, or only in training
+# LoRA options that affect only training, or only the weights that are merged
 SERVED_LORA_OPTIONS = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "eva_config"),
     *("bias", "modules_to_save"),  # their weights are in the adapter's file and replace the base's
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config"),
 )
-# PiSSA, OLoRA, CorDA, LoftQ and others also change the base, which the adapter's file does not hold
+# PiSSA, OLoRA, CorDA, LoftQ and others also change the base, which is not in the adapter's file
 INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 MERGE_FIRST = (
-    "Let PEFT merge it: `model.merge_and_unload().save_pretrained('merged')` of the trained model; then serve "
+    "Merge it with PEFT: `model.merge_and_unload().save_pretrained('merged')` on the trained model; then serve "
     "'merged' with the adapter 'merged/cue_recovery'."
 )
 
@@ -43,7 +43,7 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
     Raises:
         `ValueError`: If the architecture is not supported, if the adapter cannot be served or was made for another
             model, if an option of a new module is unknown or wrong, or if an option of the engine splits a prompt's
-            hidden states or has not been shown to run the module.
+            hidden states or has not been tested with the module.
     """
 
     @staticmethod
@@ -94,8 +94,8 @@ def _check_engine_options(vllm_config: VllmConfig) -> None:
     for name in ("pipeline_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name) > 1:
             raise ValueError(
-                f"`{name}` is {getattr(parallel, name)}, but cue recovery needs every prompt's hidden states whole, "
-                "in one process. Use `tensor_parallel_size` or `data_parallel_size`."
+                f"`{name}` is {getattr(parallel, name)}, but cue recovery needs all hidden states of a prompt in one "
+                "process. Use `tensor_parallel_size` or `data_parallel_size`."
             )
     if parallel.use_ubatching:
         name = "enable_dbo" if parallel.enable_dbo else "ubatch_size"
@@ -106,8 +106,8 @@ def _check_engine_options(vllm_config: VllmConfig) -> None:
     for name in ("kv_transfer_config", "ec_transfer_config"):
         if getattr(vllm_config, name) is not None:
             raise ValueError(
-                f"`{name}` is set, but cue recovery needs prompts that are prefilled whole, images included, by the "
-                "engine that answers them. Leave it out."
+                f"`{name}` is set, but with cue recovery the engine that answers a prompt must also encode its images "
+                "and prefill all of it. Leave it out."
             )
     if vllm_config.model_config.multimodal_config.get_limit_per_prompt("image") == 0:
         raise ValueError(
@@ -117,8 +117,8 @@ def _check_engine_options(vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         raise ValueError(
-            f"`speculative_config` has the method {speculative.method!r}, which was not tested with cue recovery. Use "
-            "'ngram', or none."
+            f"`speculative_config` has the method {speculative.method!r}, which is not tested with cue recovery. Use "
+            "'ngram', or leave it out."
         )
 
 
@@ -159,7 +159,7 @@ def _check_adapter_options(config: "CueRecoveryConfig", adapter: str) -> None:
 
 
 def _check_tied_embeddings(config: "CueRecoveryConfig", adapter: str, model_config: PreTrainedConfig) -> None:
-    """Embeddings and head that are one weight in vLLM, but of which the adapter changes one, as PEFT allows."""
+    """Refuse an adapter that changes embeddings or head if vLLM ties the two: PEFT changes them separately."""
     if not model_config.tie_word_embeddings or (config.train_base and config.r == 0):
         return
     from peft.utils import load_peft_weights

@@ -37,8 +37,8 @@ class CueRecoveryMixin:
     loaded; an adapter with `train_base=True` replaces the backbone's weights. A new module changes nothing, until
     training sends weights.
 
-    Every prefill with an image checks that all modules ran in it: vLLM runs no Python of a model while it replays a
-    CUDA graph, and a later release may call the model in another way.
+    Every prefill with an image is checked to have run all modules: vLLM runs no Python of the model while it replays a
+    CUDA graph, and later releases may call the model differently.
 
     Raises:
         `ValueError`: If the engine would prefill a prompt in pieces, or replay prefill as a CUDA graph.
@@ -88,8 +88,8 @@ class CueRecoveryMixin:
         if self._adapter is not None:
             if self._prefill is not None:
                 raise RuntimeError(
-                    "Cue recovery: vLLM answered a prompt with an image without a call of the model's forward, as in "
-                    "the replay of a CUDA graph. Start it with `--enforce-eager`."
+                    "Cue recovery: vLLM answered a prompt with an image without calling the model's forward, perhaps "
+                    "because it replayed a CUDA graph. Start vLLM with `--enforce-eager`."
                 )
             # Empty in a step that only decodes
             self._prefill = (input_ids, is_multimodal) if multimodal_embeddings else None
@@ -112,11 +112,11 @@ class CueRecoveryMixin:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """
-        Load a checkpoint and the adapter after it, or some weights that training has changed (merged, and the module's
-        under their names in the adapter).
+        Load a checkpoint followed by the adapter; or, during training, updated weights (with LoRA merged, and the
+        module's under their names in the adapter).
 
-        Every tensor of the adapter is accounted for: a weight of a module, a factor of LoRA that is merged, or a
-        weight of the backbone that replaces the checkpoint's.
+        Every tensor of the adapter must be used: as a weight of a module, as a LoRA factor that is merged, or as a
+        backbone weight that replaces the checkpoint's.
 
         Returns:
             `set[str]`: Names of the weights that need no other value; vLLM misses what is not among them.
@@ -169,19 +169,19 @@ class CueRecoveryMixin:
         parameters = {name: parameter for name, parameter in self.named_parameters() if _MODULE in name}
         if isinstance(self._adapter, str) and (odd := sorted(parameters.keys() ^ weights.keys())):
             raise ValueError(
-                f"The cue recovery adapter {self._adapter!r} lacks, or has against its config "
-                f"(`layer_interval={self._recovery_config.layer_interval}`), {len(odd)} weight(s) of its modules, "
-                f"among them {odd[0]!r}. Save or download it again."
+                f"The cue recovery adapter {self._adapter!r} does not match its config "
+                f"(`layer_interval={self._recovery_config.layer_interval}`): {len(odd)} weight(s) of its modules are "
+                f"missing or unexpected, among them {odd[0]!r}. Save or download it again."
             )
         with torch.no_grad():
             for name, weight in weights.items():
                 parameter = parameters[name]
                 # While weights are exchanged in a running engine, vLLM puts loaders of its own there
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
-        return set(parameters)  # a new module is complete as it is
+        return set(parameters)  # a new module keeps its initial weights until training sends others
 
     def _lora_updates(self) -> dict[str, Callable[[], torch.Tensor]]:
-        """For each weight with LoRA, by its name in vLLM, the function that computes the update, as PEFT's merge."""
+        """Map each weight with LoRA, by its name in vLLM, to a function that computes its update as PEFT merges it."""
         config = self._recovery_config
         if config.r == 0:
             return {}
@@ -194,7 +194,7 @@ class CueRecoveryMixin:
                 b = factors[name.replace("_A", "_B") if is_embedding else name.replace(".lora_A.", ".lora_B.")]
                 updates[f"{module}.weight"] = partial(_lora_update, a, b, self._scaling(module, len(a)), is_embedding)
             elif ".lora_" in name and not name.endswith((".lora_B.weight", ".lora_embedding_B")):
-                raise self._cannot_serve(name, "LoRA on linear layers and embeddings alone can be merged")
+                raise self._cannot_serve(name, "only LoRA on linear layers and embeddings can be merged")
         return self.hf_to_vllm_mapper.apply_dict(updates)
 
     def _scaling(self, module: str, rank: int) -> float:
@@ -205,9 +205,9 @@ class CueRecoveryMixin:
     def _merge(self, name: str, weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.shape != update.shape:
             raise ValueError(
-                f"The cue recovery adapter {self._adapter!r} has LoRA of shape {tuple(update.shape)} for {name}, "
-                f"which is {tuple(weight.shape)} of {weight.dtype} in the served checkpoint. Serve the model that it "
-                "was trained on, from a checkpoint that is not quantized; `--quantization` may quantize it."
+                f"The cue recovery adapter {self._adapter!r} has a LoRA update of shape {tuple(update.shape)} for "
+                f"{name}, which is {tuple(weight.shape)} of {weight.dtype} in the served checkpoint. Serve the model "
+                "it was trained on, from an unquantized checkpoint; `--quantization` may quantize it on loading."
             )
         return weight + update.to(weight)
 

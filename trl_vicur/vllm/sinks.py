@@ -19,7 +19,7 @@ class SinkBatch(NamedTuple):
         visual_mask (`torch.Tensor` of shape `(prompts, visual)`):
             `False` at the padding.
         updated_by (`set[str]`):
-            Names of the modules that have updated the sinks.
+            Names of the modules that have updated the sinks so far.
     """
 
     sinks: torch.Tensor
@@ -48,17 +48,17 @@ def find_sinks(
         positions (`torch.Tensor` of shape `(3, padded tokens)`):
             Positions for the rotary embedding; zero in all three rows at the first token of a prompt.
         attention_metadata (`dict`):
-            vLLM's attention metadata by layer; their `query_start_loc` says where each request's tokens begin. A list
-            of such is refused.
+            vLLM's attention metadata by layer; `query_start_loc` has the offset of each request's tokens. A list, one
+            per micro-batch, is refused.
         config ([`CueRecoveryConfig`]):
             The adapter's configuration.
 
     Returns:
-        [`SinkBatch`] or `None`: `None` where no prompt has visual tokens.
+        [`SinkBatch`] or `None`: `None` if no prompt has visual tokens.
 
     Raises:
         `RuntimeError`: If the step is split into micro-batches, if the attention backend does not say where requests
-            begin, or if a prompt with visual tokens was begun in an earlier step or has no sink.
+            begin, or if a prompt with visual tokens was started in an earlier step or has no sink.
     """
     if isinstance(attention_metadata, list):
         raise RuntimeError(

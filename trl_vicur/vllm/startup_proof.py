@@ -1,4 +1,4 @@
-"""At start-up each worker runs one small prompt with an image; an engine without the module does not start."""
+"""Each worker runs a small prompt with an image at start-up; the engine does not start if the module does not run."""
 
 from collections import Counter
 
@@ -22,12 +22,12 @@ def prove_module_runs(worker: WorkerBase, vllm_config: VllmConfig) -> None:
     Run a prefill with an image and one decode step in the worker's model runner, and count the modules' calls.
 
     Raises:
-        `RuntimeError`: Unless every module ran once in the prefill and none in the decode step.
+        `RuntimeError`: Unless every module runs once in the prefill and not at all in the decode step.
     """
     model = worker.get_model()
     if not isinstance(model, CueRecoveryMixin):
         raise RuntimeError(
-            f"The engine names cue recovery in its `hf_overrides`, but runs {type(model).__module__}."
+            f"The engine has `cue_recovery` in its `hf_overrides`, but runs {type(model).__module__}."
             f"{type(model).__name__}, which has no recovery module. Another vLLM plugin or `--model-impl` has "
             "replaced the model: remove it, or serve with transformers."
         )
@@ -49,14 +49,14 @@ def prove_module_runs(worker: WorkerBase, vllm_config: VllmConfig) -> None:
     engine = f"this engine ({runner.__module__}.{runner.__name__}, {vllm_config.compilation_config.cudagraph_mode})"
     if silent := [name for name in modules if in_prefill[name] != 1]:
         raise RuntimeError(
-            f"Cue recovery does not work in {engine}: of {len(modules)} modules, {silent} did not run once each in "
-            f"the prefill of a prompt with an image ({dict(in_prefill)} calls). Start vLLM with `--enforce-eager`, or "
-            "with `VLLM_USE_V2_MODEL_RUNNER=0`; else serve with transformers."
+            f"Cue recovery does not work in {engine}: all {len(modules)} modules should run once in the prefill of a "
+            f"prompt with an image, but {silent} did not (calls: {dict(in_prefill)}). Start vLLM with "
+            "`--enforce-eager` or `VLLM_USE_V2_MODEL_RUNNER=0`, or serve with transformers."
         )
     if calls:
         raise RuntimeError(
-            f"Cue recovery does not work in {engine}: {sorted(calls)} ran in a decode step, in which no module may. "
-            "Start vLLM with `--enforce-eager`, or with `VLLM_USE_V2_MODEL_RUNNER=0`; else serve with transformers."
+            f"Cue recovery does not work in {engine}: {sorted(calls)} ran in a decode step, where no module may run. "
+            "Start vLLM with `--enforce-eager` or `VLLM_USE_V2_MODEL_RUNNER=0`, or serve with transformers."
         )
 
 
@@ -68,11 +68,11 @@ def _run(worker: WorkerBase, step: SchedulerOutput) -> None:
 def _steps(
     worker: WorkerBase, vllm_config: VllmConfig, sink_ids: list[int] | None
 ) -> tuple[SchedulerOutput, SchedulerOutput, SchedulerOutput]:
-    """Prefill, a decode step, and the end of one request, as vLLM's scheduler would order them."""
+    """Prefill, one decode step and cleanup of one request, as vLLM's scheduler would output them."""
     prompt_ids, feature = _prompt_with_image(vllm_config, sink_ids)
     length = len(prompt_ids)
     groups = worker.model_runner.kv_cache_config.kv_cache_groups
-    # Block 0 is vLLM's null block. All groups get blocks of their own, with room for the decoded token
+    # Block 0 is vLLM's null block. Each group gets its own blocks, with room for the decoded token
     block_ids, begin = [], 1
     for group in groups:
         count = -(-(length + 1) // group.kv_cache_spec.block_size)
