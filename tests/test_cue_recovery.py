@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, 
 
 from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import CueRecoveryLayer, record_update_ratios, sink_attention
-from trl_vicur.cue_recovery.positions import first_real_token, packed_rows
+from trl_vicur.cue_recovery.positions import find_token, first_real_token, packed_rows
 
 
 # The last one closes the user's turn where there is no system prompt, so it has seen the question
@@ -453,6 +453,18 @@ def test_invariant_6_a_row_with_an_image_and_no_sink_is_an_error(processor, sink
     with model.disable_adapter():
         logits(model, inputs)
     logits(model, encode(processor, [user("Hello.")]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_sink(side):
+    """Though the sink token may be that of padding, too."""
+    ids, padding = torch.tensor([[5, 6, 7], [5, 9, 7]]), torch.full((2, 2), 9)
+    real, ignored = torch.ones_like(ids), torch.zeros_like(padding)
+    pairs = [(padding, ids), (ignored, real)] if side == "left" else [(ids, padding), (real, ignored)]
+    input_ids, mask = (torch.cat(pair, dim=1) for pair in pairs)
+    expected = [-1, 3 if side == "left" else 1]
+    for attention_mask in (mask, mask.bool(), mask.float()):
+        assert find_token(input_ids, 9, attention_mask).tolist() == expected
 
 
 @pytest.mark.parametrize(

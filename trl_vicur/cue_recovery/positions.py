@@ -36,7 +36,7 @@ def find_token(
     input_ids: torch.Tensor, token_id: int, attention_mask: torch.Tensor | BlockMask | dict | None = None
 ) -> torch.Tensor:
     """
-    Index of a token's first occurrence in each sample. Left padding is skipped: it may be the same token.
+    Index of a token's first occurrence in each sample. Padding does not count: it may be the same token.
 
     Args:
         input_ids (`torch.Tensor` of shape `(batch, seq)`):
@@ -50,7 +50,9 @@ def find_token(
         `torch.Tensor` of shape `(batch,)`: The indices; `-1` if the token does not occur.
     """
     matches = input_ids == token_id
-    if attention_mask is not None:
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        matches = matches & attention_mask.bool()
+    elif attention_mask is not None:  # a mask for pairs of tokens, which `generate` makes of left padding
         index = torch.arange(input_ids.shape[1], device=input_ids.device)
         matches = matches & (index >= first_real_token(input_ids, attention_mask).unsqueeze(1))
     return torch.where(matches.any(dim=1), matches.view(torch.uint8).argmax(dim=1), -1)
