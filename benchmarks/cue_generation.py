@@ -30,8 +30,8 @@ from openai import OpenAI
 from PIL import Image as PILImage
 
 from trl_vicur.cues import CUE_PROMPT, ChatResponse, OpenAIGenerator, generate_cues
-from trl_vicur.cues.generators import to_openai
-from trl_vicur.dataset_rows import read_image
+from trl_vicur.data.rows import read_image
+from trl_vicur.generation.generators import to_openai
 
 
 SERVER = Path(__file__).parents[1] / "tests" / "openai_server.py"

@@ -24,7 +24,7 @@ from transformers import Qwen3VLProcessor, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
-from trl_vicur.trainer.vision_features import get_backbone
+from trl_vicur.trainer.vision.features import get_backbone
 
 
 # Steps at the beginning that are not counted

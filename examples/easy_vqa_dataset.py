@@ -27,8 +27,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from trl_vicur import ViCuRConfig
-from trl_vicur.dataset_rows import row_images
-from trl_vicur.teacher_prompt import add_privilege
+from trl_vicur.data.rows import row_images
+from trl_vicur.data.teacher_prompt import add_privilege
 
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")

@@ -52,7 +52,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from trl_vicur.trainer.vision_features import lend_features, split_by_sample
+from trl_vicur.trainer.vision.features import lend_features, split_by_sample
 
 
 ALL_SCENES = [Scene(color, shape) for color in COLORS for shape in SHAPES]

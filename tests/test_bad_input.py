@@ -13,8 +13,8 @@ from tiny_models import make_image, make_processor, make_qwen3_vl, make_rows, ma
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
-from trl_vicur.trainer.dataset_validation import with_row_number
-from trl_vicur.trainer.sharding import check_sharding, find_sharding
+from trl_vicur.trainer.checks.rows import with_row_number
+from trl_vicur.trainer.checks.sharding import check_sharding, find_sharding
 
 
 OUTPUT = TemporaryDirectory()  # a trainer makes its `output_dir` when it is built

@@ -18,8 +18,8 @@ from test_bad_input import make_config
 from tiny_models import make_image, make_processor, make_rows
 
 from trl_vicur import CueRecoveryConfig
-from trl_vicur.trainer.checked_datasets import MIN_ROWS, receipt_of
-from trl_vicur.trainer.dataset_validation import OPTIONS, RowChecker, check_dataset, find_bad_rows
+from trl_vicur.trainer.checks.receipts import MIN_ROWS, receipt_of
+from trl_vicur.trainer.checks.rows import OPTIONS, RowChecker, check_dataset, find_bad_rows
 
 
 COUNT = MIN_ROWS + 20

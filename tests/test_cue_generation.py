@@ -32,7 +32,7 @@ from trl_vicur.cues import (
     generate_cues,
 )
 from trl_vicur.cues.generate import check_cue
-from trl_vicur.cues.response_store import ResponseStore
+from trl_vicur.generation.response_store import ResponseStore
 
 
 TESTS = Path(__file__).parent
@@ -86,7 +86,7 @@ def test_every_row_once_in_order_with_provenance(tmp_path):
 
 def test_the_trainer_takes_the_result(tmp_path):
     from trl_vicur import ViCuRConfig
-    from trl_vicur.trainer.dataset_validation import RowChecker, check_dataset
+    from trl_vicur.trainer.checks.rows import RowChecker, check_dataset
 
     dataset = Dataset.from_dict({"image": [make_image(0)], "question": ["What is it?"]})
     result = generate_cues(dataset, ScriptedGenerator(), tmp_path / "out")

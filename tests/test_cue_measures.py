@@ -9,7 +9,6 @@ from datasets import Dataset
 from tiny_models import encode, make_image, make_processor, make_qwen3_vl, make_rows, user, with_completion
 
 from trl_vicur.cues import privilege_gap
-from trl_vicur.cues.generators import ChatResponse, GeneratorUnavailableError, TransformersGenerator
 from trl_vicur.cues.privilege_gap import measure_privilege_gap, summarize_privilege_gap
 from trl_vicur.cues.recoverability import (
     agreement,
@@ -20,6 +19,7 @@ from trl_vicur.cues.recoverability import (
     summarize_recoverability,
 )
 from trl_vicur.cues.usefulness import measure_usefulness, summarize_usefulness
+from trl_vicur.generation.generators import ChatResponse, GeneratorUnavailableError, TransformersGenerator
 
 
 class ScriptedGenerator:

@@ -24,11 +24,11 @@ from transformers import (
 from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import CueRecoveryContext, CueRecoveryLayer
 from trl_vicur.cue_recovery.model import last_reading_layer
-from trl_vicur.trainer.blank_image import BlankImageRow
-from trl_vicur.trainer.dataset_validation import RowChecker
+from trl_vicur.trainer.checks.rows import RowChecker
 from trl_vicur.trainer.lm_head import LMHead
 from trl_vicur.trainer.losses import token_logprobs
-from trl_vicur.trainer.vision_features import record_features, split_by_sample
+from trl_vicur.trainer.vision.blank_image import BlankImageRow
+from trl_vicur.trainer.vision.features import record_features, split_by_sample
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,7 @@ from test_trainer import make_trainer
 from tiny_families import FAMILIES
 from tiny_models import make_image
 
-from trl_vicur.trainer.image_processing import images_processed_once
+from trl_vicur.trainer.vision.image_processing import images_processed_once
 
 
 def values(outputs) -> list:

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_vicur.cue_recovery import SinkCrossAttention
 from trl_vicur.cues import audit_cue
-from trl_vicur.dataset_rows import row_images
+from trl_vicur.data.rows import row_images
 
 
 STUDY = Path(__file__).parents[1] / "examples" / "study"

@@ -10,8 +10,8 @@ from served_teacher import assert_trains_as_with_local_teacher, make_trainer
 from tiny_models import encode, make_image, make_processor, make_qwen3_vl, user, with_completion
 
 from trl_vicur import ViCuRConfig
-from trl_vicur.trainer import teacher_server
-from trl_vicur.trainer.teacher_server import MAX_PROBE_DIFFERENCE, NUM_PROBES, ScoringRequest, TeacherServer
+from trl_vicur.trainer.teachers import teacher_server
+from trl_vicur.trainer.teachers.teacher_server import MAX_PROBE_DIFFERENCE, NUM_PROBES, ScoringRequest, TeacherServer
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from scoring_server import ScoringServer
 from served_teacher import make_trainer
 from tiny_models import CHAT_TEMPLATE, make_processor, make_qwen3_vl
 
-from trl_vicur.trainer.thinking import thinking_mode_of_processor
+from trl_vicur.trainer.checks.thinking import thinking_mode_of_processor
 
 
 # Qwen3-VL-Thinking opens the block; Qwen3 and Qwen3.5 write an empty one where thinking is off

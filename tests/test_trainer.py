@@ -42,7 +42,7 @@ from trl_vicur.trainer import vicur_trainer
 from trl_vicur.trainer.lm_head import LMHead
 from trl_vicur.trainer.losses import token_logprobs
 from trl_vicur.trainer.mixed_precision import ForwardRedirection
-from trl_vicur.trainer.vision_features import get_backbone
+from trl_vicur.trainer.vision.features import get_backbone
 
 
 ADAPTER = dict(layer_interval=1)
@@ -1043,7 +1043,7 @@ def test_other_peft_methods_work(tmp_path, processor):
 
 
 def test_zero3_is_refused(tmp_path, processor, monkeypatch):
-    monkeypatch.setattr("trl_vicur.trainer.sharding.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("trl_vicur.trainer.checks.sharding.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="ZeRO-3 is not supported: .* Use FSDP2"):
         make_trainer(tmp_path, processor)
 

@@ -16,8 +16,8 @@ from tiny_models import encode, make_image, randomize, with_completion
 
 from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import sink_attention
-from trl_vicur.dataset_rows import read_video
-from trl_vicur.trainer.dataset_validation import RowChecker
+from trl_vicur.data.rows import read_video
+from trl_vicur.trainer.checks.rows import RowChecker
 from trl_vicur.trainer.lm_head import LMHead
 from trl_vicur.trainer.losses import token_logprobs
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from trl_vicur import CueRecoveryConfig
-from trl_vicur.trainer.vision_features import get_backbone, is_vision_frozen, split_by_sample
+from trl_vicur.trainer.vision.features import get_backbone, is_vision_frozen, split_by_sample
 
 
 def recovery(**arguments) -> CueRecoveryConfig:

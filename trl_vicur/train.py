@@ -26,7 +26,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from .cli import report
 from .command_parser import CommandParser
 from .cue_recovery import CueRecoveryConfig
-from .dataset_loading import load_split
+from .data.loading import load_split
 from .trainer import ViCuRConfig, ViCuRTrainer
 from .trainer.checkpoints import CheckpointError
 

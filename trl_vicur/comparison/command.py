@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..command_parser import CommandParser
-from ..cues.generators import TransformersGenerator
-from ..dataset_loading import load_split
+from ..data.loading import load_split
+from ..generation.generators import TransformersGenerator
 from .compare import compare_models
 from .report import verdicts_by_row, write_html_comparison
 

@@ -8,12 +8,12 @@ from datasets import Dataset, Value
 from tqdm.auto import tqdm
 
 from ..cues.answers import is_correct
-from ..cues.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from ..cues.generate import digest
-from ..cues.generators import ChatRequest, Generator
-from ..cues.response_store import open_store
 from ..cues.usefulness import make_prompt
-from ..dataset_rows import read_image, row_images
+from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
+from ..data.rows import read_image, row_images
+from ..generation.generators import ChatRequest, Generator
+from ..generation.response_store import open_store
 
 
 def compare_models(

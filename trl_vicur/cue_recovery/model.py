@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..hub.merged_card import complete_merged_card
 from .config import CueRecoveryConfig
 from .layer import CueRecoveryContext, CueRecoveryLayer
-from .merged_card import complete_merged_card
 from .positions import PACKING_ARGUMENTS, find_token, first_real_token, packed_rows
 
 

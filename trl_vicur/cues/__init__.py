@@ -1,8 +1,6 @@
 """Visual cues from any vision-language model, and whether they may be used as recoverable privilege."""
 
-from .audit import audit_cues
-from .generate import generate_cues
-from .generators import (
+from ..generation.generators import (
     ChatRequest,
     ChatResponse,
     Generator,
@@ -10,6 +8,8 @@ from .generators import (
     OpenAIGenerator,
     TransformersGenerator,
 )
+from .audit import audit_cues
+from .generate import generate_cues
 from .privilege_gap import measure_privilege_gap
 from .prompts import CUE_PROMPT, CuePrompt
 from .recoverability import measure_recoverability

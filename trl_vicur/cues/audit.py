@@ -6,8 +6,8 @@ from typing import Any
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
-from ..dataset_rows import question_text
-from .columns import check_columns, check_dataset, find_question_column
+from ..data.columns import check_columns, check_dataset, find_question_column
+from ..data.rows import question_text
 from .text_audit import audit_cue
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from .columns import check_columns, check_dataset
+from ..data.columns import check_columns, check_dataset
 
 
 class Verdict(NamedTuple):

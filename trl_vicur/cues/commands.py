@@ -10,20 +10,20 @@ from typing import Literal
 from rich.console import Console
 
 from ..command_parser import CommandParser
-from ..dataset_loading import load_split
+from ..data.columns import check_columns
+from ..data.dataset_folder import CUE_STORE, prepare_folder, save_dataset
+from ..data.loading import load_split
+from ..generation.generators import Generator, OpenAIGenerator, TransformersGenerator
+from ..generation.response_store import read_settings
+from ..hub.dataset_card import write_dataset_card
 from .audit import audit_cues
 from .audit_summary import summarize_audit
-from .columns import check_columns
-from .dataset_card import write_dataset_card
-from .dataset_folder import prepare_folder, save_dataset
-from .generate import STORE_NAME, generate_cues
-from .generators import Generator, OpenAIGenerator, TransformersGenerator
+from .generate import generate_cues
 from .privilege_gap import measure_privilege_gap
 from .prompts import CUE_PROMPT, CuePrompt
 from .recoverability import measure_recoverability
 from .regenerate import regenerate_cues
 from .report import print_summary, write_html_report
-from .response_store import read_settings
 from .usefulness import measure_usefulness
 
 
@@ -222,7 +222,7 @@ def audit(arguments: list[str]) -> None:
     folder = Path(positional.dataset)
     if args.output is not None:
         output = Path(args.output)
-    elif (folder / STORE_NAME).exists() or (folder / AUDIT_NAME).exists():
+    elif (folder / CUE_STORE).exists() or (folder / AUDIT_NAME).exists():
         output = folder
     elif measures or args.drop:
         raise ValueError(
@@ -234,7 +234,7 @@ def audit(arguments: list[str]) -> None:
     dataset = load_split(positional.dataset, dataset_args.config_name, dataset_args.split)
     check_columns(dataset, cue_column="cue")
     if output is not None:
-        prepare_folder(output, STORE_NAME, AUDIT_NAME)
+        prepare_folder(output, CUE_STORE, AUDIT_NAME)
         (output / AUDIT_NAME).touch()
     columns = {"question_column": dataset_args.question_column, "answer_column": args.answer_column}
     sampling = {"question_column": dataset_args.question_column, "seed": generator_args.seed}
@@ -280,6 +280,6 @@ def audit(arguments: list[str]) -> None:
             raise ValueError("No row has a usable cue: nothing would be left.")
     dataset = save_dataset(dataset, output)
     (output / AUDIT_NAME).write_text(json.dumps(summary, indent=2) + "\n")
-    if (folder / STORE_NAME).exists():
-        write_dataset_card(output, read_settings(folder / STORE_NAME), dataset, summary)
+    if (folder / CUE_STORE).exists():
+        write_dataset_card(output, read_settings(folder / CUE_STORE), dataset, summary)
     console.print(f"{len(dataset):,} rows are in {output}", markup=False, soft_wrap=True)

@@ -14,21 +14,20 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, List, Value
 from tqdm.auto import tqdm
 
-from ..dataset_rows import check_messages, check_placeholders, question_text, read_image, row_images, shorten
-from ..full_disk import explain_full_disk
-from .columns import check_dataset, find_image_column, find_question_column
-from .dataset_card import write_dataset_card
-from .dataset_folder import prepare_folder, save_dataset
-from .generators import ChatRequest, ChatResponse, Generator
+from ..data.columns import check_dataset, find_image_column, find_question_column
+from ..data.dataset_folder import CUE_STORE, prepare_folder, save_dataset
+from ..data.full_disk import explain_full_disk
+from ..data.rows import check_messages, check_placeholders, question_text, read_image, row_images, shorten
+from ..generation.generators import ChatRequest, ChatResponse, Generator
+from ..generation.response_store import ResponseStore
+from ..hub.dataset_card import write_dataset_card
 from .prompts import CUE_PROMPT, CuePrompt
-from .response_store import ResponseStore
 from .text_audit.control_text import CONTROL_TOKEN
 from .text_audit.folding import fold_text
 
 
 logger = logging.getLogger(__name__)
 
-STORE_NAME = "cues.sqlite"
 # Columns that are added to a dataset
 CUE_SCHEMA = pa.schema(
     {
@@ -116,7 +115,7 @@ def generate_cues(
     if added := [name for name in CUE_SCHEMA.names if name in dataset.column_names]:
         raise ValueError(f"The dataset already has the columns {added}. Remove or rename them to get new ones.")
     output = Path(tempfile.mkdtemp(prefix="trl_vicur_cues_") if output is None else output)
-    prepare_folder(output, STORE_NAME)
+    prepare_folder(output, CUE_STORE)
     inputs = dataset.select_columns([question_column, image_column])
     check_image_files(inputs, image_column)
     settings = {
@@ -128,7 +127,7 @@ def generate_cues(
         "rows": len(dataset),
         "dataset": digest(inputs),
     }
-    with ResponseStore(output / STORE_NAME, settings) as store:
+    with ResponseStore(output / CUE_STORE, settings) as store:
         num_done, num_failed = store.count()
         if retry_failed:
             num_done, num_failed = num_done - num_failed, 0

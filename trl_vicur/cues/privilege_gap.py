@@ -11,13 +11,13 @@ import torch
 from datasets import Dataset, Value
 from tqdm.auto import tqdm
 
-from ..dataset_rows import message_texts, read_image, row_images, shorten
-from ..teacher_prompt import TEACHER_PROMPT_TEMPLATE
+from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
+from ..data.rows import message_texts, read_image, row_images, shorten
+from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE
+from ..generation.generators import ChatResponse, GeneratorUnavailableError, TransformersGenerator
+from ..generation.response_store import open_store
 from .audit_summary import mean_of_columns
-from .columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from .generate import digest
-from .generators import ChatResponse, GeneratorUnavailableError, TransformersGenerator
-from .response_store import open_store
 from .usefulness import make_prompt
 
 

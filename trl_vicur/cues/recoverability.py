@@ -11,12 +11,12 @@ from pathlib import Path
 from datasets import Dataset, Value
 from tqdm.auto import tqdm
 
+from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
+from ..generation.generators import ChatRequest, Generator
+from ..generation.response_store import open_store
 from .audit_summary import mean_of_columns
-from .columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from .generate import check_cue, digest, read_messages
-from .generators import ChatRequest, Generator
 from .prompts import CUE_PROMPT, CuePrompt
-from .response_store import open_store
 
 
 STORE_NAME = "recoverability.sqlite"

@@ -8,13 +8,13 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..dataset_rows import question_text
+from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
+from ..data.rows import question_text
+from ..generation.generators import ChatRequest, Generator
+from ..generation.response_store import open_store
 from .audit import audit_row
-from .columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from .generate import check_cue, digest, make_provenance, read_messages
-from .generators import ChatRequest, Generator
 from .prompts import CUE_PROMPT, CuePrompt
-from .response_store import open_store
 
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from markupsafe import Markup, escape
 from rich.console import Console
 from rich.table import Table
 
-from ..dataset_rows import question_text, row_images
+from ..data.columns import find_question_column
+from ..data.rows import question_text, row_images
 from ..html_page import check_page, readable, show_images, undecoded_rows, write_page
 from .audit_summary import MEASURES, VERDICTS, Measure, iterate_verdicts, summarize_audit
-from .columns import find_question_column
 
 
 # What a single row may take of the page

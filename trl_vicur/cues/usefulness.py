@@ -10,14 +10,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 from trl.data_utils import prepare_multimodal_messages
 
-from ..dataset_rows import question_text, read_image, row_images, shorten
-from ..teacher_prompt import TEACHER_PROMPT_TEMPLATE, add_privilege
+from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
+from ..data.rows import question_text, read_image, row_images, shorten
+from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE, add_privilege
+from ..generation.generators import ChatRequest, Generator
+from ..generation.response_store import open_store
 from .answers import is_correct
 from .audit_summary import mean_of_columns
-from .columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from .generate import digest
-from .generators import ChatRequest, Generator
-from .response_store import open_store
 
 
 STORE_NAME = "usefulness.sqlite"

@@ -17,12 +17,12 @@ from trl import ModelConfig, ScriptArguments, get_quantization_config
 
 from ..command_parser import CommandParser
 from ..cue_recovery import CueRecoveryConfig
-from ..model_loading import naming_model
+from ..hub.names import naming_model
 from ..train import TRAINING_ARGUMENTS, CueRecoveryArguments, load_datasets, make_peft_config, parse_launch_arguments
 from ..trainer import ViCuRConfig, ViCuRTrainer
-from ..trainer.dataset_validation import RowChecker, find_bad_rows
-from ..trainer.sharding import Sharding, find_sharding
-from ..trainer.teacher_server import TeacherServer
+from ..trainer.checks.rows import RowChecker, find_bad_rows
+from ..trainer.checks.sharding import Sharding, find_sharding
+from ..trainer.teachers.teacher_server import TeacherServer
 
 
 # Options that `--help` shows. The others of `trl-vicur train` are understood as well, since they may stand in its file

@@ -10,8 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..command_parser import CommandParser
 from ..cue_recovery import CueRecoveryConfig
-from ..dataset_rows import read_image
-from ..model_loading import naming_model
+from ..data.rows import read_image
+from ..hub.names import naming_model
 from .plot import Figure, plot_sink_attention
 
 

@@ -6,7 +6,7 @@ from PIL import ImageOps
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..cue_recovery import sink_attention
-from ..dataset_rows import check_messages, control_token_pattern, message_texts, read_image, shorten
+from ..data.rows import check_messages, control_token_pattern, message_texts, read_image, shorten
 from .visual_tokens import AttendedPicture, attended_pictures
 
 

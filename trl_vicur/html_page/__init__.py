@@ -12,8 +12,8 @@ from datasets import Dataset
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from ..dataset_rows import read_image
-from ..full_disk import explain_full_disk
+from ..data.full_disk import explain_full_disk
+from ..data.rows import read_image
 
 
 MAX_IMAGE_SIZE = 320  # pixels, of the longer side

@@ -14,7 +14,7 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from ..model_loading import end_token_ids
+from ..generation.end_tokens import end_token_ids
 
 
 class PresencePenalty(LogitsProcessor):

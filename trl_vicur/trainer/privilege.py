@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..dataset_rows import shorten
+from ..data.rows import shorten
 from .vicur_config import ViCuRConfig
 
 

@@ -6,8 +6,8 @@ from typing import Literal, get_args
 
 from trl import DistillationConfig
 
-from ..dataset_rows import VISUAL_COLUMNS
-from ..teacher_prompt import TEACHER_PROMPT_TEMPLATE
+from ..data.rows import VISUAL_COLUMNS
+from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE
 
 
 Privilege = Literal["cue", "answer", "none"]

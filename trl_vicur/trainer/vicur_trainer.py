@@ -41,11 +41,18 @@ from trl.trainer.utils import get_config_model_id, pad
 
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
 from ..cue_recovery.model import visual_token_ids
-from ..dataset_rows import read_image, read_video, row_images, row_videos
-from ..model_loading import hub_model_name, naming_model
-from ..teacher_prompt import add_privilege, hint_marker
-from .adapter_base import check_attached_adapters, refusing_adapters_that_rewrite_the_base, trainable_base_weights
-from .blank_image import BlankImageRow
+from ..data.rows import read_image, read_video, row_images, row_videos
+from ..data.teacher_prompt import add_privilege, hint_marker
+from ..hub.model_card import (
+    complete_model_card,
+    hub_dataset_name,
+    ignore_training_files,
+    measured_metrics,
+    remove_local_base_model,
+    training_settings,
+)
+from ..hub.model_upload import ModelUpload
+from ..hub.names import hub_model_name, naming_model
 from .checkpoints import (
     BATCHES_NAME,
     FILE_LIST_NAME,
@@ -59,10 +66,15 @@ from .checkpoints import (
     get_last_checkpoint,
     write_file_list,
 )
+from .checks.adapter_base import (
+    check_attached_adapters,
+    refusing_adapters_that_rewrite_the_base,
+    trainable_base_weights,
+)
+from .checks.rows import ROW_NAME, RowChecker, check_dataset, with_row_number
+from .checks.sharding import Sharding, check_sharding, find_sharding
+from .checks.thinking import load_thinking_mode, warn_about_thinking, warn_about_thinking_teacher
 from .collapse import CollapseCallback
-from .dataset_validation import ROW_NAME, RowChecker, check_dataset, with_row_number
-from .ema_teacher import EMATeacherCallback
-from .image_processing import images_processed_once
 from .lm_head import LMHead
 from .losses import (
     full_divergence,
@@ -74,23 +86,15 @@ from .losses import (
     topk_logprobs,
 )
 from .mixed_precision import ForwardRedirection, autocast, compute_dtype
-from .model_card import (
-    complete_model_card,
-    hub_dataset_name,
-    ignore_training_files,
-    measured_metrics,
-    remove_local_base_model,
-    training_settings,
-)
-from .model_upload import ModelUpload
 from .privilege import get_privilege
-from .sharding import Sharding, check_sharding, find_sharding
-from .teacher_server import ScoringRequest, TeacherServer
-from .thinking import load_thinking_mode, warn_about_thinking, warn_about_thinking_teacher
+from .teachers.ema_teacher import EMATeacherCallback
+from .teachers.teacher_server import ScoringRequest, TeacherServer
 from .trackers import log_histogram
 from .vicur_config import ViCuRConfig
-from .video_inputs import VIDEO_KEYS, add_videos, split_videos
-from .vision_features import get_backbone, is_vision_frozen, lend_features, record_features, split_by_sample
+from .vision.blank_image import BlankImageRow
+from .vision.features import get_backbone, is_vision_frozen, lend_features, record_features, split_by_sample
+from .vision.image_processing import images_processed_once
+from .vision.videos import VIDEO_KEYS, add_videos, split_videos
 from .vllm_rollouts import StudentGeneration, engine_with_module
 
 

@@ -3,7 +3,7 @@
 from PIL import Image
 
 from trl_vicur.cues.answers import is_correct
-from trl_vicur.dataset_rows import read_image, row_images
+from trl_vicur.data.rows import read_image, row_images
 
 
 def doc_to_visual(doc: dict) -> list[Image.Image]:

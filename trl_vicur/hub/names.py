@@ -3,11 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @contextmanager
@@ -26,24 +21,6 @@ def naming_model(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise OSError(f"The model {name!r} cannot be loaded: {error}") from error
-
-
-def end_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """
-    Ids of the tokens that end a generated text, from the model's generation config or else from the tokenizer.
-
-    Raises:
-        `ValueError`: If neither has one.
-    """
-    end_ids = model.generation_config.eos_token_id
-    if end_ids is None:
-        end_ids = tokenizer.eos_token_id
-    if end_ids is None:
-        raise ValueError(
-            "Neither the model's generation config nor its tokenizer has an end token, so generation would not stop. "
-            "Set `generation_config.eos_token_id` to the token that ends a turn of the assistant."
-        )
-    return end_ids if isinstance(end_ids, list) else [end_ids]
 
 
 def hub_model_name(name: str | None) -> str | None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from ..full_disk import explain_full_disk
+from .full_disk import explain_full_disk
 
 
 UNFINISHED = "unfinished"  # folder within the folder, where a dataset is before it is whole
+CUE_STORE = "cues.sqlite"  # responses of the cue generator, beside the dataset made from them
 STATE = "state.json"  # without it, `load_from_disk` sees no dataset
 
 

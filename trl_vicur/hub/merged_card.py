@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from ..model_loading import hub_model_name
+from .names import hub_model_name
 
 
 FORM = "[More Information Needed]"  # in what transformers leaves to be filled in

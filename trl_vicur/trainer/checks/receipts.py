@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from ..dataset_rows import VISUAL_COLUMNS
+from ...data.rows import VISUAL_COLUMNS
 
 
 if TYPE_CHECKING:
-    from .dataset_validation import RowChecker
+    from .rows import RowChecker
 
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from accelerate.utils import parse_flag_from_env
 from peft import PeftConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .vicur_config import ViCuRConfig
+from ..vicur_config import ViCuRConfig
 
 
 # DeepSpeed's ZeRO-1 and ZeRO-2 leave the weights whole, in buffers of their own. Other FSDPs are named by version

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from PIL import Image
 
-from ..dataset_rows import control_token_pattern, message_texts, shorten
-from ..model_loading import end_token_ids, naming_model
+from ..data.rows import control_token_pattern, message_texts, shorten
+from ..hub.names import naming_model
+from .end_tokens import end_token_ids
 
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from transformers.utils import PushToHubMixin
 
 
 if TYPE_CHECKING:
-    from .vicur_trainer import ViCuRTrainer
+    from ..trainer.vicur_trainer import ViCuRTrainer
 
 
 class ModelUpload(PushToHubMixin):

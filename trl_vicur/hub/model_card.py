@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment, StrictUndefined
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..model_loading import hub_model_name
-from .vicur_config import ViCuRConfig
+from ..trainer.vicur_config import ViCuRConfig
+from .names import hub_model_name
 
 
 _INTRODUCTION = """

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from ..cue_recovery import CueRecoveryConfig
-from ..dataset_rows import (
+from ...cue_recovery import CueRecoveryConfig
+from ...data.rows import (
     VISUAL_COLUMNS,
     RowReader,
     all_strings,
@@ -36,11 +36,11 @@ from ..dataset_rows import (
     row_videos,
     shorten,
 )
-from ..teacher_prompt import add_privilege
-from .checked_datasets import receipt_of, write_receipt
-from .privilege import get_privilege, privilege_column
-from .vicur_config import ViCuRConfig
-from .video_inputs import add_videos
+from ...data.teacher_prompt import add_privilege
+from ..privilege import get_privilege, privilege_column
+from ..vicur_config import ViCuRConfig
+from ..vision.videos import add_videos
+from .receipts import receipt_of, write_receipt
 
 
 # Column with the name of each row of a stream
@@ -114,7 +114,7 @@ class RowChecker:
         hasher.update(repr((options, limits, versions, own)).encode())
         with TemporaryDirectory() as folder:
             self.processing_class.save_pretrained(folder)
-            package = Path(__file__).parents[1]
+            package = Path(__file__).parents[2]
             for file in (*sorted(Path(folder).rglob("*.*")), *sorted(package.rglob("*.py"))):
                 hasher.update(file.name.encode() + hashlib.blake2b(file.read_bytes()).digest())
         return hasher.hexdigest()

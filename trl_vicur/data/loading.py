@@ -5,8 +5,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from .cues.dataset_folder import STATE
-from .cues.generate import STORE_NAME
+from .dataset_folder import CUE_STORE, STATE
 
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
@@ -32,7 +31,7 @@ def load_split(
         `ValueError`: If there is no such dataset or split, or if a file is damaged.
     """
     path = Path(name)
-    if (path / STORE_NAME).exists() and not (path / STATE).exists():
+    if (path / CUE_STORE).exists() and not (path / STATE).exists():
         raise ValueError(f"The generation of cues in {name!r} has not finished. Run its command again to finish it.")
     if (path / STATE).exists() or (path / "dataset_dict.json").exists():
         dataset = load_from_disk(name)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers import AutoProcessor, ProcessorMixin
 
-from .vicur_config import ViCuRConfig
+from ..vicur_config import ViCuRConfig
 
 
 ThinkingMode = Literal["on", "off", "none"]

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.generation.vllm_client import pil_to_base64
 
-from ..dataset_rows import shorten
-from .thinking import MESSAGES, ThinkingMode, thinking_mode, warn_about_thinking_teacher
-from .vicur_config import ViCuRConfig
+from ...data.rows import shorten
+from ..checks.thinking import MESSAGES, ThinkingMode, thinking_mode, warn_about_thinking_teacher
+from ..vicur_config import ViCuRConfig
 
 
 CONCURRENCY = 64  # requests under way at a time, of each process

@@ -1,0 +1,1 @@
+"""Ask a vision-language model for text."""

@@ -1,0 +1,1 @@
+"""Names, cards and uploads of models and datasets."""

@@ -1,0 +1,1 @@
+"""Refuse, before any training time is spent, what cannot be trained."""

@@ -1,0 +1,1 @@
+"""Teachers that score the student's completions."""

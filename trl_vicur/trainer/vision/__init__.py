@@ -1,0 +1,1 @@
+"""Images and videos on their way through a training batch."""
