@@ -559,6 +559,28 @@ def test_ema_teacher_follows_the_student(tmp_path, processor, peft_config):
     assert not changed(before, weights(trainer.model))
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_ema_teacher_scores_with_its_own_weights(tmp_path, processor, bf16):
+    """Not with those of the student's pass before it, which autocast had kept as bfloat16."""
+    logs = []
+    for kind in ("ema", "external"):
+        teacher = make_qwen3_vl(seed=5)
+        trainer = make_trainer(
+            tmp_path,
+            processor,
+            teacher_model=teacher if kind == "external" else None,
+            teacher_model_kind="ema" if kind == "ema" else "base",
+            bf16=bf16,
+            max_steps=1,
+        )
+        if kind == "ema":
+            trainer.ema_teacher.average = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+        trainer.train()
+        logs.append(train_logs(trainer)[0])
+    for name in ("loss", "grad_norm", "logprob_gap/mean"):
+        assert logs[0][name] == logs[1][name] != 0
+
+
 def test_ema_teacher_has_its_own_head_bias(tmp_path, processor):
     model = make_qwen3_vl()
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features))

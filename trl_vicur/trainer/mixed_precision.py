@@ -5,8 +5,8 @@ Accelerate's own autocast is not enough. It wraps the student's `forward`, which
 which `generate` of a PEFT model does not call; and DeepSpeed has none.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,15 +31,25 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
     return torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16
 
 
-def autocast(accelerator: Accelerator) -> AbstractContextManager:
+@contextmanager
+def autocast(accelerator: Accelerator) -> Iterator[None]:
     """
     Mixed precision for one pass of a model or one rollout.
 
-    Enter it separately for each pass. Leaving it clears autocast's cache of cast weights, which would be wrong after
-    other weights were swapped in, and for a pass with gradients after one without.
+    Enter it separately for each pass. Autocast caches the weights that it casts, by parameter. That is wrong
+    after other weights were swapped in (`teacher_model_kind="ema"`), and for a pass with gradients after one without.
+    PyTorch clears it only on leaving the outermost context, and counts one with `enabled=False` as such, so it is
+    cleared here.
     """
     dtype = compute_dtype(accelerator)
-    return nullcontext() if dtype is None else torch.autocast(accelerator.device.type, dtype)
+    if dtype is None:
+        yield
+        return
+    with torch.autocast(accelerator.device.type, dtype):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
 
 
 class ForwardRedirection(_ForwardRedirection):
