@@ -31,7 +31,7 @@ from PIL import Image as PILImage
 
 from trl_vicur.cues import CUE_PROMPT, ChatResponse, OpenAIGenerator, generate_cues
 from trl_vicur.data.rows import read_image
-from trl_vicur.generation.generators import to_openai
+from trl_vicur.generation.openai_generator import to_openai
 
 
 SERVER = Path(__file__).parents[1] / "tests" / "openai_server.py"

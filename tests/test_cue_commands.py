@@ -185,7 +185,7 @@ def test_unfinished_generation_is_not_audited(tmp_path, dataset_folder, capsys):
 
 
 def test_interruption_says_how_to_go_on(tmp_path, dataset_folder, capsys, monkeypatch):
-    from trl_vicur.generation.generators import OpenAIGenerator
+    from trl_vicur.generation import OpenAIGenerator
 
     def interrupt(self, requests):
         raise KeyboardInterrupt

@@ -19,7 +19,7 @@ from trl_vicur.cues.recoverability import (
     summarize_recoverability,
 )
 from trl_vicur.cues.usefulness import measure_usefulness, summarize_usefulness
-from trl_vicur.generation.generators import ChatResponse, GeneratorUnavailableError, TransformersGenerator
+from trl_vicur.generation import ChatResponse, GeneratorUnavailableError, TransformersGenerator
 
 
 class ScriptedGenerator:

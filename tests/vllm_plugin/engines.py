@@ -37,7 +37,7 @@ from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 from trl_vicur import CueRecoveryConfig  # noqa: E402
-from trl_vicur.generation.generators import to_openai  # noqa: E402
+from trl_vicur.generation.openai_generator import to_openai  # noqa: E402
 
 
 # The smallest head that vLLM's attention on a CPU has

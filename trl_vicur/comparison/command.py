@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..command_parser import CommandParser
 from ..data.loading import load_split
-from ..generation.generators import TransformersGenerator
+from ..generation import TransformersGenerator
 from .compare import compare_models
 from .report import verdicts_by_row, write_html_comparison
 

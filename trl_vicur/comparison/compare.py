@@ -8,11 +8,11 @@ from datasets import Dataset, Value
 from tqdm.auto import tqdm
 
 from ..cues.answers import is_correct
-from ..cues.generate import digest
 from ..cues.usefulness import make_prompt
 from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
+from ..data.dataset_digest import dataset_digest
 from ..data.rows import read_image, row_images
-from ..generation.generators import ChatRequest, Generator
+from ..generation import ChatRequest, Generator
 from ..generation.response_store import open_store
 
 
@@ -70,7 +70,12 @@ def compare_models(
     asked = [number for number, answer in enumerate(answers) if answer is not None and str(answer).strip()]
     if not asked:
         raise ValueError(f"No row has an answer in {answer_column!r}, so nobody can be right.")
-    fingerprint = {"rows": len(dataset), "dataset": digest(inputs), "question_column": question_column, "seed": seed}
+    fingerprint = {
+        "rows": len(dataset),
+        "dataset": dataset_digest(inputs),
+        "question_column": question_column,
+        "seed": seed,
+    }
 
     def read_prompt(number: int) -> list[dict[str, Any]]:
         row = inputs[number]

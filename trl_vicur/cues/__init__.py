@@ -1,6 +1,6 @@
 """Visual cues from any vision-language model, and whether they may be used as recoverable privilege."""
 
-from ..generation.generators import (
+from ..generation import (
     ChatRequest,
     ChatResponse,
     Generator,

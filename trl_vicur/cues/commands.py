@@ -13,7 +13,7 @@ from ..command_parser import CommandParser
 from ..data.columns import check_columns
 from ..data.dataset_folder import CUE_STORE, prepare_folder, save_dataset
 from ..data.loading import load_split
-from ..generation.generators import Generator, OpenAIGenerator, TransformersGenerator
+from ..generation import Generator, OpenAIGenerator, TransformersGenerator
 from ..generation.response_store import read_settings
 from ..hub.dataset_card import write_dataset_card
 from .audit import audit_cues

@@ -1,6 +1,5 @@
 """Cues for every row of a dataset, from any vision-language model."""
 
-import hashlib
 import logging
 import re
 import tempfile
@@ -15,10 +14,11 @@ from datasets import Dataset, Image, List, Value
 from tqdm.auto import tqdm
 
 from ..data.columns import check_dataset, find_image_column, find_question_column
+from ..data.dataset_digest import dataset_digest
 from ..data.dataset_folder import CUE_STORE, prepare_folder, save_dataset
 from ..data.full_disk import explain_full_disk
 from ..data.rows import check_messages, check_placeholders, question_text, read_image, row_images, shorten
-from ..generation.generators import ChatRequest, ChatResponse, Generator
+from ..generation import ChatRequest, ChatResponse, Generator
 from ..generation.response_store import ResponseStore
 from ..hub.dataset_card import write_dataset_card
 from .prompts import CUE_PROMPT, CuePrompt
@@ -125,7 +125,7 @@ def generate_cues(
         "seed": seed,
         "question_column": question_column,
         "rows": len(dataset),
-        "dataset": digest(inputs),
+        "dataset": dataset_digest(inputs),
     }
     with ResponseStore(output / CUE_STORE, settings) as store:
         num_done, num_failed = store.count()
@@ -175,27 +175,6 @@ def check_image_files(inputs: Dataset, image_column: str) -> None:
             if path is not None and "://" not in path and not Path(path).exists():
                 raise ValueError(f"Row {number}: there is no image file {path!r}. Put it there or remove the row.")
         num_checked += len(batch)
-
-
-def digest(inputs: Dataset) -> str:
-    """A digest of all questions and images, by which a resumed run knows its dataset again."""
-    hasher = hashlib.blake2b(digest_size=16)
-
-    def update(value: Any) -> None:
-        if isinstance(value, (list, tuple)):
-            hasher.update(b"[")
-            for item in value:
-                update(item)
-            hasher.update(b"]")
-        elif isinstance(value, dict):
-            update([value[key] for key in sorted(value)])
-        else:
-            data = value if isinstance(value, bytes) else repr(value).encode()
-            hasher.update(len(data).to_bytes(8, "little") + data)
-
-    for batch in inputs.with_format("arrow").iter(batch_size=100):
-        update(batch.to_pydict())
-    return hasher.hexdigest()
 
 
 def read_messages(inputs: Dataset, number: int, question_column: str, prompt: CuePrompt) -> list[dict[str, Any]]:

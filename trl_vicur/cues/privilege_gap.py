@@ -12,12 +12,12 @@ from datasets import Dataset, Value
 from tqdm.auto import tqdm
 
 from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
+from ..data.dataset_digest import dataset_digest
 from ..data.rows import message_texts, read_image, row_images, shorten
 from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE
-from ..generation.generators import ChatResponse, GeneratorUnavailableError, TransformersGenerator
+from ..generation import ChatResponse, GeneratorUnavailableError, TransformersGenerator
 from ..generation.response_store import open_store
 from .audit_summary import mean_of_columns
-from .generate import digest
 from .usefulness import make_prompt
 
 
@@ -120,7 +120,7 @@ def measure_privilege_gap(
         "cue_column": cue_column,
         "answer_column": answer_column,
         "rows": len(dataset),
-        "dataset": digest(inputs),
+        "dataset": dataset_digest(inputs),
     }
 
     def read_row(number: int) -> GapRow:

@@ -12,10 +12,11 @@ from datasets import Dataset, Value
 from tqdm.auto import tqdm
 
 from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
-from ..generation.generators import ChatRequest, Generator
+from ..data.dataset_digest import dataset_digest
+from ..generation import ChatRequest, Generator
 from ..generation.response_store import open_store
 from .audit_summary import mean_of_columns
-from .generate import check_cue, digest, read_messages
+from .generate import check_cue, read_messages
 from .prompts import CUE_PROMPT, CuePrompt
 
 
@@ -135,7 +136,7 @@ def measure_recoverability(
         "question_column": question_column,
         "cue_column": cue_column,
         "rows": len(dataset),
-        "dataset": digest(dataset.select_columns([*inputs.column_names, cue_column])),
+        "dataset": dataset_digest(dataset.select_columns([*inputs.column_names, cue_column])),
     }
     cues = dataset.select_columns([cue_column]).with_format(None)
     has_cue = bytearray(bool((cue or "").strip()) for cue in cues[cue_column])

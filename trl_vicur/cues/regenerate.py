@@ -9,11 +9,12 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
+from ..data.dataset_digest import dataset_digest
 from ..data.rows import question_text
-from ..generation.generators import ChatRequest, Generator
+from ..generation import ChatRequest, Generator
 from ..generation.response_store import open_store
 from .audit import audit_row
-from .generate import check_cue, digest, make_provenance, read_messages
+from .generate import check_cue, make_provenance, read_messages
 from .prompts import CUE_PROMPT, CuePrompt
 
 
@@ -85,7 +86,7 @@ def regenerate_cues(
         "prompt_version": prompt.version,
         "prompt": [prompt.system, prompt.user],
         "seed": seed,
-        "dataset": digest(dataset.select_columns([*inputs.column_names, "cue"])),
+        "dataset": dataset_digest(dataset.select_columns([*inputs.column_names, "cue"])),
     }
     rejected = [
         number

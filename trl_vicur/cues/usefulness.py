@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 from trl.data_utils import prepare_multimodal_messages
 
 from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
+from ..data.dataset_digest import dataset_digest
 from ..data.rows import question_text, read_image, row_images, shorten
 from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE, add_privilege
-from ..generation.generators import ChatRequest, Generator
+from ..generation import ChatRequest, Generator
 from ..generation.response_store import open_store
 from .answers import is_correct
 from .audit_summary import mean_of_columns
-from .generate import digest
 
 
 STORE_NAME = "usefulness.sqlite"
@@ -78,7 +78,7 @@ def measure_usefulness(
         "cue_column": cue_column,
         "answer_column": answer_column,
         "rows": len(dataset),
-        "dataset": digest(inputs),
+        "dataset": dataset_digest(inputs),
     }
     texts = inputs.select_columns([cue_column, answer_column]).with_format(None)
     is_measured = bytearray(

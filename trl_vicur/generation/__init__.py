@@ -1,1 +1,15 @@
-"""Ask a vision-language model for text."""
+"""Ask a vision-language model for text: one in this process, or one behind an OpenAI-compatible endpoint."""
+
+from .openai_generator import OpenAIGenerator
+from .requests import ChatRequest, ChatResponse, Generator, GeneratorUnavailableError
+from .transformers_generator import TransformersGenerator
+
+
+__all__ = [
+    "ChatRequest",
+    "ChatResponse",
+    "Generator",
+    "GeneratorUnavailableError",
+    "OpenAIGenerator",
+    "TransformersGenerator",
+]

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from .generators import ChatResponse
+from .requests import ChatResponse
 
 
 APPLICATION_ID = 0x56694352  # "ViCR": marks SQLite files of this module
