@@ -279,7 +279,7 @@ def test_doctor_takes_what_the_training_is_going_to_be_given(tmp_path, capsys, m
     ],
 )
 def test_doctor_finds_what_the_trainer_would_refuse(capsys, monkeypatch, model, dataset, options, message):
-    monkeypatch.setattr("trl_vicur.trainer.vicur_trainer.is_vllm_available", lambda: False)
+    monkeypatch.setattr("trl_vicur.trainer.checks.options.is_vllm_available", lambda: False)
     assert main(["doctor", "--model", model, "--dataset", dataset, "--layer_interval", "2", *options]) == 1
     assert message in capsys.readouterr().err
 

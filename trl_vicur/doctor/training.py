@@ -19,7 +19,8 @@ from ..command_parser import CommandParser
 from ..cue_recovery import CueRecoveryConfig
 from ..hub.names import naming_model
 from ..train import TRAINING_ARGUMENTS, CueRecoveryArguments, load_datasets, make_peft_config, parse_launch_arguments
-from ..trainer import ViCuRConfig, ViCuRTrainer
+from ..trainer import ViCuRConfig
+from ..trainer.checks.options import check_options, check_something_trains
 from ..trainer.checks.rows import RowChecker, find_bad_rows
 from ..trainer.checks.sharding import Sharding, find_sharding
 from ..trainer.teachers.teacher_server import TeacherServer
@@ -144,15 +145,16 @@ class TrainingCheck:
         self.peft_config = make_peft_config(model_args, recovery_args)
         self.datasets = {} if script_args.dataset_name is None else load_datasets(script_args, training_args)
         teacher = training_args.teacher_model_name_or_path
-        ViCuRTrainer.check_arguments(
-            self.config,
-            teacher,
+        check_options(
             training_args,
-            self.datasets.get("train_dataset"),
+            name,
+            self.config,
             self.processor,
-            [self.peft_config],
-            get_quantization_config(model_args),
-            self.sharding,
+            teacher_model=teacher,
+            train_dataset=self.datasets.get("train_dataset"),
+            peft_config=self.peft_config,
+            quantization_config=get_quantization_config(model_args),
+            sharding=self.sharding,
         )
         if self.sharding in ("DeepSpeed", "ZeRO-3") and not is_deepspeed_available():
             raise ImportError(
@@ -186,6 +188,7 @@ class TrainingCheck:
                         "The adapter has LoRA on `lm_head`, which TRL refuses: its losses read the weight of the head "
                         "itself. Leave `lm_head` out of `lora_target_modules`."
                     )
+                check_something_trains(model)
                 number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
                 trained = f"{number / 1e6:,.1f}M, {self.peft_config.peft_type.value}"
         return [

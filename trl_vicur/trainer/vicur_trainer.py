@@ -23,7 +23,6 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
     TrainerCallback,
@@ -32,10 +31,8 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 from transformers.utils import ModelOutput
-from transformers.utils.quantization_config import QuantizationMethod
 from trl import DistillationTrainer
 from trl.data_utils import prepare_multimodal_messages
-from trl.import_utils import is_vllm_available
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id, pad
 
@@ -67,13 +64,12 @@ from .checkpoints import (
     write_file_list,
 )
 from .checks.adapter_base import (
-    check_attached_adapters,
     refusing_adapters_that_rewrite_the_base,
     trainable_base_weights,
 )
+from .checks.options import adapter_configs, check_options, check_something_trains
 from .checks.rows import ROW_NAME, RowChecker, check_dataset, with_row_number
-from .checks.sharding import Sharding, check_sharding, find_sharding
-from .checks.thinking import load_thinking_mode, warn_about_thinking, warn_about_thinking_teacher
+from .checks.sharding import find_sharding
 from .collapse import CollapseCallback
 from .lm_head import LMHead
 from .losses import (
@@ -99,23 +95,6 @@ from .vllm_rollouts import StudentGeneration, engine_with_module
 
 
 NUM_SEGMENTS = 4
-
-
-def _check_options_of_stream(args: ViCuRConfig) -> None:
-    """Refuse options that a stream does not support. Trainer and TRL refuse some, but only after loading weights."""
-    if args.max_steps <= 0:
-        raise ValueError(
-            f"`max_steps={args.max_steps}`, but the length of a streamed dataset is not known. Set `max_steps`."
-        )
-    if args.num_iterations > 1:
-        raise ValueError(
-            f"`num_iterations={args.num_iterations}` needs a `Dataset`; with an `IterableDataset` it must be 1."
-        )
-    if args.accelerator_config.dispatch_batches:
-        raise ValueError(
-            "`accelerator_config={'dispatch_batches': True}` is not supported with a streamed dataset: rows are not "
-            "tensors, so one rank cannot send them to the others. Leave `dispatch_batches` out."
-        )
 
 
 class ViCuRTrainer(DistillationTrainer):
@@ -223,15 +202,21 @@ class ViCuRTrainer(DistillationTrainer):
                 config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
             else:
                 config = model.config
-        peft_configs = [*model.peft_config.values()] if isinstance(model, PeftModel) else [peft_config]
-        recovery_configs = [other for other in peft_configs if isinstance(other, CueRecoveryConfig)]
         sharding = find_sharding(args)
-        self.check_arguments(
-            config, teacher_model, args, train_dataset, processing_class, peft_configs, quantization_config, sharding
+        check_options(
+            args,
+            model,
+            config,
+            processing_class,
+            teacher_model=teacher_model,
+            train_dataset=train_dataset,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            tools=tools,
+            sharding=sharding,
         )
-        teaches_itself = teacher_model is None and args.teacher_model_server_url is None
-        if isinstance(model, PeftModel) and teaches_itself and args.teacher_model_kind == "base":
-            check_attached_adapters(model.peft_config)
+        peft_configs = adapter_configs(model, peft_config)
+        recovery_configs = [each for each in peft_configs if isinstance(each, CueRecoveryConfig)]
         if isinstance(peft_config, CueRecoveryConfig):
             peft_config.resolve_sink_token(processing_class)
 
@@ -239,11 +224,6 @@ class ViCuRTrainer(DistillationTrainer):
         max_length = config.get_text_config().max_position_embeddings
         self.teacher_server = None
         if args.teacher_model_server_url is not None:
-            if tools:
-                raise ValueError(
-                    "`tools` with `teacher_model_server_url` are not supported: the images that they return would not "
-                    "reach the server. Pass the teacher as `teacher_model`."
-                )
             self.teacher_server = TeacherServer.from_config(args, processing_class, teacher_model)
             max_length = min(max_length, self.teacher_server.max_length)
             teacher_model = None
@@ -290,11 +270,7 @@ class ViCuRTrainer(DistillationTrainer):
             and not tools  # whose rollouts are several generations
         )
 
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                "No weight of the model trains, as with an adapter of `inference_mode=True`. Load an adapter that is "
-                "to train on with `PeftModel.from_pretrained(..., is_trainable=True)`."
-            )
+        check_something_trains(self.model)
         for each in (self.model, self.teacher_model):
             if each is not None:
                 LMHead.from_model(self.accelerator.unwrap_model(each))  # raises if the losses cannot read the head
@@ -331,111 +307,6 @@ class ViCuRTrainer(DistillationTrainer):
         self._advantages: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self.add_callback(CollapseCallback(self))
         self.model._upload_modified_files = ModelUpload(self)
-
-    @staticmethod
-    def check_arguments(
-        config: PreTrainedConfig,
-        teacher_model: str | PreTrainedModel | None,
-        args: ViCuRConfig,
-        train_dataset: Dataset | IterableDataset | None,
-        processing_class: ProcessorMixin,
-        peft_configs: list[PeftConfig | None],
-        quantization_config: BitsAndBytesConfig | None,
-        sharding: Sharding | None,
-    ) -> None:
-        """
-        What is refused before weights are loaded and rows are checked.
-
-        Raises:
-            `ValueError`: If a model or an option is refused.
-            `OSError`: If there is no such teacher.
-            `ImportError`: If vLLM is wanted and not installed.
-        """
-        has_visual_tokens = bool(visual_token_ids(config))
-        if not isinstance(processing_class, ProcessorMixin) or not has_visual_tokens:
-            raise ValueError(
-                f"ViCuRTrainer trains vision-language models, but got a model of type '{config.model_type}' "
-                f"{'with' if has_visual_tokens else 'without'} visual tokens and a "
-                f"{type(processing_class).__name__}. Use a vision-language model with its processor, or "
-                "`trl.DistillationTrainer` for text."
-            )
-        if processing_class.chat_template is None:
-            raise ValueError(
-                f"The processor ({type(processing_class).__name__}) has no chat template, which prompts are rendered "
-                "with. Use the processor of an instruction-tuned model, or set `processor.chat_template`."
-            )
-        warn_about_thinking(processing_class, args)
-        if args.privilege != "none" and not hint_marker(args.teacher_prompt_template):
-            warnings.warn(
-                f"`teacher_prompt_template={args.teacher_prompt_template!r}` has no word before `{{privilege}}` that "
-                "would identify a completion that mentions the hint, so `hint_leakage` is not logged. Introduce the "
-                "privilege, as in '[Hint]: {privilege}'."
-            )
-        if teacher_model is not None and args.teacher_model_kind != "base":
-            raise ValueError(
-                f"`teacher_model_kind={args.teacher_model_kind!r}` makes the student its own teacher, but a "
-                "`teacher_model` was passed as well. Leave out one of the two."
-            )
-        check_sharding(sharding, args, peft_configs)
-        # `accelerate launch --dynamo_backend` sets this variable and compiles without `torch_compile`
-        dynamo_backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
-        if args.torch_compile or dynamo_backend.upper() != "NO":
-            option = "torch_compile=True" if args.torch_compile else f"dynamo_backend={dynamo_backend}"
-            raise ValueError(
-                f"`{option}` is not supported: TRL replaces the compiled forward with one that calls the backbone, so "
-                "no layer would be compiled, and TRL does not find the adapter of a compiled model. Leave it out."
-            )
-        if args.teacher_model_server_url is not None and not isinstance(teacher_model, str | None):
-            raise ValueError(
-                f"`teacher_model_server_url={args.teacher_model_server_url!r}` is set, but a loaded `teacher_model` "
-                f"({type(teacher_model).__name__}) was passed as well. Leave out one of the two."
-            )
-        recovery_configs = [each for each in peft_configs if isinstance(each, CueRecoveryConfig)]
-        if args.use_vllm and len(recovery_configs) > 1:
-            raise ValueError(
-                f"`use_vllm=True` with {len(recovery_configs)} recovery modules is not supported: vLLM rolls out with "
-                "one. Remove the other adapters with `model.delete_adapter`."
-            )
-        if args.use_vllm and not is_vllm_available():
-            raise ImportError(
-                "`use_vllm=True` needs vLLM, which is not installed. Install it with `pip install 'trl[vllm]'`, or "
-                "leave `use_vllm` out: transformers rolls out."
-            )
-        is_quantized = isinstance(quantization_config, BitsAndBytesConfig) or (
-            config.to_dict().get("quantization_config", {}).get("quant_method") == QuantizationMethod.BITS_AND_BYTES
-        )
-        if is_quantized and (None in peft_configs or any(each.train_base for each in recovery_configs)):
-            raise ValueError(
-                "The model is quantized by bitsandbytes, but its own weights are to be trained: there is no adapter, "
-                "or one with `train_base=True`. Quantized weights cannot be trained. Train an adapter without "
-                "`train_base` (`r=16` adds LoRA), or load the model without quantization."
-            )
-        vocab_size = config.get_text_config().vocab_size
-        if teacher_model is not None and args.teacher_model_server_url is None:
-            revision = (args.teacher_model_init_kwargs or {}).get("revision", args.teacher_model_revision)
-            if isinstance(teacher_model, str):
-                with naming_model(teacher_model):
-                    teacher_config = AutoConfig.from_pretrained(
-                        teacher_model, revision=revision, trust_remote_code=args.trust_remote_code
-                    )
-            else:
-                teacher_config = teacher_model.config
-            teacher_vocab_size = teacher_config.get_text_config().vocab_size
-            if teacher_vocab_size != vocab_size:
-                raise ValueError(
-                    f"The student model has vocab_size {vocab_size} but the teacher model has vocab_size "
-                    f"{teacher_vocab_size}: it is to score the student's tokens. Use a teacher of the same vocabulary."
-                )
-            teacher_name = teacher_model if isinstance(teacher_model, str) else get_config_model_id(teacher_config)
-            thinking_mode = load_thinking_mode(teacher_name, revision, args)
-            warn_about_thinking_teacher(teacher_name, thinking_mode, processing_class, args)
-        if args.distillation_mode == "topk_logits" and args.distillation_topk > vocab_size:
-            raise ValueError(
-                f"`distillation_topk={args.distillation_topk}` exceeds the vocabulary of {vocab_size} tokens. Choose "
-                "fewer, or `distillation_mode='full_logits'`."
-            )
-        if isinstance(train_dataset, IterableDataset):
-            _check_options_of_stream(args)
 
     def _check_eval_dataset(
         self, dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
