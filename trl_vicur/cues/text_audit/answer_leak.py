@@ -166,7 +166,7 @@ def find_answer_leak(
 def read_answer(answer: str, stem: str, options: dict[str, str]) -> Answer:
     """What would state the answer in a cue; of an option its label and its text."""
     if match := FINAL_ANSWER.search(answer):
-        answer = match[match.lastindex]
+        answer = match[match.lastindex or 0]
     text = answer.strip(" \n.")
     labelled = re.fullmatch(r"(?:option |choice )?[(\[]?([A-H1-9]|[IV]{1,3})(?:[)\].:]+\s?(.*))?", text, re.I | re.S)
     labels = []
@@ -273,8 +273,8 @@ def _take(wanted: Quantity, quantities: list[Quantity]) -> bool:
 def find_verdict(verdict: str, cue: str, stem: str) -> Iterator[tuple[int, int]]:
     """Spans of a cue that answer a question by yes or no."""
     for match in VERDICT.finditer(cue):
-        if VERDICTS[match[match.lastindex].lower()] == verdict:
-            yield match.span(match.lastindex)
+        if VERDICTS[match[match.lastindex or 0].lower()] == verdict:
+            yield match.span(match.lastindex or 0)
     # "Does it light up?" is answered by "it does not light up", "they do", "there is no light"
     asked_words = {token.base for token in read_tokens(stem)}
     for match in AUXILIARY.finditer(cue):

@@ -5,6 +5,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
+import sympy
 from latex2sympy2_extended import latex2sympy
 
 from .units import UNIT
@@ -71,10 +72,12 @@ def evaluate(expression: str) -> tuple[Fraction | float, frozenset[str]] | None:
         expression = pattern.sub(latex, expression)
     try:
         parsed = latex2sympy(expression, is_real=True, convert_degrees=False, normalization_config=None)
-        variables = {symbol: math.log(sum(map(ord, symbol.name)) + 1) for symbol in parsed.free_symbols}
-        if not variables and parsed.is_Rational:
+        if not isinstance(parsed, sympy.Expr):  # a relation, a set, a matrix
+            return None
+        variables = {symbol: math.log(sum(map(ord, str(symbol))) + 1) for symbol in parsed.free_symbols}
+        if isinstance(parsed, sympy.Rational):
             return Fraction(int(parsed.p), int(parsed.q)), frozenset()
-        value = float(parsed.subs(variables).evalf(15, maxn=50))
+        value = float(parsed.subs(variables.items()).evalf(15, maxn=50))
     except Exception:  # of many kinds, where it is no expression after all
         return None
     return (value, frozenset(map(str, variables))) if math.isfinite(value) else None

@@ -10,7 +10,6 @@ from text_to_num import Token, find_numbers
 
 # Stands behind the digits of a number word up to the end of the word; white space for regular expressions
 FILL_CHARACTER = "\x1f"
-FILL = re.compile(f"{FILL_CHARACTER}*")
 
 ORDINALS = (
     "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth "
@@ -102,6 +101,13 @@ def number_words_to_digits(text: str) -> str:
     for pattern, read in READERS:
         text = pattern.sub(lambda match, read=read: _fill_up(read(match), match[0]), text)
     return text
+
+
+def skip_fill(text: str, position: int) -> int:
+    """The position after the fill characters, if any, that start at `position`."""
+    while text.startswith(FILL_CHARACTER, position):
+        position += 1
+    return position
 
 
 def read_roman_numeral(numeral: str) -> int:

@@ -41,7 +41,7 @@ def split_options(question: str) -> tuple[str, dict[str, str]]:
     if len(starts) >= 2:
         ends = [match.start() for match in starts[1:]] + [len(question)]
         texts = (question[match.end() : end].strip(" \n,;") for match, end in zip(starts, ends, strict=True))
-        labels = (match[match.lastindex].upper() for match in starts)
+        labels = (match[match.lastindex or 0].upper() for match in starts)
         return question[: starts[0].start()], dict(zip(labels, texts, strict=True))
     if match := UNLABELLED_OPTIONS.search(question):
         texts = filter(None, (text.strip(" '\"[]\n") for text in re.split(r"[,;\n]", question[match.end() :])))
@@ -53,7 +53,7 @@ def _starts_of_options(matches: Iterator[re.Match]) -> list[re.Match]:
     """Those whose labels count up: A, B, C."""
     starts: list[re.Match] = []
     for match in matches:
-        if len(starts) < 6 and match[match.lastindex] in [labels[len(starts)] for labels in LABELS]:
+        if len(starts) < 6 and match[match.lastindex or 0] in [labels[len(starts)] for labels in LABELS]:
             starts.append(match)
     return starts
 

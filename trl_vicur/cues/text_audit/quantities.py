@@ -2,13 +2,13 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
 from .expressions import EXPRESSION, NUMBER, evaluate
-from .number_words import FILL, ROMAN_NUMERAL, number_words_to_digits, read_roman_numeral
+from .number_words import ROMAN_NUMERAL, number_words_to_digits, read_roman_numeral, skip_fill
 from .units import UNIT_BEHIND, convert, read_unit
 
 
@@ -16,7 +16,7 @@ from .units import UNIT_BEHIND, convert, read_unit
 MAX_EXPRESSION_CHARS = 80
 MAX_EXPRESSIONS = 50
 
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+MONTHS: Sequence[str] = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 MONTH = rf"(?:{'|'.join(MONTHS)})[a-z]{{0,6}}\.?"
 DAY = r"\d{1,2}(?:st|nd|rd|th)?"
 DATE = rf"\b(?:{DAY}(?: of)? {MONTH},? \d{{4}}|{MONTH} {DAY},? \d{{4}}|\d{{4}}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{{4}})\b"
@@ -110,7 +110,7 @@ def find_quantities(text: str) -> tuple[Quantity, ...]:
                 ]
         position = end  # the m of 3 m is no variable
     compounds = add_up_compounds(quantities, text)
-    return tuple(quantity._replace(end=FILL.match(text, quantity.end).end()) for quantity in compounds)
+    return tuple(quantity._replace(end=skip_fill(text, quantity.end)) for quantity in compounds)
 
 
 def add_up_compounds(quantities: list[Quantity], text: str) -> Iterator[Quantity]:
@@ -122,18 +122,27 @@ def add_up_compounds(quantities: list[Quantity], text: str) -> Iterator[Quantity
         if previous is not None and previous.unit and quantity.unit and previous.unit != quantity.unit:
             if previous.unit == "hour" and quantity.unit == "meter":  # 2h 15m
                 quantity = quantity._replace(unit="minute")
-            is_side_by_side = re.fullmatch(r"[\s\x1f]{0,30}(?:,|and)?\s{0,30}", text[previous.end : quantity.start])
-            is_number = not isinstance(previous.value, tuple) and not isinstance(quantity.value, tuple)
-            part = convert(1.0, quantity.unit, previous.unit) if is_side_by_side and is_number else None
-            if part is not None and part < 1:
-                value = previous.value + quantity.value * Fraction(part).limit_denominator(10**6)
-                previous = previous._replace(value=value, end=quantity.end)
+            if combined := add_up(previous, quantity, text[previous.end : quantity.start]):
+                previous = combined
                 continue
         if previous is not None:
             yield previous
         previous = quantity
     if previous is not None:
         yield previous
+
+
+def add_up(large: Quantity, small: Quantity, text_between: str) -> Quantity | None:
+    """The sum of two numbers side by side, the second in a smaller unit; `None` where they are not such a pair."""
+    if isinstance(large.value, tuple) or isinstance(small.value, tuple) or not large.unit or not small.unit:
+        return None
+    if not re.fullmatch(r"[\s\x1f]{0,30}(?:,|and)?\s{0,30}", text_between):
+        return None
+    part = convert(1.0, small.unit, large.unit)
+    if part is None or part >= 1:
+        return None
+    value = large.value + small.value * Fraction(part).limit_denominator(10**6)
+    return large._replace(value=value, end=small.end)
 
 
 def read_date(text: str) -> tuple[int, int, int]:
@@ -314,9 +323,7 @@ def find_other_readings(text: str) -> tuple[Quantity, ...]:
     """
     text = number_words_to_digits(text)
     readings = (read(match) for pattern, read in READINGS for match in pattern.finditer(text))
-    return tuple(
-        reading._replace(end=FILL.match(text, reading.end).end()) for reading in readings if reading is not None
-    )
+    return tuple(reading._replace(end=skip_fill(text, reading.end)) for reading in readings if reading is not None)
 
 
 # --- Comparing them ---
@@ -327,11 +334,11 @@ def is_same_quantity(answer: Quantity, mention: Quantity) -> bool:
     Whether a mention states the answer: the same value, in any notation and unit, or a rounded form of it. A bare
     number states a quantity with a unit, and the other way round.
     """
-    if isinstance(answer.value, tuple) or isinstance(mention.value, tuple):
+    value, other = answer.value, mention.value
+    if isinstance(value, tuple) or isinstance(other, tuple):
         return is_same_tuple(answer, mention) or is_same_tuple(mention, answer)
     if answer.variables != mention.variables:
         return False
-    value, other = answer.value, mention.value
     units = {answer.unit, mention.unit}
     if units == {None, "money_cent"}:  # 85 cents are 0.85, or 85
         in_cents, bare = (value, other) if answer.unit else (other, value)
@@ -340,10 +347,10 @@ def is_same_quantity(answer: Quantity, mention: Quantity) -> bool:
         degrees, bare = (value, other) if answer.unit else (other, value)
         if isinstance(bare, float) and math.isclose(math.degrees(bare), degrees):
             return True
-    if None not in units and len(units) == 2 and "percent" not in units:
+    if answer.unit and mention.unit and len(units) == 2 and "percent" not in units:
         converted = convert(float(value), answer.unit, mention.unit)
         return converted is not None and (
-            math.isclose(converted, other, rel_tol=1e-6) or is_rounded(converted, mention)
+            math.isclose(converted, other, rel_tol=1e-6) or is_rounded(converted, other, mention.decimals)
         )
     if value == other or isinstance(value + other, float) and math.isclose(value, other):
         return None in units or len(units) == 1
@@ -351,12 +358,14 @@ def is_same_quantity(answer: Quantity, mention: Quantity) -> bool:
         percent, share = (answer, mention) if answer.unit == "percent" else (mention, answer)
         if share.unit not in (None, "count"):
             return False
-        # A percentage is a rounded one, as far as its digits go
-        percent = percent._replace(decimals=percent.decimals or 0)
-        exact = 100 * share.value
-        share = share._replace(value=exact, decimals=None if share.decimals is None else share.decimals - 2)
-        return math.isclose(percent.value, exact) or is_rounded(exact, percent) or is_rounded(percent.value, share)
-    return is_rounded(value, mention) or is_rounded(other, answer)
+        percentage, exact = (value, 100 * other) if answer.unit == "percent" else (other, 100 * value)
+        # A percentage is rounded to the digits that it has
+        return (
+            math.isclose(percentage, exact)
+            or is_rounded(exact, percentage, percent.decimals or 0)
+            or is_rounded(percentage, exact, None if share.decimals is None else share.decimals - 2)
+        )
+    return is_rounded(value, other, mention.decimals) or is_rounded(other, value, answer.decimals)
 
 
 def is_same_tuple(answer: Quantity, mention: Quantity) -> bool:
@@ -371,18 +380,19 @@ def is_same_tuple(answer: Quantity, mention: Quantity) -> bool:
             return answer.unit != "ratio" and mention.value == first + Fraction(second, 100)
         return mention.decimals is None and mention.value.denominator > 1 and second * mention.value == first
     if answer.value == mention.value:
-        return None in (answer.unit, mention.unit) or answer.unit[:4] == mention.unit[:4]
+        return answer.unit is None or mention.unit is None or answer.unit[:4] == mention.unit[:4]
     if {answer.unit, mention.unit} & {"date", "ratio"} or len(answer.value) != 2 or len(mention.value) != 2:
         return False
     # 3:45 may be 15:45, but 3:45 a.m. is not
     (hour, minutes), (other_hour, other_minutes) = answer.value, mention.value
-    is_known = [each.unit == "time of day" or each.value[0] > 12 for each in (answer, mention)]
-    return minutes == other_minutes and hour % 12 == other_hour % 12 and not all(is_known)
+    is_known = answer.unit == "time of day" or hour > 12
+    is_other_known = mention.unit == "time of day" or other_hour > 12
+    return minutes == other_minutes and hour % 12 == other_hour % 12 and not (is_known and is_other_known)
 
 
-def is_rounded(value: Fraction | float, rounded: Quantity) -> bool:
-    """Whether `rounded` is the value, rounded to its own last digit. One significant digit alone shows nothing."""
-    if rounded.decimals is None:
+def is_rounded(value: Fraction | float, rounded: Fraction | float, decimals: int | None) -> bool:
+    """Whether `rounded` is the value, rounded to so many decimals. One significant digit alone shows nothing."""
+    if decimals is None:
         return False
-    step = 10.0**-rounded.decimals
-    return step <= abs(rounded.value) / 5 and abs(value - rounded.value) <= step / 2 * (1 + 1e-9)
+    step = 10.0**-decimals
+    return step <= abs(rounded) / 5 and abs(value - rounded) <= step / 2 * (1 + 1e-9)

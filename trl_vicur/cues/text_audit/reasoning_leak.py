@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from .expressions import EXPRESSION, is_calculation
-from .number_words import FILL, number_words_to_digits
+from .number_words import number_words_to_digits, skip_fill
 from .presentation import is_announced, is_presented_as_written, is_read_off_scale, sentence_around
 from .quantities import find_quantities, is_same_quantity
 
@@ -160,7 +160,7 @@ def find_reasoning_leak(cue: str, question: str, visible_text: Sequence[str] = (
     reasons = []
     for kind, wording in WORDINGS:
         found = (
-            description[match.start() : FILL.match(in_digits, match.end()).end()].strip()
+            description[match.start() : skip_fill(in_digits, match.end())].strip()
             for match in wording.finditer(in_digits if kind == RESULT else description)
             if not DEPICTED.search(description[max(0, match.start() - 40) : match.start()])
         )
