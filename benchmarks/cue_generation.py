@@ -34,7 +34,7 @@ from trl_vicur.data.rows import read_image
 from trl_vicur.generation.openai_generator import to_openai
 
 
-SERVER = Path(__file__).parents[1] / "tests" / "openai_server.py"
+SERVER = Path(__file__).parents[1] / "tests" / "support" / "openai_server.py"
 LATENCY = 0.05  # seconds
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 matplotlib.use("Agg")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # its tiny models
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # its tiny models
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

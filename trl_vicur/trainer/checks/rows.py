@@ -49,7 +49,7 @@ ROWS_PER_BATCH = 16
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-# Options that the check of a row depends on. `tests/test_checked_datasets.py` fails if one is missing here
+# Options that the check of a row depends on. `tests/trainer/test_checked_datasets.py` fails if one is missing here
 OPTIONS = (
     "privilege",
     "cue_column",
