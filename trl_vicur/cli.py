@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         return report(error)
     except RuntimeError as error:
-        from .cues import GeneratorUnavailableError
+        from .generation import GeneratorUnavailableError
 
         if isinstance(error, GeneratorUnavailableError):
             return report(error)

@@ -7,11 +7,11 @@ from typing import Any
 from datasets import Dataset, Value
 from tqdm.auto import tqdm
 
-from ..cues.answers import is_correct
 from ..cues.usefulness import make_prompt
 from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from ..data.dataset_digest import dataset_digest
 from ..data.rows import read_image, row_images
+from ..extras import needs_extra
 from ..generation import ChatRequest, Generator
 from ..generation.response_store import open_store
 
@@ -57,6 +57,9 @@ def compare_models(
         [`GeneratorUnavailableError`]: If no request can succeed.
         `OSError`: If the disk is full.
     """
+    with needs_extra("cues", "Checking answers"):
+        from ..cues.answers import is_correct
+
     check_dataset(dataset)
     check_columns(dataset, answer_column=answer_column)
     question_column = find_question_column(dataset, question_column)

@@ -14,9 +14,9 @@ from ..data.columns import check_columns, check_dataset, find_image_column, find
 from ..data.dataset_digest import dataset_digest
 from ..data.rows import question_text, read_image, row_images, shorten
 from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE, add_privilege
+from ..extras import needs_extra
 from ..generation import ChatRequest, Generator
 from ..generation.response_store import open_store
-from .answers import is_correct
 from .audit_summary import mean_of_columns
 
 
@@ -67,6 +67,9 @@ def measure_usefulness(
         [`GeneratorUnavailableError`]: If no request can succeed.
         `OSError`: If the disk is full.
     """
+    with needs_extra("cues", "Checking answers"):
+        from .answers import is_correct
+
     check_dataset(dataset)
     check_columns(dataset, cue_column=cue_column, answer_column=answer_column)
     question_column = find_question_column(dataset, question_column)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..data.rows import shorten
+from ..extras import needs_extra
 from .requests import (
     ChatRequest,
     ChatResponse,
@@ -71,7 +72,8 @@ class OpenAIGenerator:
         temperature: float = 0.0,
         top_p: float = 1.0,
     ):
-        from openai import OpenAI
+        with needs_extra("cues", "An OpenAI-compatible endpoint"):
+            from openai import OpenAI
 
         check_sampling(max_new_tokens, temperature, top_p)
         if concurrency < 1:

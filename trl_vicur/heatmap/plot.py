@@ -7,16 +7,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..cue_recovery import sink_attention
 from ..data.rows import check_messages, control_token_pattern, message_texts, read_image, shorten
+from ..extras import needs_extra
 from .visual_tokens import AttendedPicture, attended_pictures
 
 
-try:
+with needs_extra("heatmap", "Drawing heat maps"):
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
-except ImportError as error:
-    raise ImportError(
-        "Heat maps are drawn with matplotlib. Install it: `pip install 'trl-vicur[heatmap]'`."
-    ) from error
 
 
 MAX_COLUMNS = 5  # so that a figure in the width of a page stays legible; more panels go into further lines

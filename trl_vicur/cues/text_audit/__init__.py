@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .answer_leak import find_answer_leak
+from ...extras import needs_extra
 from .control_text import find_control_text, find_hidden_text
 from .folding import fold_text
-from .reasoning_leak import find_reasoning_leak
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,9 @@ def audit_cue(cue: str, question: str, answer: str | None = None, visible_text: 
     Returns:
         [`CueAudit`]: The verdicts and what was found.
 
+    Raises:
+        `ModuleNotFoundError`: If the extra `cues` is not installed.
+
     Example:
 
     ```python
@@ -62,6 +64,10 @@ def audit_cue(cue: str, question: str, answer: str | None = None, visible_text: 
     ["the cue says '12 cm', the answer is '12', and no label of the image is known to show it"]
     ```
     """
+    with needs_extra("cues", "Auditing cues"):
+        from .answer_leak import find_answer_leak
+        from .reasoning_leak import find_reasoning_leak
+
     hidden = find_hidden_text(cue)
     cue, question = fold_text(cue), fold_text(question)
     visible_text = [fold_text(text) for text in visible_text]

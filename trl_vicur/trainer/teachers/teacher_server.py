@@ -4,17 +4,21 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import openai
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.generation.vllm_client import pil_to_base64
 
 from ...data.rows import shorten
+from ...extras import needs_extra
 from ..checks.thinking import MESSAGES, ThinkingMode, thinking_mode, warn_about_thinking_teacher
 from ..vicur_config import ViCuRConfig
+
+
+if TYPE_CHECKING:
+    import openai
 
 
 CONCURRENCY = 64  # requests under way at a time, of each process
@@ -99,6 +103,9 @@ class TeacherServer:
         model: str | None = None,
         timeout: float = 0.0,
     ):
+        with needs_extra("openai", "A teacher server"):
+            import openai
+
         self.url = url.rstrip("/")
         self.top_k = top_k
         key = os.environ.get("OPENAI_API_KEY") or "none"  # the client insists on one
@@ -169,6 +176,7 @@ class TeacherServer:
         self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None
     ) -> ThinkingMode | None:
         """Mode that the server's own chat template puts the teacher into; `None` if it has no chat template."""
+        import openai
 
         def render(**variables: Any) -> str:
             body = {"model": self.model, "messages": MESSAGES, "chat_template_kwargs": variables}
@@ -181,6 +189,8 @@ class TeacherServer:
 
     def _wait(self, timeout: float) -> dict[str, Any]:
         """The server's list of models, once it has one."""
+        import openai
+
         deadline = time.monotonic() + timeout
         client = self._client.with_options(max_retries=0, timeout=60.0)
         while True:
@@ -273,6 +283,8 @@ class TeacherServer:
         )
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        import openai
+
         try:
             return self._client.post(path, body=body, cast_to=object)
         except openai.APIStatusError as error:
@@ -283,7 +295,7 @@ class TeacherServer:
                 "Start it again, and training from its last checkpoint."
             ) from error
 
-    def _refusal(self, path: str, error: openai.APIStatusError) -> ValueError:
+    def _refusal(self, path: str, error: "openai.APIStatusError") -> ValueError:
         mends = {
             400: f"Start it with `--max-logprobs {self.top_k}` or more, and a `--max-model-len` for prompt and "
             "completion.",

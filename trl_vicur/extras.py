@@ -1,0 +1,27 @@
+"""Optional dependencies: an error that names the extra which installs the missing package."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def needs_extra(extra: str, user: str) -> Iterator[None]:
+    """
+    Wrap imports of packages that only an extra installs.
+
+    Args:
+        extra (`str`):
+            Name of the extra in `pyproject.toml`.
+        user (`str`):
+            The function, class or command that needs the packages.
+
+    Raises:
+        `ModuleNotFoundError`: If a package is missing; names the extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{user} needs {error.name}, which is not installed. Install it with `pip install 'trl-vicur[{extra}]'`.",
+            name=error.name,
+        ) from error
