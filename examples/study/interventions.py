@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from domains import DOMAINS, STUDY, Domain, easy_vqa_dataset, evaluate
+from domains import DOMAINS, Domain, easy_vqa_dataset, evaluate
 from peft import PeftModel
 from PIL import Image
-from run import write_json
+from records import RESULTS, append_record
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -183,16 +183,15 @@ def main() -> None:
     parser.add_argument("--domain", choices=DOMAINS, required=True)
     parser.add_argument("--run", required=True, help="a trained student, e.g. cue+module-lr0.001-seed0")
     parser.add_argument("--num_rows", type=int, default=500, help="test rows")
-    parser.add_argument("--results", type=Path, default=STUDY / "results", help="where the JSON file goes")
-    parser.add_argument("--output_dir", type=Path, default=Path("study_output"), help="where the students are")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--output_dir", type=Path, default=Path("study_output"), help="folder of the students")
     args = parser.parse_args()
     domain = DOMAINS[args.domain]
     processor = AutoProcessor.from_pretrained(domain.base)
     model = load_student(domain, args.output_dir / args.domain / args.run / "student")
     test = domain.load("test").select(range(args.num_rows))
     results = intervene(model, processor, domain, [test[row] for row in range(len(test))])
-    path = args.results / args.domain / "interventions" / f"{args.run}.json"
-    write_json(path, results)
+    append_record(args.results / f"{args.domain}.jsonl", "interventions", args.run, results)
     print(json.dumps(results, indent=1))
 
 

@@ -1,18 +1,17 @@
 """
-The component study: trains every cell of the grid, on any of its domains, and goes on where it was stopped.
+The component study: trains every cell of the grid on one of the domains, and resumes where it was stopped.
 
     python examples/study/run.py --domain easy_vqa --seeds 5
 
-Each cell is trained at each of its learning rates with seed 0; the best on validation rows is then used for the other
-seeds. A run is a process of its own and leaves one JSON file; what is there is not run again, so that the command may
-be stopped at any time, and several may run side by side. `python examples/study/summary.py` makes the tables.
+Each cell is trained at each of its learning rates with seed 0; the other seeds use the one that scored best on
+validation rows. Each run is a process of its own and appends one record to the domain's results (`records.py`). Runs
+with a record are skipped, so the command can be stopped at any time, and several can run side by side.
+`python examples/study/summary.py` makes the tables.
 """
 
 import argparse
 import fcntl
-import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -25,8 +24,9 @@ import transformers
 import trl
 from cells import GRID, REMOVED, Cell, objective_options
 from datasets import Dataset, disable_progress_bars
-from domains import DOMAINS, STUDY, Domain, evaluate, rows_domain, shortened
+from domains import DOMAINS, Domain, evaluate, rows_domain, shortened
 from peft import LoraConfig
+from records import RESULTS, append_record, read_records
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -35,7 +35,7 @@ from trl_vicur.cue_recovery import CueRecoveryLayer
 
 
 NUM_CURVE_POINTS = 4
-# GRPO's group; it has as many rollouts per step as the others, of fewer prompts
+# Size of a GRPO group: as many rollouts per step as the other cells have, of fewer prompts
 NUM_GENERATIONS = 4
 # Linear layers of Qwen3-VL's text decoder and of the mergers between vision tower and decoder
 TEXT_LINEAR = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -43,7 +43,7 @@ MERGER_LINEAR = r".*visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc\d"
 
 
 class LearningCurve(TrainerCallback):
-    """Evaluates on validation rows while training, the last time at its end."""
+    """Evaluates on validation rows during training, the last time at its end."""
 
     def __init__(self, domain: Domain, processor: Any, dataset: Dataset):
         self.domain, self.processor, self.dataset = domain, processor, dataset
@@ -78,14 +78,14 @@ def peft_config(cell: Cell, domain: Domain) -> CueRecoveryConfig | Any | None:
 
 
 def share_weights(model: torch.nn.Module) -> None:
-    """Lets all layers have the first one's module. The adapter has a copy of it for each, and loads as any other."""
+    """Makes all layers share the first one's module. A saved adapter has one copy per layer and loads as usual."""
     first, *others = (layer for layer in model.modules() if isinstance(layer, CueRecoveryLayer))
     for layer in others:
         layer.sink_attention = first.sink_attention
 
 
 def leakage_per_epoch(log: list[dict[str, Any]], rollouts_per_step: int) -> list[dict[str, int]]:
-    """How many rollouts spoke of the hint, and how often, per epoch (ViCuR, Table 8), from the logged means."""
+    """Rollouts that mention the hint, and mentions in all, per epoch (ViCuR, Table 8), from the logged means."""
     epochs: dict[int, dict[str, int]] = {}
     last_step = 0
     for entry in log:
@@ -99,13 +99,16 @@ def leakage_per_epoch(log: list[dict[str, Any]], rollouts_per_step: int) -> list
     return list(epochs.values())
 
 
-def train_cell(
-    cell: Cell, domain: Domain, learning_rate: float, seed: int, output_dir: Path, stronger_teacher: str | None
-) -> dict[str, Any]:
-    """Trains and tests one student, and saves it in `output_dir`. Returns what the JSON file holds."""
-    start = time.perf_counter()
-    processor = AutoProcessor.from_pretrained(domain.base)
-    curve = LearningCurve(domain, processor, domain.load("validation"))
+def make_trainer(
+    cell: Cell,
+    domain: Domain,
+    learning_rate: float,
+    seed: int,
+    output_dir: Path,
+    stronger_teacher: str | None,
+    callback: TrainerCallback,
+) -> GRPOTrainer | ViCuRTrainer:
+    """The cell's trainer, over the domain's base and its `"distillation"` rows."""
     options = {
         "output_dir": str(output_dir),
         "learning_rate": learning_rate,
@@ -120,9 +123,9 @@ def train_cell(
     common = {
         "model": domain.base,
         "train_dataset": domain.load("distillation"),
-        "processing_class": processor,
+        "processing_class": AutoProcessor.from_pretrained(domain.base),
         "peft_config": peft_config(cell, domain),
-        "callbacks": [curve],
+        "callbacks": [callback],
     }
     if cell.privilege == "reward":
 
@@ -131,24 +134,37 @@ def train_cell(
             rows = [{"answer": each, "cue": cue} for each, cue in zip(answer, kwargs["cue"], strict=True)]
             return [float(domain.score(text, row)[0]) for text, row in zip(texts, rows, strict=True)]
 
-        options["num_generations"] = NUM_GENERATIONS
-        trainer = GRPOTrainer(reward_funcs=is_right, args=GRPOConfig(**options), **common)
-    else:
-        args = ViCuRConfig(
-            privilege=cell.privilege,
-            teacher_model_kind="ema" if cell.teacher == "ema" else "base",
-            **objective_options(cell),
-            **options,
-        )
-        teacher = stronger_teacher if cell.teacher == "stronger" else None
-        trainer = ViCuRTrainer(args=args, teacher_model=teacher, **common)
+        config = GRPOConfig(num_generations=NUM_GENERATIONS, **options)
+        return GRPOTrainer(reward_funcs=is_right, args=config, **common)
+    config = ViCuRConfig(
+        privilege=cell.privilege,
+        teacher_model_kind="ema" if cell.teacher == "ema" else "base",
+        **objective_options(cell),
+        **options,
+    )
+    return ViCuRTrainer(args=config, teacher_model=stronger_teacher if cell.teacher == "stronger" else None, **common)
+
+
+def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
+    parameters = list(model.named_parameters())
+    return {
+        "trainable": sum(p.numel() for _, p in parameters if p.requires_grad),
+        "module": sum(p.numel() for name, p in parameters if "sink_attention" in name),
+        "all": sum(p.numel() for _, p in parameters),
+    }
+
+
+def train_cell(
+    cell: Cell, domain: Domain, learning_rate: float, seed: int, output_dir: Path, stronger_teacher: str | None
+) -> dict[str, Any]:
+    """Trains and tests one student, and saves it in `output_dir`. Returns the run's result."""
+    start = time.perf_counter()
+    processor = AutoProcessor.from_pretrained(domain.base)
+    curve = LearningCurve(domain, processor, domain.load("validation"))
+    trainer = make_trainer(cell, domain, learning_rate, seed, output_dir, stronger_teacher, curve)
     if cell.shared_weights:
         share_weights(trainer.model)
-    sizes = {
-        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "module": sum(p.numel() for name, p in trainer.model.named_parameters() if "sink_attention" in name),
-        "all": sum(p.numel() for p in trainer.model.parameters()),
-    }
+    parameters = parameter_counts(trainer.model)
     trainer.train()
     training_seconds = time.perf_counter() - start
     trainer.save_model(str(output_dir))
@@ -160,7 +176,7 @@ def train_cell(
         "learning_rate": learning_rate,
         "seed": seed,
         "training": domain.training,
-        "parameters": sizes,
+        "parameters": parameters,
         "training_seconds": round(training_seconds),
         "log": [{key: entry[key] for key in kept if key in entry} for entry in log],
         "update_ratio": {key.split("/")[1]: log[-1][key] for key in ratios},
@@ -175,7 +191,7 @@ def train_cell(
 
 
 def score_base(domain: Domain) -> dict[str, Any]:
-    """Tests the base, alone and with each of the hints that its teachers' prompts have."""
+    """Test scores of the base: without a hint, and with each hint that a teacher's prompt can have."""
     model = AutoModelForImageTextToText.from_pretrained(domain.base, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(domain.base)
     hints = {"": None, "_with_cue": "cue", "_with_answer": "answer"}
@@ -186,61 +202,69 @@ def score_base(domain: Domain) -> dict[str, Any]:
     }
 
 
-def result_path(results: Path, domain: str, name: str, learning_rate: float, seed: int) -> Path:
-    return results / domain / f"{name}-lr{learning_rate:g}-seed{seed}.json"
+def run_name(cell: str, learning_rate: float, seed: int) -> str:
+    return f"{cell}-lr{learning_rate:g}-seed{seed}"
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+def searched_learning_rates(runs: dict[str, dict[str, Any]], cell: str, metric: str) -> dict[float, float]:
+    """The learning rates that the cell was trained at with seed 0, and their scores on validation rows."""
+    names = {rate: run_name(cell, rate, 0) for rate in (GRID | REMOVED)[cell].learning_rates}
+    return {rate: runs[name]["validation"][metric] for rate, name in names.items() if name in runs}
 
 
-def run_cell(args: argparse.Namespace, name: str, learning_rate: float, seed: int) -> bool:
-    """Runs a cell in a process of its own, unless its result is there. Returns whether it is there now."""
-    path = result_path(args.results, args.domain, name, learning_rate, seed)
-    if path.exists():
-        return True
-    directory = args.output_dir / args.domain / path.stem
+def run_cell(args: argparse.Namespace, cell: str, learning_rate: float, seed: int) -> None:
+    """Trains a cell in a process of its own, unless it has a record or another process is training it."""
+    results, name = args.results / f"{args.domain}.jsonl", run_name(cell, learning_rate, seed)
+    if name in read_records(results, "run"):
+        return
+    directory = args.output_dir / args.domain / name
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process runs it
-            return False
-        if path.exists():
-            return True
-        command = [sys.executable, __file__, *sys.argv[1:], "--cell", name]
+        except BlockingIOError:
+            return
+        if name in read_records(results, "run"):  # another process has finished it meanwhile
+            return
+        command = [sys.executable, __file__, *sys.argv[1:], "--cell", cell]
         command += ["--learning_rate", str(learning_rate), "--seed", str(seed)]
-        print(f"{time.strftime('%H:%M:%S')} {path.stem}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
         with open(directory / "log.txt", "w") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
         if code != 0:
-            print(f"{path.stem} failed with exit code {code}; see {directory / 'log.txt'}", flush=True)
-    return path.exists()
+            print(f"{name} failed with exit code {code}; see {directory / 'log.txt'}", flush=True)
 
 
-def searched_learning_rates(results: Path, domain: str, name: str, metric: str) -> dict[float, float]:
-    """The learning rates that the cell was trained at with seed 0, and the score on validation rows."""
-    paths = {rate: result_path(results, domain, name, rate, 0) for rate in (GRID | REMOVED)[name].learning_rates}
-    return {rate: json.loads(path.read_text())["validation"][metric] for rate, path in paths.items() if path.exists()}
+def run_grid(args: argparse.Namespace, domain: Domain) -> None:
+    """Scores the base and trains every cell: first all learning rates with seed 0, then the best with other seeds."""
+    results = args.results / f"{args.domain}.jsonl"
+    if not read_records(results, "base"):
+        append_record(results, "base", "base", score_base(domain))
+    cells = [name for name in args.cells if GRID[name].teacher != "stronger" or args.stronger_teacher is not None]
+    for index in range(max(len(GRID[name].learning_rates) for name in cells)):
+        for name in cells:
+            for learning_rate in GRID[name].learning_rates[index : index + 1]:
+                run_cell(args, name, learning_rate, 0)
+    for seed in range(1, args.seeds):
+        for name in cells:
+            scores = searched_learning_rates(read_records(results, "run"), name, domain.metric)
+            if len(scores) == len(GRID[name].learning_rates):
+                run_cell(args, name, max(scores, key=scores.__getitem__), seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domain", default="easy_vqa", help=f"one of {', '.join(DOMAINS)}, or a name for --dataset")
-    parser.add_argument("--dataset", help="rows of your own: an id on the Hub or a folder of `save_to_disk`")
+    parser.add_argument("--dataset", help="your own rows: an id on the Hub or a folder of `save_to_disk`")
     parser.add_argument("--model", help="the model that students start from, for --dataset")
-    parser.add_argument("--stronger_teacher", help="the model that teaches in the cells with a stronger teacher")
+    parser.add_argument("--stronger_teacher", help="the teacher of the cells that have a stronger one")
     parser.add_argument("--cells", nargs="+", choices=GRID, default=list(GRID), help="which cells, in this order")
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--max_steps", type=int, help="optimizer steps of each student")
     parser.add_argument("--max_rows", type=int, help="rows of each split, for a quick try")
-    parser.add_argument("--results", type=Path, default=STUDY / "results", help="where the JSON files go")
-    parser.add_argument("--output_dir", type=Path, default=Path("study_output"), help="where students and logs go")
-    parser.add_argument("--cell", choices=GRID, help="run this one cell, with --learning_rate and --seed")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--output_dir", type=Path, default=Path("study_output"), help="folder of students and logs")
+    parser.add_argument("--cell", choices=GRID, help="train only this cell, with --learning_rate and --seed")
     parser.add_argument("--learning_rate", type=float)
     parser.add_argument("--seed", type=int)
     args = parser.parse_args()
@@ -254,31 +278,16 @@ def main() -> None:
     if args.max_rows is not None:
         domain = shortened(domain, args.max_rows)
 
-    if args.cell is not None:
-        warnings.filterwarnings("ignore")
-        transformers.logging.set_verbosity_error()
-        disable_progress_bars()
-        path = result_path(args.results, args.domain, args.cell, args.learning_rate, args.seed)
-        students = args.output_dir / args.domain / path.stem / "student"
-        write_json(
-            path,
-            train_cell(GRID[args.cell], domain, args.learning_rate, args.seed, students, args.stronger_teacher),
-        )
+    if args.cell is None:
+        run_grid(args, domain)
         return
-
-    base_path = args.results / args.domain / "base.json"
-    if not base_path.exists():
-        write_json(base_path, score_base(domain))
-    cells = [name for name in args.cells if GRID[name].teacher != "stronger" or args.stronger_teacher is not None]
-    for tried in range(max(len(GRID[name].learning_rates) for name in cells)):
-        for name in cells:
-            for learning_rate in GRID[name].learning_rates[tried : tried + 1]:
-                run_cell(args, name, learning_rate, 0)
-    for seed in range(1, args.seeds):
-        for name in cells:
-            scores = searched_learning_rates(args.results, args.domain, name, domain.metric)
-            if len(scores) == len(GRID[name].learning_rates):
-                run_cell(args, name, max(scores, key=scores.__getitem__), seed)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    disable_progress_bars()
+    name = run_name(args.cell, args.learning_rate, args.seed)
+    student = args.output_dir / args.domain / name / "student"
+    result = train_cell(GRID[args.cell], domain, args.learning_rate, args.seed, student, args.stronger_teacher)
+    append_record(args.results / f"{args.domain}.jsonl", "run", name, result)
 
 
 if __name__ == "__main__":

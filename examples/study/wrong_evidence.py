@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from domains import DOMAINS, STUDY, easy_vqa_dataset
+from domains import DOMAINS, easy_vqa_dataset
 from interventions import load_student
-from run import write_json
+from records import RESULTS, append_record
 from transformers import AutoProcessor
 
 
@@ -78,8 +78,8 @@ def main() -> None:
     parser.add_argument("--domain", choices=("geometry", "geometry_sink"), default="geometry")
     parser.add_argument("--split", choices=("test", "test_ood"), default="test_ood")
     parser.add_argument("--run", help="a trained student, e.g. cue-lr0.0005-seed4; without it, the base")
-    parser.add_argument("--output_dir", type=Path, default=Path("study_output"), help="where the students are")
-    parser.add_argument("--results", type=Path, default=STUDY / "results", help="where the JSON file goes")
+    parser.add_argument("--output_dir", type=Path, default=Path("study_output"), help="folder of the students")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     domain = DOMAINS[args.domain]
     folder = Path(domain.base) if args.run is None else args.output_dir / args.domain / args.run / "student"
@@ -95,8 +95,8 @@ def main() -> None:
                 "teacher": probability_of_second_name(teacher, processor, lettered, "cue"),
                 "student": probability_of_second_name(model, processor, lettered, None),
             }
-    path = args.results / args.domain / "wrong_evidence" / f"{args.split}-{args.run or 'base'}.json"
-    write_json(path, found)
+    name = f"{args.split}-{args.run or 'base'}"
+    append_record(args.results / f"{args.domain}.jsonl", "wrong_evidence", name, found)
     print(json.dumps(found, indent=1))
 
 

@@ -27,6 +27,7 @@ import cells  # noqa: E402
 import domains  # noqa: E402
 import geometry  # noqa: E402
 import interventions  # noqa: E402
+import records  # noqa: E402
 import run  # noqa: E402
 import summary  # noqa: E402
 import wrong_evidence  # noqa: E402
@@ -205,6 +206,73 @@ def test_missing_column_is_named(tmp_path):
         domains.load_rows(str(tmp_path), "test")
 
 
+# --- Records ---
+
+
+def test_last_record_of_a_name_counts(tmp_path):
+    path = tmp_path / "new" / "easy_vqa.jsonl"
+    assert records.read_records(path, "run") == {}
+    for kind, name, value in (("run", "a", 1), ("run", "b", 2), ("base", "a", 3), ("run", "a", 4)):
+        records.append_record(path, kind, name, {"value": value})
+    assert records.read_records(path, "run") == {"a": {"value": 4}, "b": {"value": 2}}
+    assert records.read_records(path, "base") == {"a": {"value": 3}}
+
+
+def test_record_of_a_killed_process_is_ignored_and_overwritten(tmp_path):
+    path = tmp_path / "easy_vqa.jsonl"
+    records.append_record(path, "run", "a", {"value": 1})
+    whole = path.read_bytes()
+    unfinished = whole.replace(b'"a"', b'"b"')
+    for length in range(1, len(unfinished) - 1):
+        path.write_bytes(whole + unfinished[:length])
+        assert records.read_records(path, "run") == {"a": {"value": 1}}
+    records.append_record(path, "run", "c", {"value": 3})
+    assert records.read_records(path, "run") == {"a": {"value": 1}, "c": {"value": 3}}
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_last_record_without_line_break_is_kept(tmp_path):
+    path = tmp_path / "easy_vqa.jsonl"
+    records.append_record(path, "run", "a", {"value": 1})
+    path.write_bytes(path.read_bytes().rstrip())
+    assert records.read_records(path, "run") == {"a": {"value": 1}}
+    records.append_record(path, "run", "b", {"value": 2})
+    assert records.read_records(path, "run") == {"a": {"value": 1}, "b": {"value": 2}}
+
+
+def test_damaged_record_is_named_by_its_line(tmp_path):
+    path = tmp_path / "easy_vqa.jsonl"
+    for name in "abc":
+        records.append_record(path, "run", name, {})
+    path.write_text(path.read_text().replace('"b"', '"b'))
+    with pytest.raises(ValueError, match=r"easy_vqa\.jsonl, line 2 is not JSON"):
+        records.read_records(path, "run")
+
+
+def test_processes_that_append_at_once_lose_nothing(tmp_path):
+    path = tmp_path / "easy_vqa.jsonl"
+    code = (
+        "import sys, pathlib, records\n"
+        "for i in range(50):\n"
+        "    records.append_record(pathlib.Path(sys.argv[1]), 'run', f'{sys.argv[2]}-{i}', {'right': '3' * 20_000})\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(path), name], cwd=STUDY) for name in "abcd"]
+    assert [process.wait() for process in processes] == [0] * 4
+    known = records.read_records(path, "run")
+    assert known.keys() == {f"{name}-{i}" for name in "abcd" for i in range(50)}
+    assert all(len(result["right"]) == 20_000 for result in known.values())
+
+
+def test_committed_results_have_a_base_and_known_cells():
+    paths = sorted(records.RESULTS.glob("*.jsonl"))
+    assert [path.stem for path in paths] == sorted(domains.DOMAINS)
+    for path in paths:
+        assert list(records.read_records(path, "base")) == ["base"]
+        for name, result in records.read_records(path, "run").items():
+            cell = name.removesuffix(run.run_name("", result["learning_rate"], result["seed"]))
+            assert cell in cells.GRID | cells.REMOVED
+
+
 # --- A cell from start to end ---
 
 
@@ -234,10 +302,9 @@ def test_every_module_of_the_grid_fits_its_base(name):
     assert (added < 0.01 * whole_size) == (cell.bottleneck_size is not None)
 
 
-def test_cell_leaves_one_file_with_all_that_the_tables_need(study):
+def test_cell_appends_one_record_with_all_that_the_tables_need(study):
     folder, _ = study
-    [path] = (folder / "results").rglob("*.json")
-    known = json.loads(path.read_text())
+    known = records.read_records(folder / "results" / "easy_vqa.jsonl", "run")["cue+module-lr0.001-seed0"]
     assert known["seed"] == 0 and known["learning_rate"] == 1e-3 and known["cell"]["module"]
     assert known["parameters"]["trainable"] > known["parameters"]["module"] > 0
     assert [point["step"] for point in known["curve"]] == [1, 2]
@@ -261,14 +328,15 @@ def test_only_what_is_missing_is_run_and_all_of_it_is_in_the_tables(study, monke
     # Seed 0 is there; seed 1 has the learning rate that was best with seed 0
     assert started == [["--cell", "cue+module", "--learning_rate", "0.001", "--seed", "1"]]
 
-    monkeypatch.setattr(sys, "argv", ["summary.py", "--results", str(folder / "results")])
+    figures = folder / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["summary.py", "--results", str(folder / "results"), "--json", str(figures)])
     summary.main()
     tables = (folder / "results" / "README.md").read_text()
     assert "| `cue+module` | 1 |" in tables and "| base that reads the cue |" in tables
     assert (folder / "results" / "easy_vqa.png").stat().st_size > 10_000
-    known = json.loads((folder / "results" / "summary.json").read_text())["easy_vqa"]
-    run_known = json.loads(next((folder / "results" / "easy_vqa").glob("cue+module-*.json")).read_text())
-    assert known["cells"]["cue+module"]["scores"]["test"]["accuracy"]["mean"] == run_known["test"]["accuracy"]
+    known = json.loads(figures.read_text())["easy_vqa"]
+    [student] = records.read_records(folder / "results" / "easy_vqa.jsonl", "run").values()
+    assert known["cells"]["cue+module"]["scores"]["test"]["accuracy"]["mean"] == student["test"]["accuracy"]
     assert known["base"]["test_with_cue"]["accuracy"] > known["base"]["test"]["accuracy"]
 
 
@@ -318,13 +386,12 @@ def test_interventions_reach_the_module(study):
 
 
 def test_interventions_have_a_table(tmp_path):
-    assert summary.interventions_markdown(tmp_path, "easy_vqa", "accuracy") == []
-    (tmp_path / "easy_vqa" / "interventions").mkdir(parents=True)
+    path = tmp_path / "easy_vqa.jsonl"
+    assert summary.interventions_markdown(path, "accuracy") == []
     with_module = {"zero": {"accuracy": 0.25}, "attention on evidence, over uniform": {"layers.1": 1.5}}
     for run_name, found in (("cue", {}), ("cue+module", with_module)):
-        path = tmp_path / "easy_vqa" / "interventions" / f"{run_name}.json"
-        path.write_text(json.dumps({"intact": {"accuracy": 0.5}, **found}))
-    *_, header, _, with_module, without, _ = summary.interventions_markdown(tmp_path, "easy_vqa", "accuracy")
+        records.append_record(path, "interventions", run_name, {"intact": {"accuracy": 0.5}, **found})
+    *_, header, _, with_module, without, _ = summary.interventions_markdown(path, "accuracy")
     assert header == "| | intact | zero | attention on evidence, over uniform |"
     assert without == "| `cue` | 50.0% |  |  |" and with_module == "| `cue+module` | 50.0% | 25.0% | 1.50 |"
 
@@ -366,7 +433,8 @@ def test_wrong_evidence_of_the_base_is_counted_and_has_a_table(tmp_path, monkeyp
     monkeypatch.setitem(domains.DOMAINS, "geometry", domain)
     monkeypatch.setattr(sys, "argv", ["wrong_evidence.py", "--results", str(tmp_path)])
     wrong_evidence.main()
-    known = json.loads((tmp_path / "geometry" / "wrong_evidence" / "test_ood-base.json").read_text())
+    path = tmp_path / "geometry.jsonl"
+    [known] = records.read_records(path, "wrong_evidence").values()
     found = known["evidence"]
     assert set(found) == {"isosceles triangle, indirect", "line chart, indirect"}
     assert sum(sum(counts.values()) for counts in found.values()) == 24
@@ -375,8 +443,8 @@ def test_wrong_evidence_of_the_base_is_counted_and_has_a_table(tmp_path, monkeyp
     right = sum(counts["right"] for counts in found.values())
     assert 0 < right == round(24 * scores["evidence_accuracy"])
 
-    assert summary.wrong_evidence_markdown(tmp_path, "easy_vqa") == []
-    lines = summary.wrong_evidence_markdown(tmp_path, "geometry")
+    assert summary.wrong_evidence_markdown(tmp_path / "easy_vqa.jsonl") == []
+    lines = summary.wrong_evidence_markdown(path)
     counts = " | ".join(str(count) for count in found["isosceles triangle, indirect"].values())
     assert f"| `test_ood-base` | isosceles triangle, indirect | {counts} |" in lines
 
