@@ -1,13 +1,13 @@
 """
-Gives a tiny base what large language models have and it lacks: an attention sink.
+Gives a tiny base an attention sink, as large language models have.
 
     python examples/study/attention_sink.py --domain easy_vqa
 
-In large language models most of the attention rests on the first token, and by this way later tokens read what the
-recovery module writes there. The tiny bases were taught a task and nothing else, and spread theirs evenly. This trains
-a copy of one to rest its attention on the first token too, from the second layer on, and to say what it said: it
-distils the base into the copy on the base's own completions of images that no student is trained or tested on. What
-the two make of the module differs by nothing else.
+In large language models most of the attention rests on the first token, and through it later tokens read what the
+recovery module writes there. The tiny bases were trained on one task only, and spread their attention evenly. This
+script trains a copy of a base to rest its attention on the first token too, from the second layer on, and to answer as
+before: it distils the base into the copy, on the base's own completions for images that no student is trained or
+tested on. So results on the base and on the copy differ by the attention sink alone.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def completed(
     rows: list[dict[str, Any]],
     hint: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Inputs for a forward pass over the prompts of `rows` and the completions that the model samples."""
+    """Inputs of a forward pass over the prompts of `rows` and completions sampled from the model."""
     inputs = easy_vqa_dataset.encode(rows, processor, hint)
     ids = model.generate(**inputs, max_new_tokens=domain.training["max_completion_length"], do_sample=True)
     new_mask = ids[:, inputs["input_ids"].shape[1] :] != processor.tokenizer.pad_token_id
@@ -55,7 +55,7 @@ def completed(
 
 
 def attention_on_first_token(attentions: tuple[torch.Tensor, ...], attention_mask: torch.Tensor) -> list[torch.Tensor]:
-    """For each layer, the attention of every later token's heads to the sample's first token, `(tokens, heads)`."""
+    """For each layer, the attention of all later tokens to their sample's first token, `(tokens, heads)`."""
     first = attention_mask.argmax(dim=1)
     index = torch.arange(attention_mask.shape[1])
     is_later = (index > first[:, None]) & attention_mask.bool()
@@ -70,7 +70,7 @@ def train(
     rows: list[dict[str, Any]],
     steps: int,
 ) -> float:
-    """Trains the decoder layers of `copy`. Returns the last losses' mean."""
+    """Trains the decoder layers of `copy`. Returns a running mean of the last losses."""
     for name, parameter in copy.named_parameters():
         parameter.requires_grad_("language_model.layers" in name)
 
@@ -92,7 +92,7 @@ def train(
 
 
 def describe(model: PreTrainedModel, processor: ProcessorMixin, domain: Domain) -> dict[str, Any]:
-    """Its scores on test rows, and how much attention rests on the first token in each layer."""
+    """The model's scores on test rows, and each layer's mean attention to the first token."""
     test = domain.load("test")
     inputs = completed(model, processor, domain, [test[row] for row in range(64)])
     with torch.no_grad():
@@ -106,9 +106,9 @@ def describe(model: PreTrainedModel, processor: ProcessorMixin, domain: Domain) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domain", choices=ROWS, required=True)
-    parser.add_argument("--output_dir", type=Path, help="by default the folder of the domain's base with a sink")
+    parser.add_argument("--output_dir", type=Path, help="default: the folder of the domain's base with a sink")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps")
     args = parser.parse_args()
     disable_progress_bars()
     random.seed(args.seed)
@@ -116,7 +116,7 @@ def main() -> None:
     domain = DOMAINS[args.domain]
     output_dir = args.output_dir or Path(DOMAINS[f"{args.domain}_sink"].base)
     processor = AutoProcessor.from_pretrained(domain.base)
-    # Only this implementation tells its attention
+    # Only the eager implementation returns attention weights
     base, copy = (
         AutoModelForImageTextToText.from_pretrained(domain.base, dtype=torch.float32, attn_implementation="eager")
         for _ in range(2)

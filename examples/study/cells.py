@@ -1,4 +1,4 @@
-"""The grid of the study: the paper's component analysis (Table 2), and from its last cell one factor at a time."""
+"""The study's grid: the paper's component analysis (Table 2), then one change at a time to its last cell."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -8,17 +8,17 @@ class Cell(NamedTuple):
     One way to train a student.
 
     Args:
-        privilege: What the teacher sees; `"reward"` is no teacher, but TRL's GRPO with the right answer as reward.
+        privilege: What the teacher sees. `"reward"` has no teacher: TRL's GRPO, rewarded for the right answer.
         module: Whether the student has the recovery module.
-        teacher: The frozen base, the average of the student, or the model of `--stronger_teacher`.
+        teacher: The frozen base, a moving average of the student, or the model of `--stronger_teacher`.
         objective: Forward or reverse KL over the vocabulary, or the paper's sampled token.
         num_heads: As in `CueRecoveryConfig`.
         bottleneck_size: As in `CueRecoveryConfig`.
-        one_layer: Whether only the first decoder layer has a module, and not every one that the domain says.
-        shared_weights: Whether the modules of all layers are one and the same.
-        trains: What trains beside the module: everything, nothing, LoRA on the text decoder, or LoRA on the text
+        one_layer: Whether only the first decoder layer has a module, instead of one in every `layer_interval`.
+        shared_weights: Whether the modules of all layers share their weights.
+        trains: What trains besides the module: everything, nothing, LoRA on the text decoder, or LoRA on the text
             decoder and the linear layers of the vision merger.
-        learning_rates: Those that are tried with seed 0.
+        learning_rates: Learning rates to try with seed 0.
     """
 
     privilege: Literal["cue", "answer", "none", "reward"] = "cue"
@@ -33,7 +33,7 @@ class Cell(NamedTuple):
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
 
 
-# A module with less than one percent of the model's parameters; twice as wide where two layers share one
+# A module with less than one percent of the model's parameters; twice as wide if two layers share it
 BOTTLENECK = 9
 SHARED_BOTTLENECK = 18
 ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
@@ -90,7 +90,7 @@ def objective_options(cell: Cell) -> dict[str, Any]:
     return {"distillation_mode": "full_logits", "beta": {"forward_kl": 0.0, "reverse_kl": 1.0}[cell.objective]}
 
 
-# Results that are kept on record, of an option that was removed: the sink in the header of the turn to be generated
+# Cells with results on record whose option was removed: the sink in the header of the turn to be generated
 REMOVED = {
     "sink-assistant": Cell(),
     "module-alone-assistant": Cell(trains="nothing", learning_rates=MODULE_RATES),

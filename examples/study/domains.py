@@ -1,4 +1,4 @@
-"""What the study trains and tests on: its domains, their splits, and how completions are scored."""
+"""The study's domains: their rows, splits and base models, and how completions are scored."""
 
 import re
 import sys
@@ -23,13 +23,13 @@ class Domain(NamedTuple):
     """
     Args:
         base (`str`): Folder or id of the model that all students start from.
-        load (`Callable`): Loads `"distillation"`, `"validation"`, `"test"` and maybe `"test_ood"`.
+        load (`Callable`): Loads a split: `"distillation"`, `"validation"`, `"test"`, in some domains `"test_ood"`.
         test_splits (`tuple[str, ...]`): The splits that students are tested on.
-        score (`Callable`): `(completion, row)` to `(answer is right, evidence is right)`; `None` for evidence that
-            cannot be judged.
-        metric (`str`): What learning rates are chosen by, on `"validation"`: `"accuracy"` or `"grounded_accuracy"`.
-        layer_interval (`int`): That of the recovery module.
-        training (`dict`): Options of the trainer that all cells share.
+        score (`Callable`): Maps `(completion, row)` to `(answer is right, evidence is right)`; the latter is `None` if
+            evidence cannot be judged.
+        metric (`str`): Selects learning rates on `"validation"`: `"accuracy"` or `"grounded_accuracy"`.
+        layer_interval (`int`): As in `CueRecoveryConfig`.
+        training (`dict`): Trainer options that all cells share.
     """
 
     base: str
@@ -41,13 +41,13 @@ class Domain(NamedTuple):
     training: dict[str, Any]
 
 
-# One epoch (nearly) of the tiny models of the two domains that need no download
+# Nearly one epoch, for the tiny models of the two domains that need no download
 TINY_TRAINING = {"max_steps": 120, "per_device_train_batch_size": 32, "bf16": False, "gradient_checkpointing": False}
 
 
 # --- (a) easy-VQA, as in the quickstart ---
 
-NUM_TRAINING_ROWS = 4000  # as many as training takes, since all rows are checked
+NUM_TRAINING_ROWS = 4000  # no more than training uses, since the trainer checks all rows
 NUM_VALIDATION_IMAGES = 200
 NUM_TEST_QUESTIONS = 1000
 
@@ -62,7 +62,7 @@ def image_paths(dataset: Dataset) -> list[str]:
 
 
 def load_easy_vqa(split: str) -> Dataset:
-    """easy-VQA, with some images of the distillation split set apart for validation."""
+    """easy-VQA, with some images of the distillation split held out for validation."""
     if split == "test":
         return easy_vqa_dataset.load_easy_vqa("test").select(range(NUM_TEST_QUESTIONS))
     dataset = easy_vqa_dataset.load_easy_vqa("distillation")
@@ -106,7 +106,7 @@ def load_rows(path: str, split: str, num_validation_rows: int = 500) -> Dataset:
 
     Args:
         path (`str`):
-            An id on the Hub, or a folder of `save_to_disk` (that of `trl-vicur cues generate`, for example, which
+            An id on the Hub, or a folder of `save_to_disk` (for example the output of `trl-vicur cues generate`, which
             keeps all columns and adds `cue`).
         split (`str`):
             `"test"`, or `"distillation"` and `"validation"`, into which the dataset's `train` is split.
@@ -131,7 +131,7 @@ def load_rows(path: str, split: str, num_validation_rows: int = 500) -> Dataset:
     def texts(row: dict[str, Any]) -> dict[str, Any]:
         prompt = row[question]
         if isinstance(prompt, str):
-            # Such datasets mark an image's place in the text; TRL puts images before it
+            # These datasets mark the image's place in the text; TRL puts images before the text
             prompt = [{"role": "user", "content": prompt.replace("<image>", "").strip()}]
         return {"prompt": prompt, "answer": re.sub(r"</?answer>", "", str(row[answer])).strip()}
 
@@ -145,7 +145,7 @@ def score_math(completion: str, row: dict[str, Any]) -> tuple[bool, None]:
 
 
 def rows_domain(path: str, model: str) -> Domain:
-    """A domain of real rows with a real model, trained as the paper's Geometry3K ablations are (Table 3)."""
+    """A domain of real rows with a real model, trained like the paper's Geometry3K ablations (Table 3)."""
     training = {"num_train_epochs": 100, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 8}
     training |= {"max_completion_length": 2048}
     return Domain(model, partial(load_rows, path), ("test",), score_math, "accuracy", 5, training)
@@ -199,12 +199,12 @@ def evaluate(
     batch_size: int = 256,
 ) -> dict[str, Any]:
     """
-    Completes every prompt greedily.
+    Completes every prompt greedily and scores the completions.
 
     Returns:
-        `dict[str, Any]`: The shares `accuracy`, `grounded_accuracy` (answer and evidence are right) and
-            `evidence_accuracy`, the latter two only where evidence can be judged; and `right`, a string with
-            a digit per row: 1 for a right answer, plus 2 for right evidence.
+        `dict[str, Any]`: The shares `accuracy`, `grounded_accuracy` (both answer and evidence are right) and
+            `evidence_accuracy`, the latter two only if evidence can be judged; and `right`, a string with one digit
+            per row: 1 for a right answer plus 2 for right evidence.
     """
     was_training = model.training
     model.eval()

@@ -1,16 +1,16 @@
 """
-Geometry diagrams as data for visual-cue distillation: drawn here, with questions, cues, answers and worked solutions.
+Draws geometry diagrams for visual-cue distillation, with questions, cues, answers and worked solutions.
 
-Six kinds of figures: two chords that cross, a right triangle, an isosceles triangle with its altitude, parallel lines
-with a transversal, a bar chart, a line chart. Where the labels stand is random, so each question needs labels to be
-bound to parts of the figure, and then one or two steps of calculation. Two label styles:
+Six kinds of figures: two crossing chords, a right triangle, an isosceles triangle with its altitude, parallel lines
+with a transversal, a bar chart, a line chart. Labels are placed at random, so the model must match labels to parts of
+the figure before it can calculate, in one or two steps. Two label styles:
 
-- `"direct"`: the values stand in the figure;
-- `"indirect"`: the figure has letters, whose values the question gives; charts have ticks on an axis in place of
+- `"direct"`: the figure shows the values;
+- `"indirect"`: the figure shows letters, whose values the question gives; charts have ticks on an axis instead of
   values on their points.
 
-What the model is to say is the cue and the calculation: "parts 6 and 4 cross 3 and x . 6 * 4 = 24 . 24 / 3 = 8 . the
-answer is 8 .". Words, letters, numbers and signs stand between spaces, for a tiny vocabulary.
+The model is taught to state the cue and the calculation: "parts 6 and 4 cross 3 and x . 6 * 4 = 24 . 24 / 3 = 8 . the
+answer is 8 .". Words, letters, numbers and signs are separated by spaces, for a tiny vocabulary.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from PIL import ImageDraw, ImageFont
 
 
 IMAGE_SIZE = 128  # pixels per side: 8x8 patches of 16 pixels, merged 2x2
-PATCH = 16  # each label stands in one patch, give or take a pixel, so that a tiny vision tower can read it
+PATCH = 16  # each label fits in one patch, give or take a pixel, so that a tiny vision tower can read it
 TOKENS_PER_SIDE = IMAGE_SIZE // (2 * PATCH)
 LENGTHS = range(2, 9)
 CHART_VALUES = range(2, 12)
@@ -39,7 +39,7 @@ Points = tuple[tuple[float, float], ...]
 
 
 class Label(NamedTuple):
-    """A text in a figure: the patch in which it stands, and which part of the figure it names."""
+    """A text in a figure: the patch that shows it, and the part of the figure that it names."""
 
     text: str
     column: int
@@ -48,7 +48,7 @@ class Label(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """What is drawn, in pixels, and what is asked about it."""
+    """A drawing, in pixels, and a question about it."""
 
     lines: list[Points]
     labels: list[Label]
@@ -72,7 +72,7 @@ class Scene(NamedTuple):
         return self.completion_ending_in(self.figure.answer)
 
     def completion_ending_in(self, answer: int | str) -> str:
-        """What the model is taught to say: evidence and calculation of the scene, and then the answer."""
+        """The completion that the model is taught: the scene's evidence and calculation, then the answer."""
         return f"{self.figure.cue} . {self.figure.steps} . the answer is {answer} ."
 
     @property
@@ -85,7 +85,7 @@ class Scene(NamedTuple):
 
 
 def label_names(rng: random.Random, style: str, values: list[int]) -> tuple[list[str], list[str], str]:
-    """What stands in the figure for the values, how calculations recall each, and what the question tells of them."""
+    """The values' labels in the figure, the recall of each in the calculation, and their values in the question."""
     if style == "direct":
         return [str(value) for value in values], [""] * len(values), ""
     pairs = list(zip(rng.sample(LETTERS, len(values)), values, strict=True))
@@ -94,7 +94,7 @@ def label_names(rng: random.Random, style: str, values: list[int]) -> tuple[list
 
 
 def sentence(*parts: str) -> str:
-    """Nothing of nothing, or the parts with a full stop."""
+    """The parts with a full stop, or an empty string if they are all empty."""
     text = "".join(parts)
     return f"{text}. " if text else ""
 
@@ -131,7 +131,7 @@ def right_triangle(rng: random.Random, style: str) -> Figure:
     labels.append(Label(side_name, *rng.choice([(3, 6), (1, 4)]), "side"))
     near, far = 12 + rng.uniform(-3, 3), 116 + rng.uniform(-3, 3)
     lines = [((near, far), (far, far), (near, near), (near, far))]
-    lines.append(((near, far - 9), (near + 9, far - 9), (near + 9, far)))  # the mark of the right angle
+    lines.append(((near, far - 9), (near + 9, far - 9), (near + 9, far)))  # marks the right angle
     figure = Figure(
         lines,
         labels,
@@ -185,7 +185,7 @@ def parallel_lines(rng: random.Random, style: str) -> Figure:
 
 
 def chart(rng: random.Random, style: str) -> tuple[list[str], list[int], list[float], list[Label], list[Points]]:
-    """What bar and line charts share: three names, their values and heights (pixels from above), labels and axes."""
+    """Three names, their values and heights (pixels from the top), labels and axes of a bar or line chart."""
     names = rng.sample(LETTERS, 3)
     columns = (2, 4, 6)
     axes = [((18, 6), (18, 111), (124, 111))]
@@ -197,7 +197,7 @@ def chart(rng: random.Random, style: str) -> tuple[list[str], list[int], list[fl
         labels = [Label(str(v), *place) for v, *place in zip(values, columns, rows, of_names, strict=True)]
     else:
         start, step = rng.choice(range(1, 5)), rng.choice(range(2, 5))
-        ticks = [start + 2 * step, start + step, start]  # from above, where the rows of labels are
+        ticks = [start + 2 * step, start + step, start]  # from the top, like the rows of labels
         rows = [rng.choice(range(3)) for _ in names]
         values = [ticks[row] for row in rows]
         heights = [24.0 + 32 * row for row in rows]
@@ -242,7 +242,7 @@ def line_chart(rng: random.Random, style: str) -> Figure | None:
 
 
 def flip(figure: Figure, horizontally: bool, vertically: bool) -> Figure:
-    """Mirrors lines and places of labels."""
+    """Mirrors lines and label positions."""
 
     def moved(x: float, y: float, size: float) -> tuple[float, float]:
         return size - x if horizontally else x, size - y if vertically else y
@@ -262,13 +262,13 @@ KINDS = {
     "bar chart": bar_chart,
     "line chart": line_chart,
 }
-# The combinations of figure and label style that are drawn for the out-of-domain test alone
+# Combinations of figure and label style that are only drawn for the out-of-domain test
 OUT_OF_DOMAIN = (("isosceles triangle", "indirect"), ("line chart", "indirect"))
 IN_DOMAIN = tuple((kind, style) for kind in KINDS for style in STYLES if (kind, style) not in OUT_OF_DOMAIN)
 
 
 def sample_scene(rng: random.Random, combinations: tuple[tuple[str, str], ...]) -> Scene:
-    """Samples a scene of one of the given combinations of kind and style, whose answer stands nowhere by chance."""
+    """Samples a scene of one of the given combinations of kind and style, whose answer is not shown by chance."""
     kind, style = rng.choice(combinations)
     while True:
         figure = KINDS[kind](rng, style)
@@ -280,7 +280,7 @@ def sample_scene(rng: random.Random, combinations: tuple[tuple[str, str], ...]) 
             return Scene(kind, style, figure)
 
 
-# --- Pictures ---
+# --- Images ---
 
 
 @cache
@@ -289,7 +289,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def draw(scene: Scene, rng: random.Random, scale: int = 2) -> PILImage.Image:
-    """Draws a scene, `scale` times as large and then made smaller, which smooths the lines."""
+    """Draws a scene `scale` times as large and shrinks it, which smooths the lines."""
     figure = scene.figure
     image = PILImage.new("L", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), 255)
     pen = ImageDraw.Draw(image)
@@ -314,7 +314,7 @@ def draw(scene: Scene, rng: random.Random, scale: int = 2) -> PILImage.Image:
 
 
 class Split(NamedTuple):
-    """Rows, seed, combinations of kind and style, and the share (in percent) of all labellings that are drawn from."""
+    """Rows, seed, combinations of kind and style, and the range (in percent) of all labellings to draw from."""
 
     rows: int
     seed: int
@@ -322,8 +322,8 @@ class Split(NamedTuple):
     labellings: range
 
 
-# A labelling is a kind of figure with its texts, their places and the question. Those of training, distillation,
-# validation and test are disjoint; the base's images are among those of the vision tower.
+# A labelling is a kind of figure with its texts, their positions and the question. The splits' labellings are disjoint
+# ("test" and "test_ood" share theirs, but no combination); the base's images are taken from the split "vision".
 SPLITS = {
     "vision": Split(8000, 0, IN_DOMAIN, range(0, 40)),
     "distillation": Split(4000, 1, IN_DOMAIN, range(40, 80)),
@@ -338,7 +338,7 @@ def labelling(scene: Scene) -> str:
 
 
 def sample_split(split: str) -> list[tuple[Scene, PILImage.Image]]:
-    """The scenes of a split, and their pictures."""
+    """The scenes of a split, and their images."""
     rows, seed, combinations, labellings = SPLITS[split]
     rng = random.Random(seed)
     drawn = []

@@ -1,19 +1,19 @@
 """
-Does a student use its sink? Takes from a trained student what the module tells it, or from the picture what it shows.
+Does a student use its sink? Disables parts of a trained student's module, or hides parts of the image, and tests it.
 
     python examples/study/interventions.py --domain easy_vqa --run cue+module-lr0.001-seed0
 
-In the module (of students that have one), everything else as it was trained:
+In the module (for students that have one), leaving everything else unchanged:
 
-- `zero`: no update of the sink;
-- `swap`: each sample has the update of another sample, with another picture;
-- `hide evidence`: the sink cannot attend to the visual tokens that show the evidence; `hide others`: nor to as many
-  others, in its place.
+- `zero`: the sink is not updated;
+- `swap`: each sample gets the update of another sample, with another image;
+- `hide evidence`: the sink cannot attend to the visual tokens that show the evidence;
+- `hide others`: it cannot attend to as many other visual tokens instead.
 
-In the picture, for the module and for ordinary attention alike:
+In the image, so that ordinary attention is affected as well:
 
-- `blank evidence`, `blank others`: the same tokens' pixels are white;
-- `shuffle`: the pixels of the visual tokens change places.
+- `blank evidence`, `blank others`: the pixels of these visual tokens get the background colour;
+- `shuffle`: the visual tokens' pixels are permuted.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from trl_vicur.cue_recovery import SinkCrossAttention, sink_attention
 
 
 def evidence_tokens(row: dict[str, Any], tokens_per_side: int) -> list[int]:
-    """The visual tokens that show what the cue tells: a column of the row, or all that differ from the background."""
+    """Visual tokens that show what the cue says: a column of the row, or all that differ from the background."""
     if "evidence_tokens" in row:
         return sorted(set(row["evidence_tokens"]))
     image = row["images"][0]
@@ -47,7 +47,7 @@ def evidence_tokens(row: dict[str, Any], tokens_per_side: int) -> list[int]:
 
 
 def other_tokens(row: dict[str, Any], tokens_per_side: int) -> list[int]:
-    """As many other visual tokens, or all there are."""
+    """As many other visual tokens, or all others if they are fewer."""
     evidence = evidence_tokens(row, tokens_per_side)
     others = sorted(set(range(tokens_per_side**2)) - set(evidence))
     return random.Random(len(others)).sample(others, min(len(evidence), len(others)))
@@ -58,7 +58,7 @@ def other_tokens(row: dict[str, Any], tokens_per_side: int) -> list[int]:
 
 @contextmanager
 def changed_update(model: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """While active, what each module adds to the sinks, `(batch, hidden)`, goes through `change`."""
+    """While active, passes each module's update of the sinks, `(batch, hidden)`, through `change`."""
     modules = [module for module in model.modules() if isinstance(module, SinkCrossAttention)]
     hooks = [module.register_forward_hook(lambda module, args, update: change(update)) for module in modules]
     try:
@@ -71,8 +71,8 @@ def changed_update(model: torch.nn.Module, change: Callable[[torch.Tensor], torc
 @contextmanager
 def hidden_tokens(model: torch.nn.Module, tokens: list[list[int]], batch_size: int) -> Iterator[None]:
     """
-    While active, the modules do not see the given visual tokens of each row; rows come in batches, in order. Where
-    these are all tokens there are, nothing is hidden.
+    While active, the modules cannot attend to the given visual tokens of each row. Rows must come in order, in batches
+    of `batch_size`. A row whose visual tokens would all be hidden is left unchanged.
     """
     modules = [module for module in model.modules() if isinstance(module, SinkCrossAttention)]
     calls = dict.fromkeys(modules, 0)
@@ -81,7 +81,7 @@ def hidden_tokens(model: torch.nn.Module, tokens: list[list[int]], batch_size: i
         sink, hidden_states, visual_mask = args
         start = calls[module] * batch_size
         calls[module] += 1
-        mask = visual_mask == 0  # what the layers add to the scores
+        mask = visual_mask == 0  # `visual_mask` is added to the attention scores
         for sample, hidden in enumerate(tokens[start : start + len(mask)]):
             positions = mask[sample].nonzero().flatten()
             if len(hidden) < len(positions):
@@ -96,11 +96,11 @@ def hidden_tokens(model: torch.nn.Module, tokens: list[list[int]], batch_size: i
             hook.remove()
 
 
-# --- In the picture ---
+# --- In the image ---
 
 
 def tile_boxes(image: Image.Image, tokens_per_side: int) -> list[tuple[int, int, int, int]]:
-    """The pixels of each visual token."""
+    """Each visual token's pixels, as `(left, upper, right, lower)`."""
     width, height = image.width / tokens_per_side, image.height / tokens_per_side
     corners = [(x * width, y * height) for y in range(tokens_per_side) for x in range(tokens_per_side)]
     return [(round(x), round(y), round(x + width), round(y + height)) for x, y in corners]
@@ -128,7 +128,7 @@ def shuffled(row: dict[str, Any], tokens_per_side: int, seed: int) -> dict[str, 
 def attention_on_evidence(
     model: torch.nn.Module, processor: Any, rows: list[dict[str, Any]], tokens_per_side: int
 ) -> dict[str, float]:
-    """The sink's attention on the evidence, over that of a sink that looks everywhere alike."""
+    """For each layer, the sink's attention to the evidence, relative to a sink that attends uniformly."""
     inputs = easy_vqa_dataset.encode(rows, processor)
     is_visual = inputs["input_ids"] == processor.image_token_id
     evidence = [evidence_tokens(row, tokens_per_side) for row in rows]
@@ -172,7 +172,7 @@ def intervene(model: torch.nn.Module, processor: Any, domain: Domain, rows: list
 
 
 def load_student(domain: Domain, folder: Path) -> torch.nn.Module:
-    """An adapter over the domain's base, or a whole model."""
+    """Loads an adapter on the domain's base, or a whole model."""
     is_adapter = (folder / "adapter_config.json").is_file()
     model = AutoModelForImageTextToText.from_pretrained(domain.base if is_adapter else folder, dtype=torch.float32)
     return PeftModel.from_pretrained(model, folder).eval() if is_adapter else model.eval()

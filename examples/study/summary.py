@@ -165,7 +165,7 @@ def wrong_evidence_markdown(path: Path) -> list[str]:
     students = dict(sorted(read_records(path, "wrong_evidence").items()))
     if not students:
         return []
-    lines = ["[What the evidence is](../wrong_evidence.py), in numbers of completions:", ""]
+    lines = ["Completions by [kind of evidence](../wrong_evidence.py):", ""]
     lines.append("| split and run | figure | " + " | ".join(KINDS_OF_EVIDENCE) + " |")
     lines.append("|" + "---|" * (len(KINDS_OF_EVIDENCE) + 2))
     for run, found in students.items():
@@ -173,7 +173,7 @@ def wrong_evidence_markdown(path: Path) -> list[str]:
             lines.append(
                 f"| `{run}` | {figure} | " + " | ".join(str(counts[kind]) for kind in KINDS_OF_EVIDENCE) + " |"
             )
-    lines += ["", "Probability of the cue's second name behind its first name / a wrong one:", ""]
+    lines += ["", "Probability of the cue's second name after its first name / after a wrong one:", ""]
     lines += ["| split and run | figure | teacher | student |", "|---|---|---|---|"]
     for run, found in students.items():
         for kind, sides in found["second name"].items():
@@ -215,10 +215,10 @@ def main() -> None:
     lines = [
         "# Results of the component study",
         "",
-        "Written by `python examples/study/summary.py`. Mean ± standard deviation over seeds; the difference to OPSD "
-        f"(`{BASELINE}`) is paired by seed and question, with a 95 % bootstrap interval over both (of one seed: over "
-        "questions alone). Leakage is rollouts with the word Hint / occurrences of it, over all seeds. What each cell "
-        "is stands in [cells.py](../cells.py).",
+        "Written by `python examples/study/summary.py` from the `.jsonl` file of each domain. Mean ± standard "
+        f"deviation over seeds; the difference to OPSD (`{BASELINE}`) is paired by seed and question, with a 95 % "
+        "bootstrap interval over both (for one seed: over questions only). Leakage is the number of rollouts that "
+        "contain the word Hint / its occurrences, over all seeds. [cells.py](../cells.py) defines the cells.",
         "",
     ]
     for name, summary in summaries.items():

@@ -3,14 +3,14 @@ Trains the tiny Qwen3-VL that the study's geometry domain starts from, and saves
 
     python examples/study/train_geometry_base.py --output_dir examples/study/geometry_base
 
-Like the quickstart's base (`examples/train_base.py`), it reads its prompt well and puts into words what its eyes see
-less well. It is taught in the same three steps:
+Like the quickstart's base (`examples/train_base.py`), it reads its prompt well, and is worse at putting into words
+what its vision tower sees. It is taught in the same three steps:
 
-1. *Eyes.* The vision tower alone, with a linear head on each visual token, learns which label stands there and which
-   part of the figure it names.
+1. *Eyes.* The vision tower alone, with a linear head on each visual token, learns which label the token shows, and
+   which part of the figure the label names.
 2. *Reading.* The language model alone learns to calculate from a cue.
-3. *Words.* Both together learn to say what a figure shows, from few figures. Most prompts also hold a hint, which
-   mostly is another figure's, so the model learns to trust hints more than its eyes.
+3. *Words.* Both together learn to describe a figure, from few figures. Most prompts also contain a hint, mostly one
+   of another figure, so the model learns to trust hints more than its eyes.
 """
 
 import argparse
@@ -49,8 +49,8 @@ def train_eyes(model, processor, drawn, steps: int, batch_size: int = 64) -> dic
     Teaches the vision tower labels and parts.
 
     Returns:
-        `dict[str, float]`: The last losses' mean, and the shares of labels and of parts that the head reads right in
-            1,000 figures that it was not trained on.
+        `dict[str, float]`: A running mean of the last losses, and the shares of labels and parts that the head reads
+            correctly in 1,000 held-out figures.
     """
     texts = ["", *sorted({label.text for scene, _ in drawn for label in scene.figure.labels})]
     parts = ["", *sorted({label.part for scene, _ in drawn for label in scene.figure.labels})]
@@ -85,12 +85,12 @@ def train_eyes(model, processor, drawn, steps: int, batch_size: int = 64) -> dic
 
 def lesson(kind: str, scene: Scene) -> tuple[str, str]:
     """
-    The prompt and the completion of a scene.
+    A scene's prompt and completion.
 
-    - `"plain"`: nothing but the question.
-    - `"cue"`: the prompt ends in the scene's cue.
-    - `"answer"`: the prompt ends in an answer, in which the completion ends, too: the right one in two of three
-      lessons, else that of another scene of this kind.
+    - `"plain"`: the prompt is the question only.
+    - `"cue"`: the prompt ends with the scene's cue.
+    - `"answer"`: the prompt ends with an answer, and so does the completion: the right answer in two of three lessons,
+      else that of another scene of the same kind.
     """
     question, completion = scene.figure.question, scene.completion
     if kind == "plain":
@@ -104,7 +104,7 @@ def lesson(kind: str, scene: Scene) -> tuple[str, str]:
 
 
 def train_reading(model, processor, steps: int, batch_size: int = 32) -> float:
-    """Teaches the language model, without images, to calculate from a cue, and to end in an answer that is hinted."""
+    """Teaches the language model, without images, to calculate from a cue, and to end with a hinted answer."""
 
     def compute_loss():
         scenes = [sample_scene(random, ALL_COMBINATIONS) for _ in range(batch_size)]
@@ -118,7 +118,7 @@ def train_reading(model, processor, steps: int, batch_size: int = 32) -> float:
 def train_words(model, processor, drawn, steps: int, batch_size: int = 32) -> float:
     """
     Teaches the model to put into words what it sees, from few figures, and to trust a hint more than its eyes: nine of
-    ten cues are of another figure.
+    ten cues belong to another figure.
     """
     pixels = processor.image_processor([image for _, image in drawn], return_tensors="pt")
     visual = model.model.visual
@@ -149,7 +149,7 @@ def train_words(model, processor, drawn, steps: int, batch_size: int = 32) -> fl
 
 
 def make_processor() -> Qwen3VLProcessor:
-    """A Qwen3-VL processor whose vocabulary has every word, and every number, as one token."""
+    """A Qwen3-VL processor whose vocabulary has one token for each word and each number."""
     scenes = [sample_scene(random, ALL_COMBINATIONS) for _ in range(10000)]
     texts = [text for scene in scenes for text in lesson("cue", scene)]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -167,7 +167,8 @@ def make_processor() -> Qwen3VLProcessor:
             show_progress=False,
         ),
     )
-    processor = build_processor(texts[:1], IMAGE_SIZE)  # all but its tokenizer, whose special tokens have the same ids
+    # Everything but the tokenizer; special tokens have the same ids in both tokenizers
+    processor = build_processor(texts[:1], IMAGE_SIZE)
     processor.tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
@@ -180,7 +181,7 @@ def make_processor() -> Qwen3VLProcessor:
 
 
 def reseed(seed: int, step: str) -> None:
-    """Each step has random numbers of its own, so that a step does not depend on how long the one before it was."""
+    """Seeds each step separately, so that a step does not depend on the length of the one before it."""
     random.seed(f"{seed} {step}")
     torch.manual_seed(random.getrandbits(32))
 
@@ -200,7 +201,10 @@ def main() -> None:
     parser.add_argument("--reading_steps", type=int, default=2200)
     parser.add_argument("--words_steps", type=int, default=600)
     parser.add_argument(
-        "--words_figures", type=int, default=400, help="figures that get words; many of them make a stronger teacher"
+        "--words_figures",
+        type=int,
+        default=400,
+        help="figures that the words are learned from; more of them make a stronger teacher",
     )
     args = parser.parse_args()
     datasets.disable_progress_bars()

@@ -1,18 +1,18 @@
 """
-Where a student's evidence is wrong, what does it say? Sorts the first sentences of completions on geometry diagrams.
+Classifies the evidence that a student states for geometry diagrams, and how it is wrong.
 
     python examples/study/wrong_evidence.py --split test_ood --run cue-lr0.0005-seed4
 
-Without `--run`, those of the base. A sentence binds names or values in the figure to its parts ("the half is k and the
-angle is b"), and is
+Without `--run`, the base is examined. The first sentence of a completion assigns names or values in the figure to its
+parts ("the half is k and the angle is b"). It is
 
 - `right`;
-- `swapped`: the right names, of which some change places;
-- `repeated`: one name twice, where the figure has another;
-- `other`.
+- `swapped`: the right names in the wrong places;
+- `repeated`: one name twice instead of two names;
+- `other`: wrong in another way.
 
-Of triangles with two letters it also tells how probable the second name of the cue is behind the cue's first name, and
-behind a wrong one (the second itself): to the teacher (the base that reads the cue), and to the student.
+For triangles with two letters, the script also measures the probability of the cue's second name after its first name,
+and after a wrong first name (the second itself), for the teacher (the base that reads the cue) and for the student.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from transformers import AutoProcessor
 
 KINDS_OF_EVIDENCE = ("right", "swapped", "repeated", "other")
 TRIANGLES = ("isosceles triangle", "right triangle")
-FIRST_NAME = 3  # its token in the cues of triangles
+FIRST_NAME = 3  # index of its token in the cues of triangles
 
 
 def kind_of_evidence(completion: str, cue: str) -> str:
-    """Which of `KINDS_OF_EVIDENCE` the completion begins with."""
+    """The one of `KINDS_OF_EVIDENCE` that the completion begins with."""
     said, expected = completion.split(" . ")[0].split(), cue.split()
     if said == expected:
         return "right"
@@ -44,7 +44,7 @@ def kind_of_evidence(completion: str, cue: str) -> str:
 
 
 def sort_evidence(model: Any, processor: Any, rows: list[dict[str, Any]], max_new_tokens: int) -> dict[str, dict]:
-    """For each kind of figure and label style, how many completions have which kind of evidence."""
+    """For each kind of figure and label style, the number of completions with each kind of evidence."""
     texts = easy_vqa_dataset.complete_batch(model, processor, rows, None, max_new_tokens)
     counts: dict[str, Counter] = {}
     for text, row in zip(texts, rows, strict=True):
@@ -57,7 +57,7 @@ def sort_evidence(model: Any, processor: Any, rows: list[dict[str, Any]], max_ne
 def probability_of_second_name(
     model: torch.nn.Module, processor: Any, rows: list[dict[str, Any]], hint_column: str | None
 ) -> dict[str, float]:
-    """Mean probability of the cue's second name behind its first name, and behind a wrong one."""
+    """Mean probability of the cue's second name after its first name, and after a wrong first name."""
     inputs = easy_vqa_dataset.encode(rows, processor, hint_column)
     cues = processor.tokenizer([row["cue"] for row in rows], add_special_tokens=False, return_tensors="pt").input_ids
     said, second = cues[:, :-1], cues[:, -1]  # "the half is k and the angle is", "b"
