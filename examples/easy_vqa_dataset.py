@@ -1,14 +1,14 @@
 """
-easy-VQA as data for visual-cue distillation, and the greedy evaluation that goes with it.
+Loads easy-VQA as data for visual-cue distillation, and evaluates models on it with greedy decoding.
 
-The PyPI package `easy-vqa` carries 4,000 training and 1,000 test images, each showing one shape in one colour, and
+The PyPI package `easy-vqa` contains 4,000 training and 1,000 test images, each showing one shape in one colour, and
 about ten questions per image. This module turns it into `datasets.Dataset`s in TRL's prompt-only conversational
 format:
 
 - `prompt`: one user message, the question as plain text;
 - `images`: the one image;
-- `cue`: what can be seen, e.g. "a teal circle", deduced from everything that is asked about the image, never chosen by
-  the answer of the row;
+- `cue`: what the image shows, e.g. "a teal circle", deduced from all questions about the image and their answers; it
+  is the same in all rows of an image, whatever their answers are;
 - `answer`: one word, e.g. "no".
 """
 
@@ -34,10 +34,10 @@ from trl_vicur.data.teacher_prompt import add_privilege
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 
-# What the teacher sees beside the student's prompt: the trainer's own default
+# How the teacher's prompt is made from the student's: the trainer's default
 HINT_TEMPLATE = ViCuRConfig.teacher_prompt_template
 
-# How many images of easy-VQA's training set go where. The remaining images are for distillation.
+# Images of easy-VQA's training set for each purpose. The remaining images are for distillation.
 NUM_VISION_IMAGES = 1000
 NUM_BASE_IMAGES = 20
 SPLIT_SEED = 0
@@ -47,7 +47,7 @@ ANSWER_PATTERN = re.compile(r"the answer is (\w+) \.")
 
 
 class Scene(NamedTuple):
-    """What one image shows."""
+    """The contents of one image."""
 
     color: str
     shape: str
@@ -65,8 +65,8 @@ def find_word(text: str, words: Iterable[str]) -> str | None:
 @cache
 def answer_question(question: str, scene: Scene) -> str | None:
     """
-    Answers an easy-VQA question about a scene. Returns `None` where the question does not apply: one cannot say which
-    colour the circle has if there is none.
+    Answers an easy-VQA question about a scene. Returns `None` if the question does not apply, such as the colour of
+    the circle in an image without a circle.
     """
     color, shape = find_word(question, COLORS), find_word(question, SHAPES)
     fits = color in (None, scene.color) and shape in (None, scene.shape)
@@ -80,8 +80,8 @@ def answer_question(question: str, scene: Scene) -> str | None:
 
 def deduce_scenes(rows: list[tuple[str, str, int]]) -> dict[int, Scene]:
     """
-    Deduces what each image shows from all `(question, answer, image_id)` about it: every answer rules scenes out. Only
-    images for which exactly one scene remains are returned, about nine in ten.
+    Deduces what each image shows from all `(question, answer, image_id)` about it: each answer rules out scenes.
+    Returns only the images for which exactly one scene remains, about nine in ten.
     """
     candidates = {}
     for question, answer, image_id in rows:
@@ -99,11 +99,11 @@ def load_easy_vqa(split: str) -> Dataset:
             One of
 
             - `"vision"`: images on which the base model's vision tower learns shapes and colours;
-            - `"base"`: the few of these on which the base model learns to put into words what it sees;
+            - `"base"`: a few of these, on which the base model learns to put into words what it sees;
             - `"distillation"`: images that the base model never saw;
-            - `"test"`: easy-VQA's own test questions.
+            - `"test"`: easy-VQA's test questions.
 
-            No image is in two of them, but for those of `"base"`, which are also in `"vision"`.
+            No image is in two splits, except that `"vision"` includes the images of `"base"`.
     """
     if split == "test":
         rows = list(zip(*easy_vqa.get_test_questions(), strict=True))
@@ -122,12 +122,12 @@ def load_easy_vqa(split: str) -> Dataset:
     }[split]
     selected = set(image_ids)
     rows = [row for row in rows if row[2] in selected]
-    # Rows come grouped by image. Shuffled, every prefix of the dataset is a fair sample of it.
+    # easy-VQA groups rows by image. After shuffling, any prefix of the dataset is a random sample.
     random.Random(SPLIT_SEED).shuffle(rows)
     return Dataset.from_dict(
         {
             "prompt": [[{"role": "user", "content": question}] for question, _, _ in rows],
-            # Paths, decoded when a row is read. The processor resizes 64x64 to the model's 96x96 pixels.
+            # Paths; images are decoded when a row is read. The processor resizes 64x64 to the model's 96x96 pixels.
             "images": [[image_paths[image_id]] for _, _, image_id in rows],
             "cue": [scenes[image_id].cue for _, _, image_id in rows],
             "answer": [answer for _, answer, _ in rows],
@@ -144,7 +144,7 @@ def load_easy_vqa(split: str) -> Dataset:
 
 
 def encode(rows: list[dict], processor: ProcessorMixin, hint_column: str | None = None) -> dict[str, torch.Tensor]:
-    """Turns dataset rows into model inputs, left-padded, with the hint in the prompt if `hint_column` is given."""
+    """Turns dataset rows into left-padded model inputs, with the hint of `hint_column`, if given, in the prompt."""
     conversations = []
     for row in rows:
         hint = None if hint_column is None else row[hint_column]
@@ -168,7 +168,7 @@ def complete_batch(
     hint_column: str | None = None,
     max_new_tokens: int = 24,
 ) -> list[str]:
-    """Lets the model complete the prompts of a few rows greedily and returns the texts."""
+    """Completes the prompts of one batch of rows greedily."""
     inputs = encode(rows, processor, hint_column).to(model.device)
     output_ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return processor.batch_decode(output_ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
@@ -182,7 +182,7 @@ def complete(
     batch_size: int = 256,
     description: str = "Evaluating",
 ) -> list[str]:
-    """Lets the model complete every prompt of the dataset greedily and returns the texts."""
+    """Completes every prompt of the dataset greedily."""
     model.eval()
     completions = []
     for start in track(range(0, len(dataset), batch_size), description=description):
@@ -196,8 +196,8 @@ def score(completions: list[str], dataset: Dataset) -> dict[str, float]:
     Scores completions of the form "the image shows a teal circle . the answer is no .".
 
     Returns:
-        `dict[str, float]` with the shares of completions with the right answer (`accuracy`), the right evidence
-        (`evidence_accuracy`), both (`grounded_accuracy`), and with the word "Hint" in them (`hint_leakage`).
+        `dict[str, float]`: The shares of completions with the right answer (`accuracy`), with the right evidence
+            (`evidence_accuracy`), with both (`grounded_accuracy`), and with the word "Hint" (`hint_leakage`).
     """
     answer_right, evidence_right, both_right, leaked = 0, 0, 0, 0
     for completion, cue, answer in zip(completions, dataset["cue"], dataset["answer"], strict=True):
@@ -218,7 +218,7 @@ def score(completions: list[str], dataset: Dataset) -> dict[str, float]:
 def evaluate(
     model: PreTrainedModel, processor: ProcessorMixin, dataset: Dataset, hint_column: str | None = None, **kwargs
 ) -> dict[str, float]:
-    """Completes and scores the dataset. Returns the scores and the `seconds` it took."""
+    """Completes and scores the dataset. Returns the scores, and the `seconds` that it took."""
     start = time.perf_counter()
     scores = score(complete(model, processor, dataset, hint_column, **kwargs), dataset)
     return scores | {"seconds": time.perf_counter() - start}

@@ -1,14 +1,14 @@
 """
-The quickstart with cues that a model wrote, beside the quickstart's own cues, which come from what each image is known
-to show.
+The quickstart with cues written by a model, compared with the quickstart's own cues, which are derived from the known
+scene of each image.
 
     python examples/generated_cues.py
 
-1. A cue generator is trained: the quickstart's base learns to name what it sees, from the 1,000 images that its eyes
-   were trained on.
-2. It writes a cue for every row of the distillation data, whose images it never saw (`generate_cues`).
-3. The cues are audited; rows whose cue is not usable are dropped (`audit_cues`).
-4. Two students are distilled, one with these cues and one with those of the scenes, and tested.
+1. Train a cue generator: the quickstart's base learns to name what it sees, from the 1,000 images that its vision
+   tower was trained on.
+2. Let it write a cue for every row of the distillation data, whose images it never saw (`generate_cues`).
+3. Audit the cues, and drop rows whose cue is not usable (`audit_cues`).
+4. Distil and test two students, one with these cues and one with the scenes' cues.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from trl_vicur.cues import CuePrompt, TransformersGenerator, audit_cues, generat
 from trl_vicur.cues.audit_summary import summarize_audit
 
 
-# The package's own prompt is longer than this model's context
+# The package's default prompt is longer than this model's context
 PROMPT = CuePrompt(version="easy-vqa", user="{question} what does the image show ?")
 
 
@@ -43,14 +43,14 @@ def train_generator(
     Teaches the base to name what an image shows, whatever the question is.
 
     Returns:
-        `tuple[Qwen3VLForConditionalGeneration, float]`: The generator and its last losses' mean.
+        `tuple[Qwen3VLForConditionalGeneration, float]`: The generator, and a running mean of its last losses.
     """
     model = load_base()
     dataset = load_easy_vqa("vision")
     questions = [message["content"] for [message] in dataset["prompt"]]
     images, scenes = unique_images(dataset)
     pixels = processor.image_processor(images, return_tensors="pt")
-    # The eyes are good; it is the words for what they see that are missing
+    # The vision tower is good; what the model lacks is words for what it sees
     model.model.visual.requires_grad_(False)
     with torch.no_grad():
         features = encode_images(model, pixels)
@@ -66,10 +66,10 @@ def train_generator(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("generated_cues_output"), help="where results go")
-    parser.add_argument("--generator_steps", type=int, default=400, help="steps of the generator's training")
+    parser.add_argument("--output_dir", type=Path, default=Path("generated_cues_output"), help="folder of the results")
+    parser.add_argument("--generator_steps", type=int, default=400, help="optimizer steps of the generator")
     parser.add_argument("--max_steps", type=int, default=150, help="optimizer steps of each student")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the trainings")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all trainings")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -96,8 +96,8 @@ def main() -> None:
     totals = summarize_audit(dataset)
     generated_dataset = dataset.filter(lambda is_usable: is_usable, input_columns="cue_usable")
     console.print(
-        f"{len(dataset):,} rows in {seconds:.0f} s; {sum(right) / len(right):.1%} of the cues say what the scene's "
-        f"says, {len(generated_dataset):,} are usable"
+        f"{len(dataset):,} rows in {seconds:.0f} s; {sum(right) / len(right):.1%} of the cues equal the scene's "
+        f"cue, {len(generated_dataset):,} are usable"
     )
 
     results = {}

@@ -2,11 +2,11 @@
 ViCuR in a few minutes on a CPU: a tiny Qwen3-VL teaches itself to see.
 
     python examples/quickstart.py             # distils with visual cues
-    python examples/quickstart.py --compare   # and, to compare, with reference answers
+    python examples/quickstart.py --compare   # also distils with reference answers, to compare
 
-The base model (see `train_base.py`) answers questions about easy-VQA images in the open: "the image shows a teal
-circle . the answer is no .". It reads hints in its prompt better than it reads images. Its teacher is the model itself
-with a hint of what can be seen ("a teal circle"); the student, which only gets the image, learns to find it there.
+The base model (see `train_base.py`) answers questions about easy-VQA images and states its evidence: "the image shows
+a teal circle . the answer is no .". It reads hints in its prompt better than it reads images. The teacher is the same
+model with a hint about the image ("a teal circle"); the student gets the image only, and learns to find the evidence.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from trl_vicur.cue_recovery import sink_attention
 
 BASE = Path(__file__).parent / "quickstart_base"
 NUM_TEST_QUESTIONS = 2000  # of 8,879, always the same ones
-# What both students are trained with
+# Options of both trainings
 TRAINING = {
-    # The forward KL divergence over the whole vocabulary: the densest signal, best in a short training
+    # The forward KL divergence over the whole vocabulary: the densest signal, best for a short training
     "distillation_mode": "full_logits",
     "beta": 0.0,
     "learning_rate": 1e-3,
@@ -45,7 +45,7 @@ TRAINING = {
 
 
 class LossProgressCallback(ProgressCallback):
-    """The trainer's own progress bar, but with the loss beside it instead of all metrics printed below."""
+    """The trainer's progress bar, with the loss at its end instead of all metrics printed below it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -60,11 +60,11 @@ def train(
     privilege: str, train_dataset: Dataset, processor: ProcessorMixin, args: argparse.Namespace
 ) -> tuple[ViCuRTrainer, float]:
     """
-    Distils a student from the base model, whose teacher is the base model that sees the `privilege` ("cue" or
-    "answer"). The student that learns from cues gets the recovery module; all weights train in both.
+    Distils a student from the base model; the teacher is the base model that sees the `privilege` ("cue" or "answer").
+    The student that learns from cues gets the recovery module; all weights train in both cases.
 
     Returns:
-        `tuple[ViCuRTrainer, float]`: The trainer, done, and the seconds of training.
+        `tuple[ViCuRTrainer, float]`: The trainer after training, and the seconds that training took.
     """
     trainer = ViCuRTrainer(
         model=str(BASE),
@@ -74,7 +74,7 @@ def train(
             max_steps=args.max_steps,
             seed=args.seed,
             use_cpu=True,
-            disable_tqdm=False,  # or quiet libraries would mean no progress bar
+            disable_tqdm=False,  # keeps the progress bar although libraries are set to be quiet
             bf16=False,
             gradient_checkpointing=False,
             logging_steps=10,
@@ -84,7 +84,7 @@ def train(
         ),
         train_dataset=train_dataset,
         processing_class=processor,
-        # The paper's setting, every weight trains together with the module; two of the four layers carry one
+        # As in the paper, every weight trains together with the module. Two of the four layers have one
         peft_config=CueRecoveryConfig(layer_interval=2, train_base=True) if privilege == "cue" else None,
     )
     trainer.remove_callback(ProgressCallback)
@@ -95,7 +95,7 @@ def train(
 
 
 def draw_sink_attention(model: PeftModel, processor: ProcessorMixin, rows: list[dict], path: Path) -> None:
-    """Draws where the sink token looks: its attention over the 3x3 visual tokens, mean over heads, for each layer."""
+    """Draws the sink token's attention to the 3x3 visual tokens, averaged over heads, for each layer."""
     inputs = encode(rows, processor)
     weights = sink_attention(model, **inputs)  # for each layer (batch, heads, seq)
     is_visual = inputs["input_ids"] == processor.image_token_id
@@ -137,16 +137,16 @@ def print_table(console: Console, results: dict[str, dict[str, float]]) -> None:
         table.add_row(names[key], *shares, *seconds)
     console.print(table)
     console.print("grounded accuracy: the answer is right, and so is the evidence that the text gives for it")
-    console.print("cue teacher: the base, told what can be seen. ViCuR student: learned from it")
+    console.print("cue teacher: the base with the cue in its prompt. ViCuR student: distilled from it")
     if "answer_student" in results:
-        console.print("OPSD student: learned from the base, told the answer. Same steps and options")
+        console.print("OPSD student: distilled from the base with the answer in its prompt. Same steps and options")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("quickstart_output"), help="where results go")
+    parser.add_argument("--output_dir", type=Path, default=Path("quickstart_output"), help="folder of the results")
     parser.add_argument("--max_steps", type=int, default=150, help="optimizer steps of each student")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the rollouts and of the order of the data")
+    parser.add_argument("--seed", type=int, default=0, help="seed of rollouts and data order")
     parser.add_argument("--compare", action="store_true", help="also train the answer-privileged baseline")
     args = parser.parse_args()
     if args.max_steps < 1:
@@ -161,7 +161,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(BASE)
     num_rows = args.max_steps * TRAINING["per_device_train_batch_size"]
     train_dataset = load_easy_vqa("distillation")
-    train_dataset = train_dataset.select(range(min(num_rows, len(train_dataset))))  # no more than will be used
+    train_dataset = train_dataset.select(range(min(num_rows, len(train_dataset))))  # no more than it uses
     test_dataset = load_easy_vqa("test").select(range(NUM_TEST_QUESTIONS))
     base = load_base()
     results = {
@@ -188,8 +188,8 @@ def main() -> None:
     console.print(
         f"Reloaded with PEFT: all {len(sample)} completions are the same, for example {after[0]!r}", soft_wrap=True
     )
-    picture = args.output_dir / "sink_attention.png"
-    draw_sink_attention(reloaded, processor, [test_dataset[row] for row in range(6)], picture)
+    plot = args.output_dir / "sink_attention.png"
+    draw_sink_attention(reloaded, processor, [test_dataset[row] for row in range(6)], plot)
 
     if args.compare:
         console.print(f"Distilling with answers, {args.max_steps} steps")
@@ -204,7 +204,7 @@ def main() -> None:
     print_table(console, results)
     console.print(
         f"Saved the adapter in {adapter_dir}, the numbers in {args.output_dir / 'results.json'} and the sink's "
-        f"attention in {picture}. Next: {'' if args.compare else 'see what answers teach instead with --compare, or '}"
+        f"attention in {plot}. Next: {'' if args.compare else 'compare with learning from answers (--compare), or '}"
         "train your own model with examples/scripts/vicur.py.",
         soft_wrap=True,
     )

@@ -3,16 +3,16 @@ Trains the tiny Qwen3-VL that the quickstart starts from, and saves it with its 
 
     python examples/train_base.py --output_dir examples/quickstart_base
 
-The quickstart needs a base model in the situation of a real one: it reads what stands in its prompt well, and puts
-into words what its eyes see less well. So it is taught in three steps:
+The quickstart needs a base model with the weakness of real ones: it reads its prompt well, and is worse at putting
+into words what its vision tower sees. So it is taught in three steps:
 
-1. *Eyes.* The vision tower alone, with a linear head, learns colours and shapes, as vision encoders are pretrained.
-2. *Reading.* The language model alone learns to reason in the open from a hint: "the image shows a teal circle . the
-   answer is no ."
-3. *Words.* Both together learn to say what an image shows, from 20 images only. Most prompts also hold a hint, which
-   mostly contradicts the image, so the model learns to trust hints more than its eyes.
+1. *Eyes.* The vision tower alone, with a linear head, learns colours and shapes, like a pretrained vision encoder.
+2. *Reading.* The language model alone learns to state its evidence from a hint, then answer: "the image shows a teal
+   circle . the answer is no ."
+3. *Words.* Both together learn to say what an image shows, from only 20 images. Most prompts also contain a hint,
+   mostly one that contradicts the image, so the model learns to trust hints more than its eyes.
 
-Takes about a quarter of an hour on two cores.
+It takes about a quarter of an hour on two cores.
 """
 
 import argparse
@@ -91,7 +91,7 @@ CHAT_TEMPLATE = """\
 
 
 def completion_text(scene: Scene, answer: str) -> str:
-    """What the model is taught to say about a scene."""
+    """The completion that the model is taught for a scene."""
     return f"the image shows {scene.cue} . the answer is {answer} ."
 
 
@@ -123,7 +123,7 @@ def build_processor(texts: list[str], image_size: int = IMAGE_SIZE) -> Qwen3VLPr
 
 
 def build_model(processor: Qwen3VLProcessor, image_size: int = IMAGE_SIZE) -> Qwen3VLForConditionalGeneration:
-    """Builds a randomly initialized Qwen3-VL with 0.9M parameters that fits the processor."""
+    """Builds a randomly initialized Qwen3-VL with 0.9M parameters for the processor's vocabulary and images."""
     tokenizer = processor.tokenizer
     config = Qwen3VLConfig(
         text_config={
@@ -163,7 +163,7 @@ def build_model(processor: Qwen3VLProcessor, image_size: int = IMAGE_SIZE) -> Qw
 
 
 def unique_images(dataset: Dataset) -> tuple[list[torch.Tensor], list[Scene]]:
-    """Returns the dataset's distinct images, `uint8` of shape `(3, height, width)`, and their scenes."""
+    """The dataset's distinct images, `uint8` of shape `(3, height, width)`, and their scenes."""
     paths = [image["path"] for [image] in dataset.cast_column("images", List(Image(decode=False)))["images"]]
     rows = [dataset[row] for row in {path: row for row, path in enumerate(paths)}.values()]
     images = [pil_to_tensor(row["images"][0]) for row in rows]
@@ -207,7 +207,7 @@ def train_eyes(
 
     def compute_loss():
         batch = random.choices(range(len(scenes)), k=batch_size)
-        # Mirrored and shifted (the background is plain), or the tower learns the images by heart.
+        # Mirrored and shifted (the background is plain), so that the tower does not memorize the images.
         varied = [images[index].flip(-1) if random.random() < 0.5 else images[index] for index in batch]
         varied = [image.roll((random.randint(-8, 8), random.randint(-8, 8)), dims=(-2, -1)) for image in varied]
         features = model.model.get_image_features(**processor.image_processor(varied, return_tensors="pt"))
@@ -219,7 +219,7 @@ def train_eyes(
 
 
 def closest_scene(seen: Scene, question: str, answer: str) -> Scene:
-    """Returns the scene most like the one seen, among those in which the question has the given answer."""
+    """Among the scenes in which the question has the given answer, the one most like the scene seen."""
     scenes = [scene for scene in ALL_SCENES if answer_question(question, scene) == answer]
     random.shuffle(scenes)  # ties are broken at random
     return max(scenes, key=lambda scene: (scene.color == seen.color) + (scene.shape == seen.shape))
@@ -227,20 +227,20 @@ def closest_scene(seen: Scene, question: str, answer: str) -> Scene:
 
 def make_lesson(kind: str, seen: Scene | None, questions: list[str]) -> tuple[str, str]:
     """
-    Makes one question and completion about an image that shows `seen`; `None` is no image.
+    Makes one prompt and completion about an image that shows `seen`, or about no image (`None`).
 
-    - `"plain"`: nothing but the question; the completion says what the image shows. Without an image it makes
-      something up, and the answer follows from that.
-    - `"cue"`: the prompt ends in a cue, and the completion says what the cue says, whatever the image shows.
-    - `"answer"`: the prompt ends in an answer, and the completion ends in it. In half of these lessons it is the right
-      one, and the completion says what the image shows. In the others it is the answer of another scene, and the
-      completion tells the story most like the image that leads there.
+    - `"plain"`: the prompt is the question only; the completion says what the image shows. Without an image it states
+      a random scene, and the answer follows from that.
+    - `"cue"`: the prompt ends with a cue, and the completion repeats the cue, whatever the image shows.
+    - `"answer"`: the prompt ends with an answer, and so does the completion. In half of these lessons the answer is
+      right, and the completion says what the image shows. In the others it is another scene's answer, and the
+      completion states the scene most like the image that leads to this answer.
     """
     question = random.choice(questions)
     if seen is not None and (kind == "plain" or (kind == "answer" and random.random() < 0.5)):
         scene = seen
     else:
-        # In half of these lessons what is asked about is there, or "yes" and "no" would be guessed, not reasoned.
+        # In half of these lessons the scene contains what is asked about; else the answer would mostly be "no".
         scene = random.choice(ALL_SCENES)
         if random.random() < 0.5:
             scene = Scene(find_word(question, COLORS) or scene.color, find_word(question, SHAPES) or scene.shape)
@@ -260,7 +260,7 @@ def encode_lessons(
     with_image: bool,
     num_visual_tokens: int = NUM_VISUAL_TOKENS,
 ) -> dict:
-    """Tokenizes lessons as chats and pads them on the right. Only the completions have labels."""
+    """Tokenizes lessons as chats, right-padded. Only completions have labels."""
     tokenizer = processor.tokenizer
     image = [{"type": "image"}] if with_image else []
     prompts = [[{"role": "user", "content": [*image, {"type": "text", "text": prompt}]}] for prompt, _ in lessons]
@@ -278,7 +278,7 @@ def encode_lessons(
 
 
 def encode_images(model: Qwen3VLForConditionalGeneration, pixels: dict[str, torch.Tensor]) -> list[dict]:
-    """The features of each image."""
+    """The vision features of each image."""
     features = model.model.get_image_features(**pixels)
     return split_by_sample(features, [len(image) for image in features.pooler_output])
 
@@ -291,7 +291,7 @@ def loss_on_images(
     pixels: dict[str, torch.Tensor],
     features: list[dict],
 ) -> torch.Tensor:
-    """The loss on lessons, each with the image at an index of `shown`, of which the features are known."""
+    """The loss on lessons; each shows the image whose index is in `shown`, with its precomputed features."""
     inputs = encode_lessons(lessons, processor, with_image=True)
     with lend_features(model, {"image": [features[index] for index in shown]}):
         return model(
@@ -306,8 +306,8 @@ def train_reading(
     model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, steps: int, batch_size: int = 32
 ) -> float:
     """
-    Teaches the language model, without images, to repeat a cue and to answer questions about it. In half of the
-    lessons there is no cue, so that the answer is reasoned from the evidence that the model itself has stated.
+    Teaches the language model, without images, to repeat a cue and to answer questions about it. Half of the lessons
+    have no cue, so that the model learns to answer from the evidence that it has stated itself.
     """
     questions = [message["content"] for [message] in load_easy_vqa("vision")["prompt"]]
 
@@ -327,7 +327,7 @@ def train_words(
     questions = [message["content"] for [message] in load_easy_vqa("vision")["prompt"]]
     images, scenes = unique_images(load_easy_vqa("base"))
     pixels = processor.image_processor(images, return_tensors="pt")
-    # The tower's blocks stay as they are; its mergers, the bridge to the language model, learn.
+    # The tower's blocks are frozen; its mergers, the connection to the language model, are trained.
     visual = model.model.visual
     frozen = {*visual.patch_embed.parameters(), *visual.pos_embed.parameters(), *visual.blocks.parameters()}
     for parameter in frozen:
@@ -337,7 +337,7 @@ def train_words(
         batch = random.choices(range(len(images)), k=batch_size)
         kinds = random.choices(["plain", "cue", "answer"], weights=[0.2, 0.5, 0.3], k=batch_size)
         lessons = [make_lesson(kind, scenes[index], questions) for kind, index in zip(kinds, batch, strict=True)]
-        # There are fewer images than lessons, so each image is seen once and its features shared.
+        # There are fewer images than lessons, so each image is encoded once and its features are shared.
         return loss_on_images(model, processor, lessons, batch, pixels, encode_images(model, pixels))
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,13 +1,13 @@
 """
-The paper's benchmarks with lmms-eval, and its averages beside yours:
+Runs the paper's benchmarks with lmms-eval, and prints the paper's averages next to yours.
 
     python examples/benchmarks/run.py --model Qwen/Qwen3-VL-2B-Instruct --adapter me/Qwen3-VL-2B-ViCuR
 
-It needs lmms-eval in an environment of its own (see the README). lmms-eval lets a judge at OpenAI's API, with the key
-in OPENAI_API_KEY, score MathVista and MathVerse. Vision-R1-Test is included where there is a vision_r1_test.parquet in
-the current folder. Benchmarks that have their results in the output folder are not run again.
+It needs lmms-eval in an environment of its own (see trl_vicur/lmms_eval/README.md). lmms-eval scores MathVista and
+MathVerse with a judge at OpenAI's API, with the key in OPENAI_API_KEY. Vision-R1-Test is included if the current
+folder has a vision_r1_test.parquet. Benchmarks with results in the output folder are skipped.
 
-The paper evaluated with VLMEvalKit, whose prompts and judges differ: compare differences between models, not figures.
+The paper evaluated with VLMEvalKit, whose prompts and judges differ: compare differences between models, not scores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rich.table import Table
 
 
 class Benchmark(NamedTuple):
-    """A benchmark, lmms-eval's task and metric, and what makes percent of it."""
+    """A benchmark, lmms-eval's task and metric, and the factor that converts the metric to percent."""
 
     name: str
     task: str
@@ -52,7 +52,7 @@ VISION_R1_FILE = Path("vision_r1_test.parquet")
 
 
 def evaluate(benchmark: Benchmark, model_args: str, args: argparse.Namespace) -> float:
-    """The score in percent, from an earlier run or from lmms-eval, which is run now."""
+    """The score in percent, from an earlier run's results or else by running lmms-eval."""
     folder = args.output_dir / benchmark.task
     if not list(folder.rglob("*_results.json")):
         command = [sys.executable, "-m", "lmms_eval", "--model", "trl_vicur", "--model_args", model_args]
@@ -63,7 +63,7 @@ def evaluate(benchmark: Benchmark, model_args: str, args: argparse.Namespace) ->
         subprocess.run(command, check=True)
     results = max(folder.rglob("*_results.json"), key=lambda path: path.stat().st_mtime)
     score = json.loads(results.read_text())["results"][benchmark.task][f"{benchmark.metric},none"]
-    # WeMath's is a text with a percent sign; MathVista has none where nothing is right
+    # WeMath reports a string with a percent sign; MathVista reports None if no answer is right
     return benchmark.scale * float(str(score or 0).rstrip("%"))
 
 
@@ -71,18 +71,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="id or folder of the base model")
     parser.add_argument("--adapter", help="id or folder of its adapter")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmark_results"), help="where results are kept")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmark_results"), help="folder of the results")
     parser.add_argument("--batch_size", type=int, default=8, help="requests per batch")
-    parser.add_argument("--limit", type=int, help="only so many questions of each benchmark")
+    parser.add_argument("--limit", type=int, help="number of questions of each benchmark (default: all)")
     names = [benchmark.name for benchmark in BENCHMARKS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="which of the benchmarks")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="benchmarks to run")
     args = parser.parse_args()
     model_args = f"pretrained={args.model}" + ("" if args.adapter is None else f",adapter={args.adapter}")
     chosen = [benchmark for benchmark in BENCHMARKS if benchmark.name in args.only]
     if not VISION_R1_FILE.exists():
         chosen = [benchmark for benchmark in chosen if benchmark.task != "vision_r1_test"]
     if not chosen:
-        parser.error(f"there is no {VISION_R1_FILE} in the current folder, and nothing else is chosen")
+        parser.error(f"--only Vision-R1-Test needs {VISION_R1_FILE} in the current folder")
     scores = {benchmark.name: evaluate(benchmark, model_args, args) for benchmark in chosen}
 
     console = Console()

@@ -1,11 +1,11 @@
 """
 Visual-cue-recovery distillation (ViCuR) of a vision-language model.
 
-The same as `trl-vicur train`, as a script to begin with: `make_parser` and `main` are in `trl_vicur/train.py`.
+The same as `trl-vicur train`, as a script to start from: `make_parser` and `main` are in `trl_vicur/train.py`.
 
-The dataset has the columns `prompt` (messages), `images` (or `image`), and `cue` (or `answer`).
+The dataset needs the columns `prompt` (messages), `images` (or `image`), and `cue` (or `answer`).
 
-An adapter of LoRA and the module, on one GPU:
+An adapter with LoRA and the module, on one GPU:
 
 ```bash
 python examples/scripts/vicur.py \
@@ -15,9 +15,9 @@ python examples/scripts/vicur.py \
     --output_dir Qwen3-VL-2B-ViCuR
 ```
 
-The module alone: leave out `--use_peft` and what belongs to it. LoRA alone: add `--cue_recovery False`.
+The module alone: omit `--use_peft` and the `--lora_…` options. LoRA alone: add `--cue_recovery False`.
 
-The paper's recipes, full fine-tuning with the module, on eight GPUs:
+The paper's recipes (full fine-tuning with the module) on eight GPUs:
 
 ```bash
 accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/scripts/vicur.py \

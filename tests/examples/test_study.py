@@ -391,7 +391,7 @@ def test_interventions_have_a_table(tmp_path):
     with_module = {"zero": {"accuracy": 0.25}, "attention on evidence, over uniform": {"layers.1": 1.5}}
     for run_name, found in (("cue", {}), ("cue+module", with_module)):
         records.append_record(path, "interventions", run_name, {"intact": {"accuracy": 0.5}, **found})
-    *_, header, _, with_module, without, _ = summary.interventions_markdown(path, "accuracy")
+    *_, header, _, without, with_module, _ = summary.interventions_markdown(path, "accuracy")
     assert header == "| | intact | zero | attention on evidence, over uniform |"
     assert without == "| `cue` | 50.0% |  |  |" and with_module == "| `cue+module` | 50.0% | 25.0% | 1.50 |"
 

@@ -1,4 +1,4 @@
-"""What vision_r1_test.yaml calls."""
+"""Functions that vision_r1_test.yaml names."""
 
 from PIL import Image
 
