@@ -1,14 +1,15 @@
 """
-A plan past this machine: what a ViCuR step of Qwen3-VL-8B costs on 8 H100, and the settings that follow.
+Computes the cost of a ViCuR step of Qwen3-VL-8B on 8 H100, which this machine cannot run, and settings for it.
 
-FLOPs, bytes and memory of each GPU come from the models' configs, for 128 prompts of 2,048 tokens (1,024 of them
-visual) and completions of 4,096. The counts are checked against torch's FLOP counter on the real architecture; and
-seconds, which are FLOPs over a machine's rate of matrix products, against decoder layers that are timed here.
+FLOPs, bytes and memory of each GPU follow from the models' configs, for 128 prompts of 2,048 tokens (1,024 of them
+visual) and completions of 4,096. The counts are checked against torch's FLOP counter on the real architecture.
+Seconds, which are FLOPs divided by the rate of matrix products, are checked against decoder layers timed on this
+machine.
 
-What it assumes of a GPU stands in `GPU`; of the run: `bf16=True` under FSDP2, which gathers weights and computes in
-bfloat16; frozen weights that were loaded in bfloat16 (in float32 their shards are twice as large), trained ones in
-float32; an adapter (the module alone) or full fine-tuning with AdamW, gradient checkpointing, sharded teacher and
-student, rollouts by vLLM beside the training in the same GPUs' memory, image features shared.
+`GPU` lists the assumptions about a GPU. Assumptions about the run: `bf16=True` under FSDP2, which gathers weights and
+computes in bfloat16; frozen weights loaded in bfloat16 (in float32 their shards are twice as large), trained weights
+in float32; an adapter (the module alone) or full fine-tuning with AdamW; gradient checkpointing; sharded teacher and
+student; rollouts by vLLM in the memory of the training GPUs; shared image features.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from trl_vicur.cue_recovery.model import carrying_layers
 
 
 class GPU(NamedTuple):
-    """Of one GPU; `utilization` is the share of the peak that training reaches."""
+    """Specification of one GPU; `utilization` is the share of peak FLOPs that training reaches."""
 
     flops: float = 989e12  # H100 SXM, bfloat16, dense
     memory: float = 80e9
@@ -35,14 +36,14 @@ class GPU(NamedTuple):
     link: float = 450e9  # NVLink, each direction
     utilization: float = 0.4
     bandwidth_utilization: float = 0.7
-    launch: float = 5e-6  # of one kernel, from Python, without CUDA graphs
+    launch: float = 5e-6  # seconds per kernel, from Python, without CUDA graphs
 
 
 NUM_GPUS = 8
 PROMPTS, PROMPT_TOKENS, VISUAL_TOKENS, CUE_TOKENS, COMPLETION_TOKENS = 128, 2048, 1024, 100, 4096
-BYTES = 2  # of a bfloat16
+BYTES = 2  # per bfloat16 number
 VOCABULARY = 151936
-# Kernels that `--only cue_recovery` counts, a fused norm as one
+# Kernels as counted by `--only cue_recovery`; a fused norm is one kernel
 LAUNCHES = {"decoder_layer": 26, "module": 12, "call": 8}
 VISION_8B = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16)
 VISION_2B = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16)
@@ -74,7 +75,7 @@ CONFIGS = {
 
 @dataclass
 class Costs:
-    """Counts of one model. Matrix products are what costs; norms and activations are left out."""
+    """FLOPs and bytes of one model. Counts matrix products only; norms and activations are negligible."""
 
     config: Qwen3VLConfig
 
@@ -99,7 +100,7 @@ class Costs:
         return flops / 2 if causal else flops
 
     def decoder_flops(self, tokens: int, layers: int | None = None, causal: bool = True) -> float:
-        """Forward pass of a sequence through the decoder layers; without the language-model head."""
+        """A sequence's forward pass through the decoder layers, without the language-model head."""
         layers = self.text.num_hidden_layers if layers is None else layers
         return layers * (2 * self.layer_parameters * tokens + self.attention_flops(tokens, causal))
 
@@ -107,7 +108,7 @@ class Costs:
         return 2 * self.text.hidden_size * VOCABULARY * tokens
 
     def tower_flops(self, visual_tokens: int) -> float:
-        """The vision tower for one image; four patches are one visual token."""
+        """The vision tower's forward pass for one image; four patches make one visual token."""
         vision, patches = self.config.vision_config, 4 * visual_tokens
         layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
         merged = 4 * vision.hidden_size
@@ -118,20 +119,20 @@ class Costs:
 
     @property
     def cache_bytes(self) -> int:
-        """KV cache of one token."""
+        """Bytes of one token's KV cache."""
         return 2 * self.text.num_hidden_layers * self.text.num_key_value_heads * self.text.head_dim * BYTES
 
     @property
     def module_parameters(self) -> int:
-        """The recovery modules, at the default interval."""
+        """Parameters of all recovery modules at the default interval."""
         carrying = len(carrying_layers(self.text, CueRecoveryConfig().layer_interval))
         return carrying * (4 * self.text.hidden_size**2 + 2 * self.text.hidden_size)
 
 
 def prefill_overhead(costs: Costs, tokens: int, gpu: GPU) -> float:
     """
-    The modules' share of a prefill in eager PyTorch on a GPU: it takes as long as its launches or its products,
-    whichever is more. The modules' own products, of one token, are left out.
+    Relative cost of the modules in a prefill, in eager PyTorch on a GPU. A prefill takes as long as its kernel
+    launches or its matrix products, whichever is longer. The modules' own products, for one token, are neglected.
     """
     layers = costs.text.num_hidden_layers
     carrying = len(carrying_layers(costs.text, CueRecoveryConfig().layer_interval))
@@ -142,7 +143,7 @@ def prefill_overhead(costs: Costs, tokens: int, gpu: GPU) -> float:
 
 
 def plan(student: Costs, teacher: Costs | None, full: bool, gpu: GPU) -> dict[str, Any]:
-    """Seconds of each stage of a step, and bytes on each GPU. `teacher=None` is the student without its adapter."""
+    """Seconds of each stage of a step, and bytes per GPU. `teacher=None`: the student without its adapter teaches."""
     scorer = teacher or student
     samples = PROMPTS / NUM_GPUS
     sequence = PROMPT_TOKENS + COMPLETION_TOKENS
@@ -151,12 +152,12 @@ def plan(student: Costs, teacher: Costs | None, full: bool, gpu: GPU) -> dict[st
     bandwidth = gpu.bandwidth * gpu.bandwidth_utilization
     student_bytes, teacher_bytes = student.parameters * BYTES, scorer.parameters * BYTES
 
-    # A decode step reads all weights once and the cache of each sample; on average half of the completion is there
+    # A decode step reads all weights once, and each sample's cache, which on average holds half of the completion
     cache = samples * (PROMPT_TOKENS + COMPLETION_TOKENS / 2) * student.cache_bytes
     towers = samples * student.tower_flops(VISUAL_TOKENS) * (2 if full else 1)
     if teacher is not None:
         towers += samples * teacher.tower_flops(VISUAL_TOKENS)
-    # Backward is one more forward for the activations and one for the weights, checkpointing one for the recomputation
+    # Backward costs one more forward for activations and one for weights; checkpointing adds one to recompute
     passes = 4 if full else 3
     student_head = samples * student.head_flops(COMPLETION_TOKENS) * (4 if full else 3)
     seconds = {
@@ -166,7 +167,8 @@ def plan(student: Costs, teacher: Costs | None, full: bool, gpu: GPU) -> dict[st
         "teacher": samples * (scorer.decoder_flops(scored_sequence) + scorer.head_flops(COMPLETION_TOKENS)) / compute,
         "student": (samples * passes * student.decoder_flops(sequence) + student_head) / compute,
     }
-    # Each pass over a micro-batch gathers the weights that other GPUs hold; what is not hidden behind the products
+    # Each pass over a micro-batch gathers weights from the other GPUs; only the time not overlapped with products
+    # counts
     gathered = samples * (teacher_bytes + (passes - 1) * student_bytes) * (NUM_GPUS - 1) / NUM_GPUS / gpu.link
     seconds["gathering weights"] = max(0.0, gathered - seconds["teacher"] - seconds["student"])
 
@@ -183,11 +185,11 @@ def plan(student: Costs, teacher: Costs | None, full: bool, gpu: GPU) -> dict[st
         * sequence
         * (8 * text.hidden_size + 4 * text.num_attention_heads * text.head_dim + 4 * text.intermediate_size),
         "loss (logits of one chunk)": 2 * BYTES * COMPLETION_TOKENS * 32768,
-        # The tower's features of the generation batch: merged and DeepStack, pixels of the same order
+        # Merged and DeepStack features of the generation batch, and its pixels, which have a similar size
         "image features": samples * VISUAL_TOKENS * (4 * text.hidden_size + 4 * 1536) * BYTES,
     }
     rollout = {"weights": student_bytes, "KV cache": samples * sequence * student.cache_bytes}
-    # vLLM's own activations and graphs: about 3 GB
+    # vLLM needs about 3 GB for activations and graphs
     share = (sum(rollout.values()) + 3e9) / gpu.memory
     left = gpu.memory * (1 - share)
     per_prompt = memory["checkpoints of a micro-batch"] + memory["activations of one layer"]
@@ -206,7 +208,7 @@ def plan(student: Costs, teacher: Costs | None, full: bool, gpu: GPU) -> dict[st
 
 
 def check_counts() -> dict[str, float]:
-    """Our counts over those of torch and of transformers."""
+    """Ratios of these counts to those of torch's FLOP counter and of transformers' cache."""
     costs = Costs(CONFIGS["8B"])
     tokens = 1024
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -228,7 +230,7 @@ def check_counts() -> dict[str, float]:
 
 
 def small_tower() -> Qwen3VLConfig:
-    """A tower of the 8B's widths with few layers, and hardly a decoder: one that this machine runs."""
+    """A vision tower with the 8B's widths but few layers, and a tiny decoder, small enough to run here."""
     vision = dict(VISION_8B, depth=3, deepstack_visual_indexes=[0, 1, 2])
     return Qwen3VLConfig(
         text_config=dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64, head_dim=16),
@@ -238,7 +240,10 @@ def small_tower() -> Qwen3VLConfig:
 
 @torch.no_grad()
 def check_seconds(repeats: int) -> list[dict[str, Any]]:
-    """Five decoder layers timed here over their FLOPs at this machine's rate of matrix products, taken in turns."""
+    """
+    Measured seconds of five decoder layers, relative to the seconds predicted from their FLOPs and this machine's rate
+    of matrix products. Both are timed in turns.
+    """
     rows = []
     for size in ("2B", "8B"):
         model, costs = make_slice(size), Costs(CONFIGS[size])
@@ -277,7 +282,7 @@ def check_seconds(repeats: int) -> list[dict[str, Any]]:
 def run(quick: bool = False) -> dict[str, Any]:
     checks = {"counts": check_counts(), "seconds": check_seconds(repeats=1 if quick else 3)}
     for name, value in checks["counts"].items():
-        print(f"{name}: ours over counted {value:.4f}")
+        print(f"{name}: {value:.4f} of what torch and transformers count")
     for row in checks["seconds"]:
         measured = row["measured_over_predicted"]["median"]
         print(f"{row['model']}, {row['tokens']} tokens: measured {measured:.2f} of predicted seconds")

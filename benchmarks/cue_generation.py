@@ -1,13 +1,13 @@
 """
-Generating cues at an endpoint: throughput against a plain sequential loop, and memory against the number of rows.
+Generates cues at an endpoint: throughput compared with a plain sequential loop, and memory by number of rows.
 
     python benchmarks/run.py --only cue_generation
-    python benchmarks/cue_generation.py --base_url http://localhost:8000/v1 --model NAME  # at a real endpoint
+    python benchmarks/cue_generation.py --base_url http://localhost:8000/v1 --model NAME  # a real endpoint
 
-Without `--base_url`, a small server that answers after 50 ms, in a process of its own, stands for the endpoint. A real
-one should cache no prompts, because both sides send the same. The two sides take turns; medians are reported. Memory
-is what the process allocates itself (anonymous memory, not the pages of dataset files, which the system may drop), at
-its highest, over that of the imports alone.
+Without `--base_url`, the endpoint is a small server in another process that answers after 50 ms. A real endpoint must
+not cache prompts, because both sides send the same ones. The two sides take turns; medians are reported. Memory is the
+peak of what the process allocates (anonymous memory, without the pages of dataset files, which the system can drop),
+above that after the imports.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value, disable_progress_bars, load_from_disk
 from matplotlib.figure import Figure
-from measure import alternate, ratio, wall_seconds
+from measure import alternate, process_memory, ratio, wall_seconds
 from openai import OpenAI
 from PIL import Image as PILImage
 
@@ -39,7 +38,7 @@ LATENCY = 0.05  # seconds
 
 
 def make_dataset(folder: Path, count: int, size: int) -> Dataset:
-    """Rows with a question each and the same image, read from disk like any large dataset."""
+    """Rows with different questions and the same image, read from disk like any large dataset."""
     buffer = BytesIO()
     PILImage.effect_noise((size, size), 64).convert("RGB").save(buffer, "PNG")
     image = [{"bytes": buffer.getvalue(), "path": None}]
@@ -51,7 +50,7 @@ def make_dataset(folder: Path, count: int, size: int) -> Dataset:
 
 @contextmanager
 def scripted_endpoint():
-    """The address of a server in a process of its own."""
+    """The address of a test server in another process."""
     command = [sys.executable, str(SERVER), "0", str(LATENCY)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         yield server.stdout.readline().strip()
@@ -59,7 +58,7 @@ def scripted_endpoint():
 
 
 def sequential_loop(dataset: Dataset, base_url: str, model: str, max_new_tokens: int) -> None:
-    """What one would write without this package: one request after the other, and a JSON line per row."""
+    """The script one would write without this package: one request after another, and a JSON line per row."""
     client = OpenAI(api_key="none", base_url=base_url)
     with tempfile.TemporaryFile("w") as file:
         for number, row in enumerate(dataset):
@@ -78,7 +77,7 @@ def measure_throughput(
     model: str = "m",
     max_new_tokens: int = 64,
 ) -> dict:
-    """Rows per second of both sides, and the ratio of the loop's time to ours."""
+    """Rows per second of both sides, and the ratio of the loop's time to that of `generate_cues`."""
     endpoint = scripted_endpoint() if base_url is None else nullcontext(base_url)
     with tempfile.TemporaryDirectory() as folder, endpoint as base_url:
         dataset = make_dataset(Path(folder) / "dataset", num_rows, size=64)
@@ -99,7 +98,7 @@ def measure_throughput(
 
 
 class InstantGenerator:
-    """Replies at once, so that a hundred thousand rows take a minute. Reads every image, like any other."""
+    """Replies at once, so that a hundred thousand rows take a minute. Reads every image, like any generator."""
 
     settings = {"generator": "instant", "model": "none"}
 
@@ -109,35 +108,27 @@ class InstantGenerator:
             yield ChatResponse(request.number, f"The evidence for row {request.number} is at the left. " * 5)
 
 
-def anonymous_memory() -> float:
-    """Memory that the process has allocated, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
-
-
 def measure_memory_here(folder: str, output: str) -> None:
-    """Prints the highest memory of a run in this process, over that before it."""
+    """Prints the peak memory of a run in this process, above that before it."""
     dataset = load_from_disk(folder)
-    before = highest = anonymous_memory()
+    before = highest = process_memory("RssAnon")
     done = threading.Event()
 
     def watch():
         nonlocal highest
         while not done.wait(0.02):
-            highest = max(highest, anonymous_memory())
+            highest = max(highest, process_memory("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
-    generate_cues(dataset, InstantGenerator(), output)
-    seconds = time.perf_counter() - start
+    elapsed = wall_seconds(lambda: generate_cues(dataset, InstantGenerator(), output))
     done.set()
     watcher.join()
-    print(json.dumps({"mebibytes": highest - before, "rows_per_second": len(dataset) / seconds}))
+    print(json.dumps({"mebibytes": (highest - before) / 2**20, "rows_per_second": len(dataset) / elapsed}))
 
 
 def measure_memory(counts: list[int]) -> dict:
-    """The highest memory for each number of rows, each in a process of its own."""
+    """Peak memory for each number of rows, each in its own process."""
     results = {}
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +157,7 @@ def plot(results: dict[str, Any]) -> Figure:
     memory = {int(count): result["mebibytes"] for count, result in results["memory"].items()}
     right.semilogx(list(memory), list(memory.values()), "o-")
     right.set_ylim(bottom=0)
-    right.set_title("memory over that of the imports, MiB", fontsize=10)
+    right.set_title("peak memory above the imports, MiB", fontsize=10)
     right.set_xlabel("rows")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -176,11 +167,11 @@ def plot(results: dict[str, Any]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=400, help="rows of the throughput measurement")
-    parser.add_argument("--pairs", type=int, default=3, help="how often the two sides take turns")
-    parser.add_argument("--concurrency", type=int, default=16, help="requests under way at a time")
-    parser.add_argument("--base_url", help="address of a real endpoint")
-    parser.add_argument("--model", default="m", help="the model's name there")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest text, in tokens")
+    parser.add_argument("--pairs", type=int, default=3, help="turns of each side")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests in flight")
+    parser.add_argument("--base_url", help="URL of a real endpoint")
+    parser.add_argument("--model", default="m", help="name of the endpoint's model")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="maximum length of a cue, in tokens")
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     disable_progress_bars()

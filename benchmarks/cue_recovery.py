@@ -1,14 +1,14 @@
 """
-The recovery module's share of prefill and of a training pass, against the decoder layers around it and against Eq. 3-4
-as they are written.
+Measures the recovery module's share of prefill and of a training pass, relative to the decoder layers around it, and
+its speed relative to a direct implementation of Eq. 3-4.
 
-Five decoder layers of Qwen3-VL-2B's (and 8B's) real widths with random weights, which are one interval and carry one
-module, see precomputed image features and a text of 64 tokens. The module (finding sink and visual tokens included) is
-timed alone right after a pass of the five layers, so that it finds the caches as in a real one; a difference of two
-passes would drown in their noise. It is given beside it. And it is timed in place, within a pass, where the layers
-before it have filled the caches.
+The model is five decoder layers with the real widths of Qwen3-VL-2B (and 8B) and random weights: one interval, with
+one module. Its inputs are precomputed image features and a text of 64 tokens. The module, including finding sink and
+visual tokens, is timed alone right after a pass of the five layers, so that CPU caches are filled as in a real pass;
+the difference of passes with and without the module, which is also recorded, is mostly noise. The module is timed in
+place as well, within a pass.
 
-A GPU pays for launches: the kernels that the module dispatches are counted beside those of a decoder layer.
+On a GPU, kernel launches dominate its cost, so the kernels of the module and of a decoder layer are counted.
 """
 
 from collections.abc import Callable
@@ -32,14 +32,14 @@ WIDTHS = {
     "2B": dict(hidden_size=2048, num_attention_heads=16, num_key_value_heads=8, intermediate_size=6144),
     "8B": dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, intermediate_size=12288),
 }
-# Patches of the image, (height, width); four of them are one visual token
+# Number of visual tokens: patches of the image, (height, width). Four patches make one visual token
 GRIDS = {64: (16, 16), 256: (32, 32), 1782: (66, 108)}
 NUM_TEXT_TOKENS = 64
 IMAGE_TOKEN, START_TOKEN = 100, 101
 
 
 def make_slice(size: str) -> PeftModel:
-    """Five decoder layers with one module whose W_O is not zero."""
+    """Five decoder layers with one module, whose W_O is not zero."""
     config = Qwen3VLConfig(
         text_config={
             **WIDTHS[size],
@@ -54,7 +54,7 @@ def make_slice(size: str) -> PeftModel:
                 "mrope_interleaved": True,
             },
         },
-        vision_config={  # never runs
+        vision_config={  # unused, because image features are precomputed
             "depth": 3,
             "hidden_size": 32,
             "num_heads": 2,
@@ -69,7 +69,7 @@ def make_slice(size: str) -> PeftModel:
     with torch.device(DEVICE):
         model = Qwen3VLForConditionalGeneration._from_config(config, dtype=DTYPE)
     model = get_peft_model(model, CueRecoveryConfig(), autocast_adapter_dtype=False).eval()
-    # As gradient checkpointing has it: the backward pass reaches the first layer although the backbone is frozen
+    # As with gradient checkpointing: the backward pass reaches the first layer although the backbone is frozen
     model.enable_input_require_grads()
     for name, parameter in model.named_parameters():
         if "o_proj" in name and parameter.requires_grad:
@@ -78,7 +78,7 @@ def make_slice(size: str) -> PeftModel:
 
 
 def make_inputs(model: PeftModel, num_visual_tokens: int, batch_size: int) -> dict[str, Any]:
-    """Token ids and image features of prompts that are an image in the middle of a text."""
+    """Token ids and image features of prompts with an image in the middle of the text."""
     text = torch.arange(NUM_TEXT_TOKENS) % IMAGE_TOKEN
     text[0] = START_TOKEN
     image = torch.full((num_visual_tokens,), IMAGE_TOKEN)
@@ -100,7 +100,7 @@ def make_inputs(model: PeftModel, num_visual_tokens: int, batch_size: int) -> di
 
 
 class ModuleCall:
-    """The module's work in one pass, to be repeated outside of it."""
+    """The module's work in one pass, which can be repeated outside the pass."""
 
     def __init__(self, model: PeftModel, inputs: dict[str, Any]):
         self.model, self.inputs = model, inputs
@@ -117,7 +117,7 @@ class ModuleCall:
         return self.layer(self.hidden_states, kwargs["cue_recovery_context"])
 
     def plain(self) -> torch.Tensor:
-        """The same by Eq. 3-4 as they are written, with keys and values for every token."""
+        """The same by a direct implementation of Eq. 3-4, with keys and values for every token."""
         _, kwargs = self.model.base_model._add_context(None, (), self.inputs)
         context = kwargs["cue_recovery_context"]
         samples = torch.arange(len(self.hidden_states), device=DEVICE)
@@ -145,7 +145,7 @@ def forward_backward(function: Callable[[], torch.Tensor], model: PeftModel) -> 
 
 
 def kernels(model: PeftModel, call: ModuleCall) -> dict[str, int]:
-    """Kernels that a call, one module (forward and backward) and a decoder layer dispatch."""
+    """Kernels launched by a call of the model, by one module (forward and backward), and by a decoder layer."""
     counts = {}
     with torch.no_grad(), CountKernels() as counter:
         _, kwargs = model.base_model._add_context(None, (), call.inputs)
@@ -166,7 +166,7 @@ def kernels(model: PeftModel, call: ModuleCall) -> dict[str, int]:
 
 @torch.no_grad()
 def decoder_layer_kernels(model: PeftModel, inputs: dict[str, Any]) -> int:
-    """Kernels of a decoder layer without a module, its norms counted as one each."""
+    """Kernels of a decoder layer without a module; each norm counts as one."""
     layer = model.get_base_model().get_decoder().layers[3]
     counter, calls = CountKernels(), []
     handles = [layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)]
@@ -192,7 +192,7 @@ def count_as_one(counter: CountKernels, function: Callable) -> Callable:
 
 @torch.no_grad()
 def share_in_place(model: PeftModel, inputs: dict[str, Any], repeats: int) -> dict[str, float]:
-    """The module's share of a forward pass, timed within it: over the rest of the same pass."""
+    """Time of the module within a forward pass, relative to the rest of the same pass."""
     layer = next(module for module in model.modules() if isinstance(module, CueRecoveryLayer))
     spent = []
 
@@ -222,7 +222,7 @@ def share_in_place(model: PeftModel, inputs: dict[str, Any], repeats: int) -> di
 
 
 def bytes_kept(function: Callable[[torch.Tensor], torch.Tensor], call: ModuleCall) -> int:
-    """What autograd keeps of the module's work beside its output, which the decoder layer keeps anyway."""
+    """Bytes that autograd keeps of the module's work, without its output, which the decoder layer keeps anyway."""
     original = call.hidden_states
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * IS_CUDA], profile_memory=True) as events:
         call.hidden_states = original * 1.0
@@ -265,7 +265,7 @@ def run(quick: bool = False) -> dict[str, Any]:
             for side in ("module", "plain"):
                 sides[side]()
             flops = 10 * batch_size * (num_visual_tokens + NUM_TEXT_TOKENS) * num_layer_parameters
-            # Minutes on a CPU, so that not all are repeated as often
+            # The largest sizes take minutes on a CPU, so they are repeated less often
             repeats = 1 if quick or flops > 3e12 and not IS_CUDA else 3 if flops > 5e11 and not IS_CUDA else 7
             times = alternate(sides, repeats, warmup=0)
             row[name] = {
@@ -314,8 +314,8 @@ def plot(results: dict[str, Any]) -> Figure:
         axes.set_xlabel("model, batch, visual tokens")
         axes.legend()
         axes.spines[["top", "right"]].set_visible(False)
-    left.set_title("Module's time over that of five decoder layers")
+    left.set_title("Module's time relative to five decoder layers")
     left.set_ylabel("%")
-    right.set_title("Speed-up over Eq. 3-4 as they are written")
+    right.set_title("Speed-up over a direct implementation of Eq. 3-4")
     right.set_ylabel("times")
     return figure

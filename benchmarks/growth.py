@@ -1,6 +1,6 @@
 """
-How step time and peak memory grow with completion length, batch, image size and number of images, and how fast
-compared with TRL's `DistillationTrainer`: the slope of a straight line through the logarithms. 1 is linear.
+Measures how step time and peak memory grow with completion length, batch size, image size and number of images, for
+`ViCuRTrainer` and TRL's `DistillationTrainer`. Growth is the slope of a line fitted to the logarithms; 1 is linear.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ AXES = {
     "image_size": (128, 256, 512),
     "num_images": (1, 2, 4),
 }
-# The other quantities where one grows
+# Values of the other quantities while one grows
 POINT = dict(model="growth", batch_size=4, completion_length=16, image_size=128)
 KEYS = {"cpu_seconds_per_step": "CPU seconds per step", "peak_mib": "peak memory, MiB"}
 SIDES = {
@@ -37,12 +37,7 @@ def run(quick: bool = False) -> dict[str, Any]:
             print(f"{axis} {value}", flush=True)
             for name, (figures,) in alternate_runs(sides, repeats=1).items():
                 rows.append({"axis": axis, "value": value, "side": name, **figures})
-    slopes = {
-        axis: {
-            name: {key: slope(rows, axis, name, key) for key in ("cpu_seconds_per_step", "peak_mib")} for name in SIDES
-        }
-        for axis in AXES
-    }
+    slopes = {axis: {name: {key: slope(rows, axis, name, key) for key in KEYS} for name in SIDES} for axis in AXES}
     for axis, sides in slopes.items():
         for name, figures in sides.items():
             seconds, memory = (figures[key] for key in KEYS)
@@ -60,9 +55,7 @@ def plot(results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(2, len(AXES))
     for column, axis in enumerate(AXES):
-        for row, (key, label) in enumerate(
-            (("cpu_seconds_per_step", "CPU seconds per step"), ("peak_mib", "peak memory, MiB"))
-        ):
+        for row, (key, label) in enumerate(KEYS.items()):
             axes = panels[row][column]
             for name in SIDES:
                 points = [p for p in results["rows"] if p["axis"] == axis and p["side"] == name]

@@ -1,10 +1,10 @@
 """
-The distillation losses at Qwen3-VL-2B's vocabulary: time and peak memory of forward and backward.
+Time and peak memory of the distillation losses, forward and backward, at Qwen3-VL-2B's vocabulary.
 
 1,024 completion tokens, hidden size 2048, vocabulary 151,936, in float32 and bfloat16; the heads are frozen, as with
-an adapter. Each objective against the naive form, which has the logits of all tokens at once, in the states' type; and
-against the libraries' kernels: TRL's chunked log-probabilities and divergence, and Liger's fused linear JSD. Their
-errors against float64 of the same operands, in loss and gradient, are taken at a smaller size.
+an adapter. Each objective is compared with its naive form, which computes the logits of all tokens at once, in the
+states' dtype, and with libraries' kernels: TRL's chunked log-probabilities and divergence, and Liger's fused linear
+JSD. Errors of loss and gradient, relative to float64 with the same operands, are measured at a smaller size.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ CLIPS = dict(epsilon=0.2, epsilon_high=0.2, advantage_clip=10.0)
 
 
 class Problem:
-    """States and heads of a student and a teacher, and the sampled tokens."""
+    """Hidden states and heads of a student and a teacher, and sampled tokens."""
 
     def __init__(self, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype):
         torch.manual_seed(0)
@@ -49,7 +49,7 @@ class Problem:
         self.both = (self.student_states, self.student_head, self.teacher_states, self.teacher_head)
 
     def logprobs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the whole vocabulary, at once."""
+        """Log-probabilities of the whole vocabulary, for all tokens at once."""
         student = F.linear(self.student_states, self.student_head.weight)
         teacher = F.linear(self.teacher_states, self.teacher_head.weight)
         dtype = torch.promote_types(student.dtype, torch.float32)
@@ -115,7 +115,7 @@ Objective = Callable[[Problem], torch.Tensor]
 
 
 def objectives() -> dict[str, dict[str, Objective]]:
-    """Of each comparison the sides: the naive form, and what is compared to it."""
+    """The sides of each comparison: the naive form first, then the forms that are compared with it."""
     table: dict[str, dict[str, Objective]] = {
         "sampled_token": {
             "naive": naive_sampled_token,
@@ -169,7 +169,7 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 
 def rows_of(problem: Problem, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Each side of each comparison."""
+    """Measures each side of each comparison."""
     dtype_name = str(dtype).removeprefix("torch.")
     rows = []
     for name, sides in objectives().items():

@@ -1,4 +1,4 @@
-"""What all benchmarks share: alternating the sides, seconds, peak memory, and where results are written."""
+"""Tools of all benchmarks: take turns, measure seconds, memory and kernels, save results."""
 
 import ctypes
 import gc
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 matplotlib.use("Agg")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # its tiny models
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # for its tiny models
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,7 +32,7 @@ IS_CUDA = DEVICE.type == "cuda"
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """The device and the library versions of a measurement."""
     return {
         "device": torch.cuda.get_device_name() if IS_CUDA else f"CPU ({platform.machine()}), {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Time of one call: on a GPU by its events; on a CPU the process's own, which other processes disturb less."""
+    """Time of one call: by events on a GPU; on a CPU, the process's CPU time, which other processes disturb less."""
     if IS_CUDA:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -57,7 +57,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def wall_seconds(function: Callable[[], Any]) -> float:
-    """Time of one call by the clock on the wall, where other processes do the work."""
+    """Wall-clock time of one call, for work that is done by other processes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -69,7 +69,7 @@ def alternate(
     warmup: int = 1,
     time_call: Callable[[Callable[[], Any]], float] = seconds,
 ) -> dict[str, list[float]]:
-    """Seconds of each side's calls. The sides take turns, each turn in the opposite order of the one before."""
+    """Seconds of each side's calls. The sides take turns, and every other turn runs in reverse order."""
     times = {name: [] for name in sides}
     for repeat in range(-warmup, repeats):
         for name in list(sides) if repeat % 2 == 0 else reversed(sides):
@@ -80,7 +80,7 @@ def alternate(
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
-    """Bytes that a call needs at its highest, over what is there before it."""
+    """Peak memory of a call, in bytes above the memory before it."""
     gc.collect()
     if IS_CUDA:
         torch.cuda.synchronize()
@@ -89,9 +89,9 @@ def peak_memory(function: Callable[[], Any]) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # Give freed memory back first, or what is allocated next would come from it unseen
+    # Return freed memory to the system first: allocations that reuse it would not be counted
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the process's peak (VmHWM) to its present size
+    Path("/proc/self/clear_refs").write_text("5")  # resets the process's peak (VmHWM) to its current size
     before = process_memory("VmRSS")
     function()
     return process_memory("VmHWM") - before
@@ -99,8 +99,8 @@ def peak_memory(function: Callable[[], Any]) -> int:
 
 class CountKernels(TorchDispatchMode):
     """
-    While active, counts the operations that launch a kernel: views and allocations do not. A norm is one, forward or
-    backward, as on a GPU, where it is fused; on a CPU it is made of several.
+    While active, counts the operations that launch a kernel; views and allocations do not. A norm counts as one,
+    forward or backward, as on a GPU, where it is fused; on a CPU it consists of several operations.
     """
 
     WITHOUT_KERNEL = {
@@ -168,19 +168,19 @@ class _CountedNorm(torch.autograd.Function):
 
 
 def process_memory(field: str) -> int:
-    """Bytes of the process's memory, present (`"VmRSS"`) or at its highest (`"VmHWM"`)."""
+    """The process's memory in bytes: current (`"VmRSS"`), allocated (`"RssAnon"`) or at its peak (`"VmHWM"`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Median of the ratios of each pair of turns, with the lowest and the highest."""
+    """Median, lowest and highest of the ratios of all pairs of turns."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return {"median": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 
 
 def save(name: str, results: dict[str, Any], figure: Figure) -> None:
-    """Write `results/NAME.json` and `results/NAME.png`."""
+    """Writes `results/NAME.json` and `results/NAME.png`."""
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(
         {"command": f"python benchmarks/run.py --only {name}", "machine": machine(), **results}, indent=2

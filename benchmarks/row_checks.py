@@ -1,14 +1,14 @@
 """
-The check of all rows before training: rows per second, and how long a resumed run takes to see that they have passed.
+Measures the check of all rows before training: rows per second, and how long a resumed run takes to find that its rows
+have passed.
 
     python benchmarks/run.py --only row_checks
 
-The peer is `datasets`, reading every row once in one process, which decodes its image. Sides take turns; the seconds
-are those of the clock on the wall, because workers do the work. Memory is the process's own at its highest.
+The baseline is `datasets`, which reads every row once in one process and decodes its image. Sides take turns. Seconds
+are wall-clock time, because worker processes do the work. Memory is the peak of the main process.
 """
 
 import tempfile
-import time
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -37,7 +37,7 @@ FEATURES = Features(
 
 
 def make_png(side: int) -> bytes:
-    """A picture that compresses as a photograph does."""
+    """An image that compresses about as well as a photograph."""
     x = np.linspace(0, 40, side)
     waves = 128 + 60 * np.sin(x)[:, None, None] + 60 * np.cos(x)[None, :, None]
     pixels = (waves + np.random.default_rng(0).normal(0, 4, (side, side, 3))).clip(0, 255).astype(np.uint8)
@@ -92,7 +92,7 @@ def measure_throughput(side: int, count: int, repeats: int) -> dict[str, Any]:
 
 
 def measure_resume(count: int) -> dict[str, float]:
-    """Seconds from the start to knowing that the rows have passed, with images in the dataset and as files."""
+    """Seconds until a resumed run knows that its rows have passed, with images in the dataset and as files."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "image.png")
@@ -101,9 +101,7 @@ def measure_resume(count: int) -> dict[str, float]:
         for kind, image in images.items():
             dataset = make_dataset(Path(folder, kind), count, image)
             checker = make_checker()
-            start = time.perf_counter()
-            receipt_of(dataset, checker)
-            results[kind] = time.perf_counter() - start
+            results[kind] = wall_seconds(lambda dataset=dataset, checker=checker: receipt_of(dataset, checker))
     return results
 
 

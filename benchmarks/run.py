@@ -1,10 +1,10 @@
 """
-All benchmarks, or one of them. Each writes a JSON file and a picture into `benchmarks/results`.
+Runs all benchmarks, or one of them. Each writes a JSON file and a plot into `benchmarks/results`.
 
     python benchmarks/run.py
     python benchmarks/run.py --only loss
 
-They run on a GPU where there is one.
+They run on a GPU if there is one.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 from measure import save
 
 
-# Modules of this folder. Each has `run(quick) -> dict` and `plot(results) -> Figure`
+# Modules of this folder, each with `run(quick) -> dict` and `plot(results) -> Figure`
 BENCHMARKS = [
     "cue_recovery",
     "loss",
@@ -26,17 +26,19 @@ BENCHMARKS = [
     "cue_generation",
     "row_checks",
 ]
-if importlib.util.find_spec("vllm"):  # in an environment of its own
+if importlib.util.find_spec("vllm"):  # needs its own environment
     BENCHMARKS.append("vllm_rollout")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=BENCHMARKS, help="run this one alone")
-    parser.add_argument("--quick", action="store_true", help="few repeats: to see that it runs, not to measure")
+    parser.add_argument("--only", choices=BENCHMARKS, help="run only this one")
+    parser.add_argument(
+        "--quick", action="store_true", help="few repeats and small sizes: checks that it runs, measures nothing"
+    )
     arguments = parser.parse_args()
     if arguments.only is None:
-        for name in BENCHMARKS:  # in a process of its own, so that none finds the memory of another
+        for name in BENCHMARKS:  # each in its own process, so that none inherits another's memory
             print(f"--- {name} ---", flush=True)
             subprocess.run([sys.executable, __file__, "--only", name, *["--quick"] * arguments.quick], check=True)
         return

@@ -1,12 +1,12 @@
 """
-Whole training steps against TRL's `DistillationTrainer`: the same model, data and generation settings.
+Compares whole training steps with TRL's `DistillationTrainer`, on the same model, data and generation settings.
 
-Switched off: `ViCuRTrainer` with nothing of its own (`privilege="none"`, `distillation_mode="full_logits"`, a copy as
-teacher, no module), which is what the trainer itself costs. As used: an adapter (the module alone, as by default, or
-module and LoRA) that is its own teacher, on cues, by the sampled token; against TRL with a LoRA student, and with full
-fine-tuning, both with a second copy of the model as teacher.
+Switched off: `ViCuRTrainer` with all its features off (`privilege="none"`, `distillation_mode="full_logits"`, a copy
+as teacher, no module), to measure the cost of the trainer itself. As used: an adapter (the module alone, the default,
+or module and LoRA) that is its own teacher, on cues, with the sampled-token objective; against TRL with a LoRA student
+and with full fine-tuning, both with a second copy of the model as teacher.
 
-Each in float32 and with `bf16=True`, with the dtypes that decoder layers really computed in.
+Each comparison runs in float32 and with `bf16=True`, and records the dtypes that decoder layers computed in.
 """
 
 import json
@@ -21,7 +21,7 @@ from training_run import TrainingRun, interleave
 OURS = "ViCuRTrainer"
 
 
-# Rows of a micro-batch
+# Rows per micro-batch
 BATCH_SIZES = {"tiny": 8, "100M": 2}
 
 
@@ -58,7 +58,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         for bf16 in (False, True):
             for comparison in (switched_off, module_alone, module_and_lora):
                 name = f"{model}, {comparison.__name__.replace('_', ' ')}, {'bf16' if bf16 else 'float32'}"
-                # Memory from a short run of each side in a process of its own
+                # Memory is measured in a short run of each side, in its own process
                 short_runs = {side: run.measure() for side, run in comparison(model, 1, bf16).items()}
                 results[name] = compare_steps(comparison(model, 2 if quick else steps, bf16), short_runs)
                 print(f"{name}: {json.dumps(results[name]['sides'])}", flush=True)
@@ -69,7 +69,7 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 
 def compare_steps(runs: dict[str, TrainingRun], short_runs: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Seconds and dtypes of steps that take turns in this process, and memory of the short runs."""
+    """Seconds and dtypes of runs that take turns in this process, and memory from the short runs."""
     times, dtypes = interleave(runs)
     used = {side: memory(short_runs[side]) for side in runs}
     return {

@@ -1,8 +1,7 @@
 """
-Training runs, each in a process of its own so that its peak memory is its own: what the benchmarks of whole steps
-share.
+Training runs for the benchmarks of whole steps, each in its own process to measure its peak memory.
 
-As a script, this is one such run: it takes a `TrainingRun` as JSON and prints what it measured as JSON.
+As a script, it runs one `TrainingRun`, given as JSON, and prints its measurements as JSON.
 """
 
 import json
@@ -27,13 +26,13 @@ from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
 from trl_vicur.trainer.vision.features import get_backbone
 
 
-# Steps at the beginning that are not counted
+# First steps that are not counted
 WARMUP_STEPS = 2
-OUTPUT = TemporaryDirectory()  # nothing is saved, but a trainer makes its `output_dir` when it is built
-# Text and vision configs over those of the tests' tiny Qwen3-VL
+OUTPUT = TemporaryDirectory()  # nothing is saved, but a trainer creates its `output_dir`
+# Changes to the text and vision configs of the tests' tiny Qwen3-VL
 MODELS = {
     "tiny": dict(hidden_size=128, num_layers=6),
-    # About 100M parameters, 78M of them the embeddings of the real vocabulary
+    # About 100M parameters, 78M of them in the embeddings of the real vocabulary
     "100M": dict(
         hidden_size=512,
         num_layers=8,
@@ -50,11 +49,11 @@ MODELS = {
         vocab_size=151936,
         vision_config=dict(depth=4, hidden_size=256, intermediate_size=1024, num_heads=4),
     ),
-    # Large enough that a step is more than its fixed costs
+    # Large enough that fixed costs do not dominate a step
     "growth": dict(
         hidden_size=256, num_layers=6, vocab_size=16384, vision_config=dict(depth=4, hidden_size=128, num_heads=4)
     ),
-    # The tower is a bit more than half of a forward pass with images of 256×256 pixels
+    # The tower takes more than half of a forward pass with images of 256×256 pixels
     "image-heavy": dict(
         hidden_size=512, vision_config=dict(depth=6, hidden_size=256, intermediate_size=1024, num_heads=4)
     ),
@@ -64,11 +63,11 @@ MODELS = {
 @dataclass
 class TrainingRun:
     """
-    One run, as it can be sent to a process.
+    The settings of one run, which can be sent to a process as JSON.
 
-    `trainer` is the name of the trainer's class; `arguments` are those of its config; `adapter` are the arguments of a
-    `CueRecoveryConfig` (of a `LoraConfig` for TRL's trainer), `None` trains the whole model; `teacher_copy` gives the
-    trainer a second copy of the model as teacher.
+    `trainer` is the name of the trainer's class and `arguments` are options of its config. `adapter` are the arguments
+    of a `CueRecoveryConfig` (of a `LoraConfig` for TRL's trainer); `None` trains the whole model. `teacher_copy` gives
+    the trainer a second copy of the model as teacher.
     """
 
     trainer: str
@@ -84,14 +83,14 @@ class TrainingRun:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def measure(self) -> dict[str, float]:
-        """Run it in a process of its own."""
+        """Trains in a separate process and returns its measurements."""
         command = [sys.executable, "-W", "ignore", __file__, json.dumps(asdict(self))]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         return json.loads(output.splitlines()[-1])
 
 
 def alternate_runs(sides: dict[str, TrainingRun], repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Measurements of each side. The sides take turns, each turn in the opposite order of the one before."""
+    """Measurements of each side. The sides take turns, and every other turn runs in reverse order."""
     results = {name: [] for name in sides}
     for repeat in range(repeats):
         for name in list(sides) if repeat % 2 == 0 else reversed(sides):
@@ -102,7 +101,7 @@ def alternate_runs(sides: dict[str, TrainingRun], repeats: int) -> dict[str, lis
 
 
 def compare(runs: dict[str, list[dict[str, float]]], ours: str) -> dict[str, Any]:
-    """Medians of each side, and our ratios to the others."""
+    """Medians of each side, and the ratios of `ours` to each other side."""
     sides = {side: {key: median(run[key] for run in results) for key in results[0]} for side, results in runs.items()}
     ratios = {
         side: {key: ratio([run[key] for run in runs[ours]], [run[key] for run in runs[side]]) for key in runs[ours][0]}
@@ -113,14 +112,14 @@ def compare(runs: dict[str, list[dict[str, float]]], ours: str) -> dict[str, Any
 
 
 def make_large_image_processor() -> Qwen3VLProcessor:
-    """The tests' processor, for images of up to 1,024 visual tokens."""
+    """The tests' processor, changed to accept images of up to 1,024 visual tokens."""
     processor = make_processor()
     processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 1024 * 1024}
     return processor
 
 
 class Clock:
-    """Seconds, and the process's CPU seconds, which other work on the machine disturbs less."""
+    """Collects seconds, and the process's CPU seconds, which other work on the machine disturbs less."""
 
     def __init__(self):
         self.seconds, self.cpu_seconds = [], []
@@ -141,7 +140,7 @@ class Clock:
 
 
 class StepClock(TrainerCallback):
-    """Times each optimizer step of a run, its rollouts included."""
+    """Times each optimizer step of a run, including its rollouts."""
 
     def __init__(self):
         self.clock = Clock()
@@ -154,7 +153,7 @@ class StepClock(TrainerCallback):
 
 
 class TurnTaker(TrainerCallback):
-    """Lets one of several runs in this process go on for a step at a time, and times it from one step to the next."""
+    """Lets several runs in this process take turns, one step at a time, and times this run's steps."""
 
     def __init__(self):
         self.turn = threading.Semaphore(0)
@@ -174,9 +173,9 @@ class TurnTaker(TrainerCallback):
 
 def interleave(runs: dict[str, TrainingRun]) -> tuple[dict[str, list[float]], dict[str, dict[str, list[str]]]]:
     """
-    Seconds (on a CPU, the process's CPU seconds) of each step of runs that take turns step by step, in this process;
-    and the dtypes that each computed in. Differences of a few percent show where a machine's speed changes from minute
-    to minute.
+    Runs training runs in turns, step by step, in this process. Returns the seconds of each step (CPU seconds on a CPU)
+    and the dtypes that each run computed in. This detects differences of a few percent, even if the machine's speed
+    changes from minute to minute.
     """
     turns = {name: TurnTaker() for name in runs}
     for taker, following in zip(turns.values(), [*list(turns.values())[1:], next(iter(turns.values()))], strict=True):
@@ -195,7 +194,7 @@ def interleave(runs: dict[str, TrainingRun]) -> tuple[dict[str, list[float]], di
 
 
 def watch_dtypes(trainer: DistillationTrainer) -> dict[str, set[str]]:
-    """What a decoder layer's products come in, in rollouts and in the loss; filled while the trainer trains."""
+    """The dtypes of a decoder layer's matrix products in rollouts and in the loss, collected during training."""
     seen = {}
     is_in_loss = False
     compute_loss = trainer.compute_loss
@@ -241,7 +240,7 @@ def make_trainer(run: TrainingRun, callback: TrainerCallback) -> DistillationTra
         gradient_accumulation_steps=2,
         max_steps=run.steps + WARMUP_STEPS,
         max_completion_length=run.completion_length,
-        generation_kwargs=dict(min_new_tokens=run.completion_length),  # of the same length in every run
+        generation_kwargs=dict(min_new_tokens=run.completion_length),  # the same length in every run
         bf16=run.bf16,
         use_cpu=not IS_CUDA,
         gradient_checkpointing=False,

@@ -1,8 +1,8 @@
 """
-Images encoded once for rollout, student and teacher, against each pass encoding its own.
+Compares encoding images once for rollout, student and teacher with encoding them in each pass.
 
-A model whose vision tower is more than half of a forward pass, with a frozen tower (recovery adapter with LoRA), and
-images of 256×256 pixels.
+The model's vision tower takes more than half of a forward pass and is frozen (recovery adapter with LoRA); images have
+256×256 pixels.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 @torch.no_grad()
 def tower_share(run: TrainingRun) -> float:
-    """Share of the vision tower in a forward pass over prompts like those of the run."""
+    """The vision tower's share of a forward pass over prompts like those of the run."""
     model = make_qwen3_vl(**MODELS[run.model]).to(DEVICE)
     image = make_image(0, (run.image_size, run.image_size))
     prompts = [user("What is in picture 0?", *[image] * run.num_images)] * run.batch_size

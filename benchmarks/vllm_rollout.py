@@ -1,12 +1,12 @@
 """
-Rollouts in vLLM with the recovery module, against the same engine without it, and against transformers' `generate`.
+Compares rollouts in vLLM with the recovery module to the same engine without it, and to transformers' `generate`.
 
-Needs vLLM, in an environment of its own (`.ci/vllm` makes it):
+It needs vLLM in an environment of its own (`.ci/vllm` makes it):
 
     .venv-vllm/bin/python benchmarks/run.py --only vllm_rollout
 
-A rollout is a batch of prompts with an image each, sampled to the same length; a prefill is the same with one token.
-All engines are there at the same time and take turns. Without the module, vLLM runs with its defaults: prefix caching
+A rollout is a batch of prompts with one image each, sampled to the same length; a prefill is a rollout of one token.
+All engines are loaded at the same time and take turns. Without the module, vLLM runs with its defaults: prefix caching
 and chunked prefill.
 """
 
@@ -30,7 +30,7 @@ from trl_vicur import CueRecoveryConfig
 PROMPTS = 16
 IMAGE_SIZE = 512  # pixels of a side: 256 visual tokens
 NEW_TOKENS = 64
-# vLLM's attention on a CPU has no smaller head than 64
+# vLLM's attention on a CPU supports no head smaller than 64
 TINY = MODELS["tiny"] | {"head_dim": 64, "rope_parameters": MODELS["100M"]["rope_parameters"]}
 
 
@@ -43,7 +43,7 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 
 def measure(config: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Seconds of rollouts and prefills of one model, by each of the three."""
+    """Seconds of one model's rollouts and prefills, by each engine."""
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
 
@@ -74,7 +74,7 @@ def measure(config: dict[str, Any], repeats: int) -> dict[str, Any]:
             sampling = SamplingParams(temperature=1, max_tokens=new_tokens, ignore_eos=True)
             outputs = engine.generate(prompts, sampling, use_tqdm=False)
             assert all(len(output.outputs[0].token_ids) == new_tokens for output in outputs)
-            engine.reset_prefix_cache()  # prompts of a run do not come again
+            engine.reset_prefix_cache()  # a training run never repeats a prompt
             engine.llm_engine.reset_encoder_cache()
 
         def in_transformers(new_tokens: int) -> None:
