@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from trl_vicur import CueRecoveryConfig, ViCuRTrainer
 from trl_vicur.trainer.checkpoints import get_last_checkpoint
+from trl_vicur.trainer.teachers.student_teachers import EMATeacher
 
 
 ADAPTER = dict(layer_interval=1)
@@ -61,8 +62,8 @@ def curve(log_history: list[dict]) -> list[dict]:
 def assert_same_run(resumed: ViCuRTrainer, whole: ViCuRTrainer) -> None:
     assert curve(resumed.state.log_history) == curve(whole.state.log_history)
     torch.testing.assert_close(weights(resumed.model), weights(whole.model), rtol=0, atol=0)
-    if whole.ema_teacher is not None:
-        torch.testing.assert_close(resumed.ema_teacher.average, whole.ema_teacher.average, rtol=0, atol=0)
+    if isinstance(whole.teacher, EMATeacher):
+        torch.testing.assert_close(resumed.teacher.average, whole.teacher.average, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

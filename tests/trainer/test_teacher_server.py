@@ -11,6 +11,7 @@ from tiny_models import encode, make_image, make_processor, make_qwen3_vl, user,
 
 from trl_vicur import ViCuRConfig
 from trl_vicur.trainer.teachers import teacher_server
+from trl_vicur.trainer.teachers.served_teacher import ServedTeacher
 from trl_vicur.trainer.teachers.teacher_server import MAX_PROBE_DIFFERENCE, NUM_PROBES, ScoringRequest, TeacherServer
 
 
@@ -198,7 +199,8 @@ def test_replicas_that_differ_are_refused(serve, processor, tmp_path):
 
 def test_replicas_that_differ_by_rounding_are_accepted(serve, processor, tmp_path):
     server = serve(tamper=replicas(MAX_PROBE_DIFFERENCE - 0.2))
-    assert make_trainer(tmp_path, processor, teacher_model_server_url=server.url).teacher_server is not None
+    trainer = make_trainer(tmp_path, processor, teacher_model_server_url=server.url)
+    assert isinstance(trainer.teacher, ServedTeacher)
 
 
 def test_a_server_that_sees_images_in_another_size(serve, processor, tmp_path):

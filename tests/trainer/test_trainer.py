@@ -52,6 +52,7 @@ from trl_vicur.trainer import vicur_trainer
 from trl_vicur.trainer.lm_head import LMHead
 from trl_vicur.trainer.losses import token_logprobs
 from trl_vicur.trainer.mixed_precision import ForwardRedirection
+from trl_vicur.trainer.teachers import scores
 from trl_vicur.trainer.vision.features import get_backbone
 
 
@@ -97,8 +98,8 @@ def test_invariant_11_trl_parity(tmp_path, processor, beta):
 @pytest.mark.parametrize("privilege", ["cue", "answer", "none"])
 def test_invariant_9_teacher_and_student_score_the_same_tokens(tmp_path, processor, privilege):
     """The trainer's hidden states give, for each row, what the row alone gives without padding or batch."""
-    teacher = make_qwen3_vl(seed=5)
-    trainer = make_trainer(tmp_path, processor, teacher_model=teacher, privilege=privilege)
+    teacher_model = make_qwen3_vl(seed=5)
+    trainer = make_trainer(tmp_path, processor, teacher_model=teacher_model, privilege=privilege)
     rows = [trainer.train_dataset[i] for i in range(8)]
     trainer.model.train()
     trainer._prepare_inputs(rows[:4])
@@ -107,13 +108,13 @@ def test_invariant_9_teacher_and_student_score_the_same_tokens(tmp_path, process
         mask = inputs["completion_mask"].bool()
         with torch.no_grad():
             student_states = trainer._student_hidden_states(trainer.model, inputs)
-            teacher_states, teacher_head = trainer._teacher_hidden_states(trainer.model, inputs)
+            teacher = trainer.teacher.score(trainer.model, inputs)
         for index in range(len(mask)):
             completion = inputs["completion_ids"][index][mask[index]]
             row = row_of(inputs["prompt_ids"][index], rows, processor)
             for model, states, head, hint in (
                 (trainer.model, student_states, LMHead.from_model(trainer.model), None),
-                (teacher, teacher_states, teacher_head, None if privilege == "none" else row[privilege]),
+                (teacher_model, teacher.states, teacher.head, None if privilege == "none" else row[privilege]),
             ):
                 logprobs, _ = token_logprobs(states[index][mask[index]], head, completion)
                 torch.testing.assert_close(
@@ -140,18 +141,23 @@ class watch_dtypes:
                 is_in_layer = "language_model.layers" in name and "sink_attention" not in name
                 if isinstance(module, torch.nn.Linear) and is_in_layer:
                     self.handles.append(module.register_forward_hook(self.note))
-        for name in ("_student_hidden_states", "_teacher_hidden_states"):
-            setattr(self.trainer, name, self.within(name, getattr(self.trainer, name)))
+        for owner, name in self.passes():
+            setattr(owner, name, self.within(name, getattr(owner, name)))
         return self
 
     def __exit__(self, *_):
         for handle in self.handles:
             handle.remove()
-        del self.trainer._student_hidden_states, self.trainer._teacher_hidden_states
+        for owner, name in self.passes():
+            delattr(owner, name)
+
+    def passes(self):
+        return (self.trainer, "_student_hidden_states"), (self.trainer.teacher, "score")
 
     def within(self, name, method):
         def call(*args):
-            self.pass_ = f"{name.split('_')[1]}{', evaluation' * (not self.trainer.model.training)}"
+            who = "teacher" if name == "score" else "student"
+            self.pass_ = f"{who}{', evaluation' * (not self.trainer.model.training)}"
             if name == "_student_hidden_states" and self.trainer.model.training and not torch.is_grad_enabled():
                 self.pass_ = "old log-probabilities"
             try:
@@ -168,8 +174,10 @@ class watch_dtypes:
 def watch_objective(monkeypatch) -> dict[str, set[torch.dtype]]:
     """Dtypes of the hidden states that the objectives get, and of what they return."""
     seen = {"states": set(), "values": set()}
-    for name in ("token_logprobs", "full_divergence", "topk_divergence", "topk_logprobs", "liger_divergence_sum"):
-        function = getattr(vicur_trainer, name)
+    functions = [(vicur_trainer, name) for name in ("full_divergence", "topk_divergence", "liger_divergence_sum")]
+    functions += [(vicur_trainer, "token_logprobs"), (scores, "token_logprobs"), (scores, "topk_logprobs")]
+    for module, name in functions:
+        function = getattr(module, name)
 
         def watched(states, *args, function=function):
             assert not torch.is_autocast_enabled("cpu")
@@ -179,7 +187,7 @@ def watch_objective(monkeypatch) -> dict[str, set[torch.dtype]]:
             seen["values"] |= {result.dtype for result in results if result.is_floating_point()}
             return results[0] if len(results) == 1 else results
 
-        monkeypatch.setattr(vicur_trainer, name, watched)
+        monkeypatch.setattr(module, name, watched)
     return seen
 
 
@@ -283,10 +291,10 @@ def test_bf16_scores_the_distribution_that_the_model_samples_from(tmp_path, proc
 
     with torch.no_grad():
         student = trainer._student_hidden_states(trainer.model, inputs)
-        teacher_states, _ = trainer._teacher_hidden_states(trainer.model, inputs)
+        of_teacher = trainer.teacher.score(trainer.model, inputs)
     assert student.equal(states_of_head(trainer.model))
     with trainer.model.disable_adapter() if teacher == "base" else nullcontext():
-        assert teacher_states.equal(states_of_head(trainer.teacher_model or trainer.model))
+        assert of_teacher.states.equal(states_of_head(trainer.teacher_model or trainer.model))
 
 
 def test_nothing_is_rounded_on_its_way_through_a_wrapped_forward():
@@ -364,7 +372,7 @@ def test_invariant_2_the_base_teaches_whatever_an_adapter_trains(tmp_path, recwa
         if is_moved:
             teacher = trainer.teacher_model.eval()(**inputs).logits
         else:
-            with trainer._student_as_teacher(trainer.model):
+            with trainer.teacher.acting(trainer.model):
                 teacher = trainer.model(**inputs).logits
         assert (trainer.model.eval()(**inputs).logits - teacher).abs().max() > 1e-3
         torch.testing.assert_close(teacher, make_qwen2_5_vl().eval()(**inputs).logits, rtol=0, atol=0)
@@ -478,10 +486,10 @@ def test_ema_teacher_follows_the_student(tmp_path, processor, peft_config):
     trainer.train()
     for student in (students[1], students[3]):
         expected = {name: 0.75 * tensor + 0.25 * student[name] for name, tensor in expected.items()}
-    torch.testing.assert_close(trainer.ema_teacher.average, expected)
+    torch.testing.assert_close(trainer.teacher.average, expected)
     # Lent and returned
     before = weights(trainer.model)
-    with trainer.ema_teacher.teacher_weights():
+    with trainer.teacher.weights(trainer.model):
         lent = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     torch.testing.assert_close(lent, expected)
     assert not changed(before, weights(trainer.model))
@@ -502,7 +510,7 @@ def test_ema_teacher_scores_with_its_own_weights(tmp_path, processor, bf16):
             max_steps=1,
         )
         if kind == "ema":
-            trainer.ema_teacher.average = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+            trainer.teacher.average = {name: p.detach().clone() for name, p in teacher.named_parameters()}
         trainer.train()
         logs.append(train_logs(trainer)[0])
     for name in ("loss", "grad_norm", "logprob_gap/mean"):
@@ -515,8 +523,8 @@ def test_ema_teacher_has_its_own_head_bias(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, model=model, teacher_model_kind="ema")
     trainer.model.train()
     trainer._prepare_inputs([trainer.train_dataset[i] for i in range(4)])
-    trainer.ema_teacher.average["lm_head.bias"].fill_(-1)
-    _, head = trainer._teacher_hidden_states(trainer.model, trainer._buffered_inputs[0])
+    trainer.teacher.average["lm_head.bias"].fill_(-1)
+    head = trainer.teacher.score(trainer.model, trainer._buffered_inputs[0]).head
     assert (head.bias == -1).all() and (trainer.model.lm_head.bias == 0).all()
 
 
@@ -595,9 +603,9 @@ def test_the_loss_is_what_it_says(tmp_path, processor, mode, loss_aggregation):
     mask = inputs["completion_mask"].bool()
     with torch.no_grad():
         student = trainer._student_hidden_states(trainer.model, inputs)
-        teacher, head = trainer._teacher_hidden_states(trainer.model, inputs)
+        teacher = trainer.teacher.score(trainer.model, inputs)
         s = LMHead.from_model(trainer.model).logits(student, 0.8).double().log_softmax(-1)
-        t = head.logits(teacher, 0.8).double().log_softmax(-1)
+        t = teacher.head.logits(teacher.states, 0.8).double().log_softmax(-1)
     ids = inputs["completion_ids"].unsqueeze(-1)
     if mode == "sampled_token":
         per_token = -(t - s).gather(-1, ids).squeeze(-1)

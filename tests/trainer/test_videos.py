@@ -116,12 +116,12 @@ def test_teacher_and_student_score_the_same_tokens(tmp_path, family, share):
         mask = inputs["completion_mask"].bool()
         with torch.no_grad():
             student_states = trainer._student_hidden_states(trainer.model, inputs)
-            teacher_states, head = trainer._teacher_hidden_states(trainer.model, inputs)
+            scores = trainer.teacher.score(trainer.model, inputs)
             for index in range(len(mask)):
                 completion = inputs["completion_ids"][index][mask[index]]
                 row = row_of(inputs["prompt_ids"][index], rows, processor)
                 student, _ = token_logprobs(student_states[index][mask[index]], LMHead.from_model(model), completion)
-                teacher, _ = token_logprobs(teacher_states[index][mask[index]], head, completion)
+                teacher, _ = token_logprobs(scores.states[index][mask[index]], scores.head, completion)
                 alone = logprobs_alone(trainer.model, processor, row, None, completion)
                 torch.testing.assert_close(student, alone, rtol=1e-3, atol=1e-4)
                 with trainer.model.disable_adapter():

@@ -1,4 +1,3 @@
-import copy
 import inspect
 import json
 import math
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import fsdp2_prepare_model, gather_object, is_peft_model, send_to_device
+from accelerate.utils import gather_object, is_peft_model, send_to_device
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.nn import functional as F
@@ -33,7 +32,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 from transformers.utils import ModelOutput
 from trl import DistillationTrainer
 from trl.data_utils import prepare_multimodal_messages
-from trl.models import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id, pad
 
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
@@ -65,7 +63,6 @@ from .checkpoints import (
 )
 from .checks.adapter_base import (
     refusing_adapters_that_rewrite_the_base,
-    trainable_base_weights,
 )
 from .checks.options import adapter_configs, check_options, check_something_trains
 from .checks.rows import ROW_NAME, RowChecker, check_dataset, with_row_number
@@ -79,12 +76,13 @@ from .losses import (
     sampled_token_loss,
     token_logprobs,
     topk_divergence,
-    topk_logprobs,
 )
 from .mixed_precision import ForwardRedirection, autocast, compute_dtype
 from .privilege import get_privilege
-from .teachers.ema_teacher import EMATeacherCallback
-from .teachers.teacher_server import ScoringRequest, TeacherServer
+from .teachers.building import build_teacher
+from .teachers.scores import StateScores, TeacherScores
+from .teachers.separate_teacher import SeparateTeacher
+from .teachers.teacher_server import TeacherServer
 from .trackers import log_histogram
 from .vicur_config import ViCuRConfig
 from .vision.blank_image import BlankImageRow
@@ -222,10 +220,10 @@ class ViCuRTrainer(DistillationTrainer):
 
         # All rows are checked before the model is even loaded
         max_length = config.get_text_config().max_position_embeddings
-        self.teacher_server = None
+        server = None
         if args.teacher_model_server_url is not None:
-            self.teacher_server = TeacherServer.from_config(args, processing_class, teacher_model)
-            max_length = min(max_length, self.teacher_server.max_length)
+            server = TeacherServer.from_config(args, processing_class, teacher_model)
+            max_length = min(max_length, server.max_length)
             teacher_model = None
         self._row_checker = RowChecker(
             args, processing_class, max_length, bool(tools), sharding is not None, recovery_configs
@@ -274,7 +272,6 @@ class ViCuRTrainer(DistillationTrainer):
         for each in (self.model, self.teacher_model):
             if each is not None:
                 LMHead.from_model(self.accelerator.unwrap_model(each))  # raises if the losses cannot read the head
-        self._is_self_distilled = self.teacher_model is None and self.teacher_server is None
         self._forward_redirection = ForwardRedirection(self.accelerator.device.type)
         if self.is_fsdp_enabled:
             policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
@@ -285,14 +282,20 @@ class ViCuRTrainer(DistillationTrainer):
             # By it `generate` keeps every process until all have finished. Accelerate leaves it unset
             student = self.model.get_base_model() if is_peft_model(self.model) else self.model
             student._is_fsdp_managed_module = True
-            if self.teacher_model is not None:
-                self.teacher_model = self._shard_teacher(self.teacher_model)
-        self.ema_teacher = None
-        if self._is_self_distilled and args.teacher_model_kind == "ema":
-            self.ema_teacher = EMATeacherCallback(self.model, args.teacher_update_rate, args.teacher_sync_steps)
-            self.add_callback(self.ema_teacher)
-        elif self._is_self_distilled and args.teacher_model_kind == "base":
-            self.teacher_model = self._copy_of_base()
+        self.teacher = build_teacher(
+            args,
+            self.model,
+            self.teacher_model,
+            server,
+            self.processing_class,
+            self.accelerator,
+            self._forward_redirection,
+            self._teacher_hidden_states,
+        )
+        if isinstance(self.teacher, SeparateTeacher):
+            self.teacher_model = self.teacher.model
+        if isinstance(self.teacher, TrainerCallback):
+            self.add_callback(self.teacher)
 
         self._blank_image_row = BlankImageRow(
             self.processing_class, self.model.config.image_token_id, self.chat_template_kwargs
@@ -338,40 +341,6 @@ class ViCuRTrainer(DistillationTrainer):
     ) -> PredictionOutput:
         test_dataset = check_dataset(test_dataset, "test_dataset", self._row_checker, self.args)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
-
-    def _copy_of_base(self) -> torch.nn.Module | None:
-        """
-        A copy of the student's initial weights without its adapter, as the teacher. `None` if the student keeps these
-        weights, because only an adapter trains.
-        """
-        if is_peft_model(self.model):
-            trained = trainable_base_weights(self.model)
-            if not trained:
-                return None
-            if not any(getattr(config, "train_base", False) for config in self.model.peft_config.values()):
-                warnings.warn(
-                    f"{len(trained)} weight(s) of the base train with the adapter, among them '{trained[0]}'. Without "
-                    "its adapter the model would keep their trained values, so the teacher is a frozen copy of the "
-                    f"base, which needs another {self.model.get_memory_footprint() / 2**30:.2f} GiB. Freeze the base "
-                    "(`bias='none'`) to avoid the copy."
-                )
-        teacher = copy.deepcopy(self.model)
-        if is_peft_model(teacher):
-            teacher = teacher.unload()
-        teacher.requires_grad_(False)
-        if self.is_deepspeed_enabled:  # its engine casts the teacher to bfloat16, like the student
-            return prepare_deepspeed(teacher, self.accelerator)
-        teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        return self._shard_teacher(teacher) if self.is_fsdp_enabled else teacher
-
-    def _shard_teacher(self, teacher: torch.nn.Module) -> torch.nn.Module:
-        """A teacher by FSDP2, in shards as the student will be. TRL leaves it whole, and where it was loaded."""
-        state = self.accelerator.state
-        plugin = state.fsdp_plugin
-        state.fsdp_plugin = copy.copy(plugin)  # it notes the layers of the first model that it shards
-        teacher = fsdp2_prepare_model(self.accelerator, teacher.requires_grad_(False))
-        state.fsdp_plugin = plugin
-        return teacher
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -488,8 +457,7 @@ class ViCuRTrainer(DistillationTrainer):
                 output.update(self._visual_inputs(inputs, output))
             if self.args.privilege != "none":
                 output.update(self._teacher_prompts(inputs, output))
-            if self.teacher_server is not None:
-                output.update(self._scores_of_teacher_server(inputs, output))
+            output.update(self.teacher.prepare(self._teacher_conversations(inputs), output))
         if self._corrects_vllm:
             output["sampling_logprobs"] = pad(
                 [torch.tensor(logprobs) for logprobs in self.vllm_generation.sampled_logprobs],
@@ -558,44 +526,6 @@ class ViCuRTrainer(DistillationTrainer):
                 teacher[f"teacher_{name}"] = self._pad_left([list(types) for types in multimodal_fields[name]])
         return teacher
 
-    def _scores_of_teacher_server(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """
-        The served teacher's log-probabilities of the completion tokens, `(batch, completion)`, and of the most likely
-        ones in their place, `(batch, completion, k)`, with their ids; zero on padding.
-        """
-        prompts = self._teacher_conversations(rows)
-        texts = self.processing_class.apply_chat_template(
-            conversation=prompts,
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
-            **self.chat_template_kwargs,
-        )
-        short_prompt_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-        name = "prompt" if self.args.privilege == "none" else "teacher_prompt"
-        requests = []
-        for row, prompt in enumerate(prompts):
-            prompt_ids = output[f"{name}_ids"][row][output[f"{name}_mask"][row].bool()].tolist()
-            completion_ids = output["completion_ids"][row][output["completion_mask"][row].bool()].tolist()
-            blocks = [block for message in prompt for block in message["content"]]
-            images = [block["image"] for block in blocks if block["type"] == "image"]
-            requests.append(ScoringRequest(prompt_ids, short_prompt_ids[row], images, completion_ids))
-        scores = self.teacher_server.score(requests)
-
-        mask = output["completion_mask"].bool()
-
-        def of_completions(values: list, dtype: torch.dtype) -> torch.Tensor:
-            values = torch.tensor([value for completion in values for value in completion], dtype=dtype)
-            padded = torch.zeros(*mask.shape, *values.shape[1:], dtype=dtype, device=mask.device)
-            padded[mask] = values.to(mask.device)
-            return padded
-
-        tensors = {"teacher_logprobs": of_completions([each.logprobs for each in scores], torch.float32)}
-        if self.args.distillation_mode == "topk_logits":
-            tensors["teacher_top_logprobs"] = of_completions([each.top_logprobs for each in scores], torch.float32)
-            tensors["teacher_top_ids"] = of_completions([each.top_ids for each in scores], torch.long)
-        return tensors
-
     def _log_hint_leakage(self, completion_ids: torch.Tensor) -> None:
         """
         Share of the completions that speak of the hint, which the student never saw, and how often a completion does
@@ -616,11 +546,7 @@ class ViCuRTrainer(DistillationTrainer):
         """Whether the student's pass, or the teacher's, would compute the features that the rollout did."""
         if self.args.share_vision_features == "never" or self.tools:  # tools can return further images
             return False
-        if of_teacher and (self.teacher_model is not None or self.teacher_server is not None):
-            return False
-        # Weights that train stay the same until the next optimizer step. The student is to learn through them, though
-        is_unchanged = of_teacher and self.args.teacher_model_kind == "live" and self.args.num_iterations == 1
-        return self._vision_is_frozen or is_unchanged
+        return self.teacher.shares_vision_features(self._vision_is_frozen) if of_teacher else self._vision_is_frozen
 
     @contextmanager
     def _shared_features(
@@ -662,26 +588,20 @@ class ViCuRTrainer(DistillationTrainer):
     # --- Hidden states of student and teacher at the same completion tokens ---
 
     def _completion_hidden_states(
-        self,
-        model: torch.nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        completion_length: int,
-        multimodal_inputs: dict[str, torch.Tensor],
-        encodes_images: bool = True,
+        self, model: torch.nn.Module, inputs: dict[str, Any], encodes_images: bool = True
     ) -> torch.Tensor:
         """Hidden states that predict the completion tokens, `(batch, completion, hidden)`."""
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        completion_length = inputs["completion_ids"].size(1)
+        fields = self._multimodal_inputs(inputs)
         # Ranks wait for each other to gather shards of the vision tower, and to reduce its gradients
         needs_gradients = torch.is_grad_enabled() and not self._vision_is_frozen
         is_gathered = self._vision_is_sharded or (needs_gradients and self.accelerator.num_processes > 1)
-        has_visuals = "pixel_values" in multimodal_inputs or "pixel_values_videos" in multimodal_inputs
+        has_visuals = "pixel_values" in fields or "pixel_values_videos" in fields
         if has_visuals or not (encodes_images and is_gathered):
-            return self._get_last_hidden_state(
-                model, input_ids, attention_mask, completion_length, **multimodal_inputs
-            )
-        input_ids, attention_mask, fields = self._blank_image_row.add_to_batch(
-            input_ids, attention_mask, multimodal_inputs
-        )
+            return self._get_last_hidden_state(model, input_ids, attention_mask, completion_length, **fields)
+        input_ids, attention_mask, fields = self._blank_image_row.add_to_batch(input_ids, attention_mask, fields)
         fields = {key: fields[key] for key in self._multimodal_keys if key in fields}
         return self._get_last_hidden_state(model, input_ids, attention_mask, completion_length, **fields)[:-1]
 
@@ -713,63 +633,19 @@ class ViCuRTrainer(DistillationTrainer):
 
     def _student_hidden_states(self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         with self._shared_features(unwrapped_student, inputs) as encodes_images:
-            return self._completion_hidden_states(
-                unwrapped_student,
-                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-                torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-                inputs["completion_ids"].size(1),
-                self._multimodal_inputs(inputs),
-                encodes_images,
-            )
+            return self._completion_hidden_states(unwrapped_student, inputs, encodes_images)
 
-    def _teacher_hidden_states(
-        self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]
-    ) -> tuple[torch.Tensor, LMHead]:
-        """The teacher's hidden states for the same tokens behind its own prompt, and its head."""
-        multimodal_inputs = self._multimodal_inputs(inputs)
-        prompt_ids, prompt_mask = inputs["prompt_ids"], inputs["prompt_mask"]
+    def _teacher_hidden_states(self, unwrapped_teacher: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """The teacher's hidden states for the same completion tokens after its own prompt."""
         if "teacher_prompt_ids" in inputs:
+            prompt = {name: inputs[f"teacher_{name}"] for name in ("prompt_ids", "prompt_mask")}
             for name in ("token_type_ids", "mm_token_type_ids"):
-                if name in multimodal_inputs:
-                    of_completion = multimodal_inputs[name][:, prompt_ids.size(1) :]
-                    multimodal_inputs[name] = torch.cat([inputs[f"teacher_{name}"], of_completion], dim=1)
-            prompt_ids, prompt_mask = inputs["teacher_prompt_ids"], inputs["teacher_prompt_mask"]
-        model_inputs = (
-            torch.cat([prompt_ids, inputs["completion_ids"]], dim=1),
-            torch.cat([prompt_mask, inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-            multimodal_inputs,
-        )
-        with torch.no_grad():
-            if self.teacher_model is not None:
-                self.teacher_model.eval()
-                teacher = self.accelerator.unwrap_model(self.teacher_model)
-                states = self._forward_redirection(
-                    self.teacher_model, teacher, self._completion_hidden_states, teacher, *model_inputs
-                )
-                return states, LMHead.from_model(teacher)
-            with (
-                self._student_as_teacher(unwrapped_student),
-                self._shared_features(unwrapped_student, inputs, of_teacher=True) as encodes_images,
-            ):
-                states = self._completion_hidden_states(unwrapped_student, *model_inputs, encodes_images)
-                # The detached head keeps the teacher's weights after the student's are restored
-                return states, LMHead.from_model(unwrapped_student).detach()
-
-    @contextmanager
-    def _student_as_teacher(self, unwrapped_student: torch.nn.Module) -> Iterator[None]:
-        """While active, the student is its own teacher: without adapter, as it is, or as its moving average."""
-        was_training = unwrapped_student.training
-        with ExitStack() as stack:
-            if self.args.teacher_model_kind == "base":
-                stack.enter_context(unwrapped_student.disable_adapter())
-            elif self.args.teacher_model_kind == "ema":
-                stack.enter_context(self.ema_teacher.teacher_weights())
-            unwrapped_student.eval()
-            try:
-                yield
-            finally:
-                unwrapped_student.train(was_training)
+                if name in inputs:
+                    of_completion = inputs[name][:, inputs["prompt_ids"].size(1) :]
+                    prompt[name] = torch.cat([inputs[f"teacher_{name}"], of_completion], dim=1)
+            inputs = {**inputs, **prompt}
+        with self._shared_features(unwrapped_teacher, inputs, of_teacher=True) as encodes_images:
+            return self._completion_hidden_states(unwrapped_teacher, inputs, encodes_images)
 
     def _student_logprobs(self, unwrapped_student: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """Log-probabilities of the completion tokens, `(batch, completion)`; zero on padding."""
@@ -796,99 +672,107 @@ class ViCuRTrainer(DistillationTrainer):
         return output
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
-        args = self.args
-        loss_mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            loss_mask = loss_mask * inputs["tool_mask"]
-        mask = loss_mask.bool()
-        # Diagnostics that cost another projection are taken in the steps that are logged
+        # Diagnostics that need another projection run only in steps that are logged
         diagnose = not self.model.training or (self.state.global_step + 1) % max(1, int(self.state.logging_steps)) == 0
 
         with record_update_ratios(unwrapped_student) if diagnose else nullcontext({}) as update_ratios:
             student_states = self._student_hidden_states(unwrapped_student, inputs)
-        is_served = self.teacher_server is not None
-        if not is_served:
-            teacher_states, teacher_head = self._teacher_hidden_states(unwrapped_student, inputs)
+        teacher = self.teacher.score(unwrapped_student, inputs)
         student_head = LMHead.from_model(unwrapped_student)
+
+        loss_mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            loss_mask = loss_mask * inputs["tool_mask"]
         # With the model split across devices, the backbone can end on another device than the head
-        device = student_head.weight.device
-        mask, token_ids = mask.to(device), inputs["completion_ids"].to(device)[mask.to(device)]
-        student_states = student_states.to(device)[mask]
-        if not is_served:
-            teacher_states = teacher_states.to(device)[mask]
-            both = (student_states, student_head, teacher_states, teacher_head)
+        mask = loss_mask.bool().to(student_head.weight.device)
+        token_ids = inputs["completion_ids"].to(mask.device)[mask]
+        student_states, teacher = student_states.to(mask.device)[mask], teacher.at(mask)
 
-        def teacher_token_logprobs() -> torch.Tensor:
-            if is_served:
-                return inputs["teacher_logprobs"].to(device)[mask]
-            with torch.no_grad():
-                return token_logprobs(teacher_states, teacher_head, token_ids, self.temperature)[0]
-
-        per_token_loss = None
-        if args.distillation_mode == "sampled_token":
-            logprobs, entropy = token_logprobs(student_states, student_head, token_ids, self.temperature)
-            teacher_logprobs = teacher_token_logprobs()
-            old_logprobs = inputs["old_logprobs"].to(device)[mask] if "old_logprobs" in inputs else logprobs.detach()
-            epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-            per_token_loss, advantages, is_clipped = sampled_token_loss(
-                logprobs, old_logprobs, teacher_logprobs, args.epsilon, epsilon_high, args.advantage_clip
+        gap = None
+        if self.args.distillation_mode == "sampled_token":
+            per_token_loss, entropy, gap = self._sampled_token_loss(
+                student_states, student_head, teacher, token_ids, inputs, mask
             )
-            if "sampling_logprobs" in inputs:
-                sampling_logprobs = inputs["sampling_logprobs"].to(device)[mask]
-                sampling_ratio = importance_sampling_ratio(
-                    old_logprobs,
-                    sampling_logprobs,
-                    mask,
-                    args.vllm_importance_sampling_mode,
-                    args.vllm_importance_sampling_clip_min,
-                    args.vllm_importance_sampling_clip_max,
-                )
-                per_token_loss = per_token_loss * sampling_ratio
-                difference = (old_logprobs - sampling_logprobs).abs()
-                self._diagnose("sampling/sampling_logp_difference/mean", difference[~difference.isnan()])
-                self._diagnose("sampling/importance_sampling_ratio/mean", sampling_ratio)
-            self._diagnose("advantage/mean", advantages)
-            self._diagnose("advantage/abs_mean", advantages.abs())
-            self._diagnose("clip_fraction", is_clipped)
-            gap = teacher_logprobs - logprobs.detach()
-            self._diagnose_gap(gap, mask)
-        elif args.distillation_mode == "topk_logits":
-            if is_served:
-                top = [inputs[name].to(device)[mask] for name in ("teacher_top_logprobs", "teacher_top_ids")]
-            else:
-                top = topk_logprobs(teacher_states, teacher_head, args.distillation_topk, self.temperature)
+        elif self.args.distillation_mode == "topk_logits":
+            top = teacher.top_logprobs(self.args.distillation_topk)
             per_token_loss, entropy = topk_divergence(student_states, student_head, *top, self.beta, self.temperature)
-        elif self.use_liger_loss:
-            loss_sum = liger_divergence_sum(*both, self.beta, self.temperature)
-            entropy = torch.full_like(token_ids, float("nan"), dtype=torch.float32)
         else:
-            per_token_loss, entropy = full_divergence(*both, self.beta, self.temperature)
+            assert isinstance(teacher, StateScores)  # a served teacher is refused with "full_logits"
+            both = student_states, student_head, teacher.states, teacher.head
+            if self.use_liger_loss:
+                per_token_loss = liger_divergence_sum(*both, self.beta, self.temperature)  # already summed, a scalar
+                entropy = torch.full_like(token_ids, float("nan"), dtype=torch.float32)
+            else:
+                per_token_loss, entropy = full_divergence(*both, self.beta, self.temperature)
 
+        if diagnose and gap is None:
+            with torch.no_grad():
+                logprobs, entropy = token_logprobs(student_states, student_head, token_ids, self.temperature)
+            gap = teacher.token_logprobs(token_ids) - logprobs
+        if gap is not None:
+            self._diagnose_gap(gap, mask)
         if diagnose:
-            if args.distillation_mode != "sampled_token":
-                with torch.no_grad():
-                    logprobs, entropy = token_logprobs(student_states, student_head, token_ids, self.temperature)
-                gap = teacher_token_logprobs() - logprobs
-                self._diagnose_gap(gap, mask)
             self._advantages["train" if self.model.training else "eval"].append(gap)
             for layer, ratios in update_ratios.items():
                 if not any(inputs["num_image_tokens"]) and not any(inputs.get("num_video_tokens", [])):
                     ratios = ratios[:0]  # of a blank image
                 self._diagnose(f"cue_recovery/{layer}/update_ratio", ratios)
 
-        num_tokens = mask.sum()
-        if args.loss_aggregation == "sequence":
+        loss = self._aggregate(per_token_loss, mask, num_items_in_batch)
+        return loss, entropy.sum(), mask.sum()
+
+    def _sampled_token_loss(
+        self,
+        student_states: torch.Tensor,
+        student_head: LMHead,
+        teacher: TeacherScores,
+        token_ids: torch.Tensor,
+        inputs: dict[str, Any],
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss, entropy, and the teacher's minus the student's log-probability, each `(tokens,)` (Eq. 6-8)."""
+        args = self.args
+        logprobs, entropy = token_logprobs(student_states, student_head, token_ids, self.temperature)
+        teacher_logprobs = teacher.token_logprobs(token_ids)
+        old_logprobs = logprobs.detach()
+        if "old_logprobs" in inputs:
+            old_logprobs = inputs["old_logprobs"].to(mask.device)[mask]
+        epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        per_token_loss, advantages, is_clipped = sampled_token_loss(
+            logprobs, old_logprobs, teacher_logprobs, args.epsilon, epsilon_high, args.advantage_clip
+        )
+        if "sampling_logprobs" in inputs:
+            sampling_logprobs = inputs["sampling_logprobs"].to(mask.device)[mask]
+            sampling_ratio = importance_sampling_ratio(
+                old_logprobs,
+                sampling_logprobs,
+                mask,
+                args.vllm_importance_sampling_mode,
+                args.vllm_importance_sampling_clip_min,
+                args.vllm_importance_sampling_clip_max,
+            )
+            per_token_loss = per_token_loss * sampling_ratio
+            difference = (old_logprobs - sampling_logprobs).abs()
+            self._diagnose("sampling/sampling_logp_difference/mean", difference[~difference.isnan()])
+            self._diagnose("sampling/importance_sampling_ratio/mean", sampling_ratio)
+        self._diagnose("advantage/mean", advantages)
+        self._diagnose("advantage/abs_mean", advantages.abs())
+        self._diagnose("clip_fraction", is_clipped)
+        return per_token_loss, entropy, teacher_logprobs - logprobs.detach()
+
+    def _aggregate(
+        self, per_token_loss: torch.Tensor, mask: torch.Tensor, num_items_in_batch: torch.Tensor | float | None
+    ) -> torch.Tensor:
+        """The loss of a micro-batch: its share of the mean over all tokens, or over all completions' means."""
+        if self.args.loss_aggregation == "sequence":
             sequence_loss = per_token_loss.new_zeros(mask.shape).masked_scatter(mask, per_token_loss).sum(dim=1)
             sequence_loss = sequence_loss / mask.sum(dim=1).clamp(min=1)
             num_sequences = len(sequence_loss)
             if self.model.training:
-                num_sequences *= args.gradient_accumulation_steps
-            loss = sequence_loss.sum() / num_sequences
-        else:
-            total = loss_sum if per_token_loss is None else per_token_loss.sum()
-            num_items = num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = total / torch.as_tensor(num_items, device=device)
-        return loss, entropy.sum(), num_tokens
+                num_sequences *= self.args.gradient_accumulation_steps
+            return sequence_loss.sum() / num_sequences
+        num_items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return per_token_loss.sum() / torch.as_tensor(num_items, device=mask.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
@@ -935,20 +819,13 @@ class ViCuRTrainer(DistillationTrainer):
             what_trains = {f"`{name}`": getattr(peft_config, name) for name in names}
         else:
             what_trains = {"trained": "all weights" if peft_config is None else peft_config.peft_type.value}
-        if self._is_self_distilled:
-            teacher = {"base": "the student as it was", "live": "the student itself", "ema": "the student's average"}
-            teacher = teacher[self.args.teacher_model_kind]
-        elif self.teacher_server is not None:
-            teacher = hub_model_name(self.teacher_server.model) or "another model"
-        else:
-            teacher = hub_model_name(get_config_model_id(self.teacher_model.config)) or "another model"
         complete_model_card(
             os.path.join(self.args.output_dir, "README.md"),
             model_name=model_name,
             model_id=self.hub_model_id or self.args.hub_model_id,
             base_model=hub_model_name(get_config_model_id(self.model.config)),
             dataset_name=dataset_name,
-            settings=training_settings(self.args, teacher, what_trains),
+            settings=training_settings(self.args, self.teacher.description, what_trains),
             measured=measured_metrics(self.state.log_history),
             max_model_len=min(16384, self.model.config.get_text_config().max_position_embeddings),
             is_adapter=peft_config is not None,
@@ -1033,8 +910,8 @@ class ViCuRTrainer(DistillationTrainer):
     def _save_rng_state(self, output_dir):
         # Trainer's last file but the one that seals the checkpoint
         super()._save_rng_state(output_dir)
-        if self.ema_teacher is not None and self.args.should_save:
-            self.ema_teacher.save(output_dir)
+        if self.args.should_save:
+            self.teacher.save(output_dir)
         if self._is_within_rollouts:
             torch.save(self._buffered_inputs, self._rollouts_path(output_dir))
         self.accelerator.wait_for_everyone()
@@ -1067,8 +944,7 @@ class ViCuRTrainer(DistillationTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except ValueError as error:  # of weights that are missing or not finite
             raise CheckpointError(str(error)) from error
-        if self.ema_teacher is not None:
-            self.ema_teacher.load(resume_from_checkpoint)
+        self.teacher.load(resume_from_checkpoint)
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial

@@ -1,1 +1,1 @@
-"""Teachers that score the student's completions."""
+"""Teachers that score the student's completions: one class per kind, with one interface."""

@@ -1,0 +1,71 @@
+"""The interface of a teacher."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .scores import TeacherScores
+
+
+# Runs a model over a batch's completions, each after the teacher's prompt: `(batch, completion, hidden)`
+HiddenStates = Callable[[nn.Module, dict[str, Any]], torch.Tensor]
+
+
+class Teacher(ABC):
+    """Scores the student's completions, each after the teacher's own prompt."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """How a model card names the teacher."""
+
+    @abstractmethod
+    def score(self, student: nn.Module, inputs: dict[str, Any]) -> TeacherScores:
+        """
+        Score the completions of a micro-batch.
+
+        Args:
+            student (`nn.Module`):
+                The unwrapped student, within its wrapper's forward.
+            inputs (`dict`):
+                The micro-batch, with the tensors that `prepare` returned.
+        """
+
+    def prepare(self, conversations: Sequence[list[dict[str, Any]]], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """
+        Prepare a batch of rollouts, before it is shuffled and split into micro-batches.
+
+        Args:
+            conversations (sequence of `list[dict]`):
+                The teacher's prompts, with their images in the blocks.
+            batch (`dict`):
+                The rollouts, with the token ids of the teacher's prompts.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Tensors to add to the batch, one row per sample.
+        """
+        return {}
+
+    def shares_vision_features(self, is_vision_frozen: bool) -> bool:
+        """
+        Whether features that the student's vision tower computed in the rollout are the teacher's, too.
+
+        Args:
+            is_vision_frozen (`bool`):
+                Whether no part of the student before its decoder trains.
+        """
+        return False
+
+    def save(self, directory: str) -> None:  # noqa: B027
+        """Write the teacher's state into a checkpoint; most have none."""
+
+    def load(self, directory: str) -> None:  # noqa: B027
+        """
+        Read the state that `save` wrote.
+
+        Raises:
+            `ValueError`: If the checkpoint has none, or one of another model.
+        """
