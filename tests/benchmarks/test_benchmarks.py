@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: what they count is what there is, and sides take turns."""
+"""The benchmarks' own arithmetic: counts are right, and sides take turns."""
 
 import sys
 from pathlib import Path
@@ -17,8 +17,8 @@ import cost_model  # noqa: E402
 import measure  # noqa: E402
 
 
-def test_cost_model_counts_what_torch_counts():
-    """FLOPs of decoder and tower by torch's counter, bytes of the KV cache by transformers' cache."""
+def test_cost_model_agrees_with_counters():
+    """FLOPs of decoder and tower with torch's counter, bytes of the KV cache with transformers' cache."""
     assert cost_model.check_counts() == pytest.approx({"decoder_flops": 1, "tower_flops": 1, "cache_bytes": 1})
 
 
@@ -29,7 +29,7 @@ def test_cost_model_has_the_real_sizes(size, billions, module_millions):
     assert costs.module_parameters / 1e6 == pytest.approx(module_millions, abs=0.1)
 
 
-def test_cost_model_counts_launches_where_they_bound_a_prefill():
+def test_cost_model_counts_launches_if_they_bound_a_prefill():
     costs, gpu = cost_model.Costs(cost_model.CONFIGS["2B"]), cost_model.GPU()
     assert cost_model.prefill_overhead(costs, 128, gpu) == pytest.approx((6 * 12 + 8) / (28 * 26))
     assert cost_model.prefill_overhead(costs, 1846, gpu) == 0
@@ -38,7 +38,7 @@ def test_cost_model_counts_launches_where_they_bound_a_prefill():
 def test_sides_take_turns():
     calls = []
     times = measure.alternate({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=2)
-    assert "".join(calls) == "baabba"  # the first turn warms up
+    assert "".join(calls) == "baabba"  # the first turn is a warm-up
     assert [len(values) for values in times.values()] == [2, 2]
 
 
@@ -52,7 +52,7 @@ def test_peak_memory_is_that_of_the_call():
     "dtype, autocast_adapter_dtype, most", [("float32", False, 12), ("bfloat16", False, 12), ("bfloat16", True, 17)]
 )
 def test_a_module_launches_12_kernels_and_a_call_8(processor, dtype, autocast_adapter_dtype, most):
-    """A float32 adapter on a bfloat16 backbone, as PEFT makes it, also casts what goes in and out."""
+    """A float32 adapter on a bfloat16 backbone, PEFT's default, also casts its inputs and outputs."""
     model = make_qwen3_vl().to(getattr(torch, dtype))
     model = get_peft_model(model, CueRecoveryConfig(layer_interval=1), autocast_adapter_dtype=autocast_adapter_dtype)
     inputs = encode(processor, [user("What?", make_image(0)), user("Which one?", make_image(1))])

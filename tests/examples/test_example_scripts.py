@@ -1,4 +1,4 @@
-"""The example script and `trl-vicur train` as a user runs them: on a local model and dataset, with the recipes."""
+"""The example script and `trl-vicur train`, run as a user would: on a local model and dataset, with the recipes."""
 
 import json
 import subprocess
@@ -77,7 +77,7 @@ def test_without_the_module(local, tmp_path):
 
 
 def test_train_command_equals_the_script(local, tmp_path):
-    """Bit for bit, although its options come from a file, some of them are for accelerate, and it launches itself."""
+    """Bit for bit, although the command reads options from a file, passes some to accelerate, and launches itself."""
     run_script(local, tmp_path / "script", "--layer_interval", "1", "--seed", "7")
     (tmp_path / "config.yaml").write_text("layer_interval: 1\nnum_processes: 1\nmixed_precision: 'no'\n")
     options = ["--config", str(tmp_path / "config.yaml"), "--num_cpu_threads_per_process", "1", "--seed", "7"]

@@ -1,4 +1,4 @@
-"""The notebook from images to a published adapter, executed as a user does it, with a Hub on this machine."""
+"""The notebook from images to a published adapter, executed as a user would, with a local Hub."""
 
 import os
 import re
@@ -18,7 +18,7 @@ def code_cells(notebook) -> list:
 
 
 def kinds_of_outputs(notebook) -> list[list[list[str]]]:
-    # What libraries say on stderr depends on the machine; kinds are sorted, as nbformat writes them
+    # Libraries' output on stderr depends on the machine; kinds are sorted, as nbformat writes them
     return [
         [[o.output_type, *sorted(o.get("data", {}))] for o in cell.outputs if o.get("name") != "stderr"]
         for cell in code_cells(notebook)
@@ -36,13 +36,13 @@ def test_notebook_goes_from_images_to_a_published_adapter(tmp_path, pytestconfig
             "HF_HUB_OFFLINE": "0",
             "HF_TOKEN": "hf_secret",
             "IPYTHONDIR": str(tmp_path / "ipython"),
-            # Started elsewhere than in `examples`, to write nothing there
+            # The notebook runs outside of `examples`, so that it writes nothing there
             "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]),
         }
         resources = {"metadata": {"path": str(tmp_path)}}
         NotebookClient(
             notebook, timeout=None, coalesce_streams=True, record_timing=False, resources=resources
-        ).execute(env=environment)  # raises what a cell raises
+        ).execute(env=environment)  # raises the error of a cell
 
     assert hub.repos.keys() == {"me/easy-vqa-ViCuR"}
     files = hub.repos["me/easy-vqa-ViCuR"]
@@ -63,7 +63,7 @@ def test_notebook_goes_from_images_to_a_published_adapter(tmp_path, pytestconfig
         assert kinds_of_outputs(notebook) == kinds_of_outputs(stored)
 
 
-def test_stored_outputs_are_of_one_run_and_tell_nothing_of_its_machine():
+def test_stored_outputs_come_from_one_run_and_reveal_nothing_about_its_machine():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert [cell.execution_count for cell in code_cells(notebook)] == [*range(1, len(code_cells(notebook)) + 1)]
     text = NOTEBOOK.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The quickstart from start to end, shortened to a few steps, and the data under it."""
+"""The quickstart from start to end, shortened to a few steps, and its data."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def test_quickstart_runs_and_reports(tmp_path):
     for name in ("base", "cue_teacher", "student", "answer_student"):
         assert 0 <= results[name]["grounded_accuracy"] <= results[name]["accuracy"] <= 1
     assert results["settings"]["seed"] == 1 and results["settings"]["max_steps"] == 2
-    # The base's weak eyes and its trust in hints are what the quickstart stands on
+    # The quickstart depends on a base that sees badly and trusts hints
     assert results["base"]["grounded_accuracy"] < 0.7
     assert results["cue_teacher"]["grounded_accuracy"] > 0.9
     assert (tmp_path / "sink_attention.png").stat().st_size > 10_000
@@ -55,7 +55,7 @@ def test_no_image_is_in_two_splits(easy_vqa_dataset):
     assert len(test) > 800
 
 
-def test_cues_come_from_the_scene_and_not_from_the_answer(easy_vqa_dataset):
+def test_cues_describe_the_scene_and_not_the_answer(easy_vqa_dataset):
     """All rows about an image have the same cue, and it answers each of their questions."""
     dataset = easy_vqa_dataset.load_easy_vqa("test")
     rows = zip(dataset["prompt"], dataset["cue"], dataset["answer"], strict=True)

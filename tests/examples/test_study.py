@@ -37,7 +37,7 @@ import wrong_evidence  # noqa: E402
 
 
 @pytest.mark.parametrize("name", attention_sink.ROWS)
-def test_attention_rests_on_the_first_token_of_bases_with_a_sink_only(name):
+def test_only_bases_with_a_sink_attend_to_the_first_token(name):
     shares = []
     test = domains.DOMAINS[name].load("test")
     for domain in (domains.DOMAINS[name], domains.DOMAINS[f"{name}_sink"]):
@@ -60,7 +60,7 @@ def test_attention_rests_on_the_first_token_of_bases_with_a_sink_only(name):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """The first scenes of each split, with their pictures."""
+    """The first scenes of each split, with their images."""
     splits = {name: split._replace(rows=100) for name, split in geometry.SPLITS.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "SPLITS", splits)
@@ -68,7 +68,7 @@ def drawn():
 
 
 def solve(scene):
-    """The answer, from where the lines and labels are, by other means than those of the generator."""
+    """The answer, computed from the positions of lines and labels, independently of the generator."""
     figure, (kind, _) = scene.figure, scene[:2]
     given = dict(re.findall(r"(\w)=(\d+)", figure.question))
     values = {label: given.get(label.text, label.text) for label in figure.labels}
@@ -121,7 +121,7 @@ def solve(scene):
     return read(more) - read(less) if kind == "bar chart" else read(less) - read(more)
 
 
-def test_answers_follow_from_the_lines_and_the_places_of_the_labels(drawn):
+def test_answers_follow_from_lines_and_label_positions(drawn):
     for scene, _ in (pair for split in drawn.values() for pair in split):
         assert solve(scene) == scene.figure.answer, scene
 
@@ -140,7 +140,7 @@ def test_calculations_are_right_and_start_from_the_cue_and_the_question(drawn):
         assert domains.score_geometry(scene.completion_ending_in(0), row) == (False, True)
 
 
-def test_splits_have_no_labelling_in_common_and_are_always_the_same(drawn):
+def test_splits_share_no_labelling_and_are_reproducible(drawn):
     labellings = {name: {geometry.labelling(scene) for scene, _ in split} for name, split in drawn.items()}
     for name, own in labellings.items():
         for other in labellings.keys() - {name}:
@@ -150,13 +150,13 @@ def test_splits_have_no_labelling_in_common_and_are_always_the_same(drawn):
         assert row["cue"] == scene.figure.cue and row_images(row)[0].tobytes() == image.tobytes()
 
 
-def test_combinations_of_the_out_of_domain_test_are_in_no_other_split(drawn):
+def test_out_of_domain_combinations_are_in_no_other_split(drawn):
     for name, split in drawn.items():
         combinations = {(scene.kind, scene.style) for scene, _ in split}
         assert combinations == set(geometry.OUT_OF_DOMAIN if name == "test_ood" else geometry.IN_DOMAIN)
 
 
-def test_cues_of_diagrams_may_be_used(drawn):
+def test_cues_of_diagrams_pass_the_audit(drawn):
     for scene, _ in drawn["distillation"]:
         figure = scene.figure
         labels = [label.text for label in figure.labels]
@@ -164,7 +164,7 @@ def test_cues_of_diagrams_may_be_used(drawn):
         assert audit.usable, (scene, audit.reasons)
 
 
-def test_each_label_has_a_visual_token_of_its_own_and_can_be_seen_there(drawn):
+def test_each_label_is_visible_in_its_own_visual_token(drawn):
     for scene, image in drawn["test"]:
         tokens = scene.label_tokens
         assert len(set(tokens)) == len(tokens)
@@ -183,7 +183,7 @@ def test_each_label_has_a_visual_token_of_its_own_and_can_be_seen_there(drawn):
         ({"images": [make_image(0)], "prompt": [{"role": "user", "content": "Find x."}], "answer": "3"}, "3"),
     ],
 )
-def test_real_rows_drop_in(tmp_path, row, answer):
+def test_rows_of_real_datasets_are_accepted(tmp_path, row, answer):
     rows = [{**row, "cue": f"cue {number}", "id": number} for number in range(6)]
     DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows[:1])).save_to_disk(tmp_path)
     splits = {
@@ -278,7 +278,7 @@ def test_committed_results_have_a_base_and_known_cells():
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A folder with the results and the student of one cell, trained for two steps in a process of its own."""
+    """A folder with the results and the student of one cell, trained for two steps in its own process."""
     folder = tmp_path_factory.mktemp("study")
     arguments = ["--domain", "easy_vqa", "--max_steps", "2", "--max_rows", "64"]
     arguments += ["--results", str(folder / "results"), "--output_dir", str(folder / "students")]
@@ -313,7 +313,7 @@ def test_cell_appends_one_record_with_all_that_the_tables_need(study):
     assert set(known["update_ratio"]) == {"layers.1", "layers.3"}
 
 
-def test_only_what_is_missing_is_run_and_all_of_it_is_in_the_tables(study, monkeypatch):
+def test_only_missing_runs_are_started_and_all_are_in_the_tables(study, monkeypatch):
     folder, arguments = study
     started = []
 
@@ -380,7 +380,7 @@ def test_interventions_reach_the_module(study):
         swapped = logits()
     with interventions.hidden_tokens(model, tokens, batch_size=3):
         hidden = logits()
-    assert torch.equal(logits(), intact)  # and nothing stays behind
+    assert torch.equal(logits(), intact)  # interventions leave no trace
     for changed in (zeroed, swapped, hidden):
         assert not torch.allclose(changed, intact, atol=1e-4)
 
@@ -396,7 +396,7 @@ def test_interventions_have_a_table(tmp_path):
     assert without == "| `cue` | 50.0% |  |  |" and with_module == "| `cue+module` | 50.0% | 25.0% | 1.50 |"
 
 
-def test_pictures_are_changed_where_they_should_be():
+def test_images_are_changed_only_where_intended():
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).ellipse((24, 2, 40, 18), fill="red")  # all in the middle of the upper third
     row = {"images": [image]}
@@ -423,7 +423,7 @@ def test_pictures_are_changed_where_they_should_be():
         ("the half is k", "other"),
     ],
 )
-def test_evidence_is_sorted_by_what_is_wrong(said, kind):
+def test_evidence_is_classified_by_its_error(said, kind):
     completion = f"{said} . k: 4 . 2 * 4 = 8 . the answer is 8 ."
     assert wrong_evidence.kind_of_evidence(completion, "the half is k and the angle is b") == kind
 
@@ -448,7 +448,7 @@ def test_wrong_evidence_of_the_base_is_counted_and_has_a_table(tmp_path, monkeyp
     counts = " | ".join(str(count) for count in found["isosceles triangle, indirect"].values())
     assert f"| `test_ood-base` | isosceles triangle, indirect | {counts} |" in lines
 
-    # The teacher says what the cue says, also behind a wrong name; the base says no name twice
+    # The teacher follows the cue, even after a wrong name; the base repeats no name
     sides = known["second name"]["isosceles triangle"]
     assert sides["teacher"]["right"] > 0.95 and sides["teacher"]["wrong"] > 0.5
     assert sides["student"]["right"] > 0.9 and sides["student"]["wrong"] < 0.1
