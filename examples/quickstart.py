@@ -94,6 +94,23 @@ def train(
     return trainer, time.perf_counter() - start
 
 
+def reload(
+    adapter_dir: Path, student: PeftModel, processor: ProcessorMixin, sample: Dataset, console: Console
+) -> PeftModel:
+    """Loads the saved adapter with stock PEFT, and checks that it completes `sample` exactly like the student."""
+    reloaded = PeftModel.from_pretrained(load_base(), adapter_dir)
+    before, after = (
+        complete(model, processor, sample, description=f"Completing with the {name} student")
+        for name, model in (("trained", student), ("reloaded", reloaded))
+    )
+    if before != after:
+        raise RuntimeError("The reloaded adapter completes test questions differently from the trained one.")
+    console.print(
+        f"Reloaded with PEFT: all {len(sample)} completions are the same, for example {after[0]!r}", soft_wrap=True
+    )
+    return reloaded
+
+
 def draw_sink_attention(model: PeftModel, processor: ProcessorMixin, rows: list[dict], path: Path) -> None:
     """Draws the sink token's attention to the 3x3 visual tokens, averaged over heads, for each layer."""
     inputs = encode(rows, processor)
@@ -177,17 +194,7 @@ def main() -> None:
     adapter_dir = args.output_dir / "student"
     trainer.save_model(str(adapter_dir))
 
-    reloaded = PeftModel.from_pretrained(load_base(), adapter_dir)
-    sample = test_dataset.select(range(256))
-    before, after = (
-        complete(model, processor, sample, description=f"Completing with the {name} student")
-        for name, model in (("trained", student), ("reloaded", reloaded))
-    )
-    if before != after:
-        raise RuntimeError("The reloaded adapter completes test questions differently from the trained one.")
-    console.print(
-        f"Reloaded with PEFT: all {len(sample)} completions are the same, for example {after[0]!r}", soft_wrap=True
-    )
+    reloaded = reload(adapter_dir, student, processor, test_dataset.select(range(256)), console)
     plot = args.output_dir / "sink_attention.png"
     draw_sink_attention(reloaded, processor, [test_dataset[row] for row in range(6)], plot)
 
