@@ -26,7 +26,7 @@ from transformers import AutoModelForImageTextToText
 
 from trl_vicur import CueRecoveryConfig, ViCuRTrainer
 from trl_vicur.cli import main
-from trl_vicur.hub.model_card import hub_dataset_name
+from trl_vicur.hub.names import hub_dataset_name
 
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}

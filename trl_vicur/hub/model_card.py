@@ -1,23 +1,15 @@
 """
-The card of a trained model, from TRL's card.
+The card of a trained model: TRL's card, rewritten.
 
-TRL's says how to complete a text. Ours says how to load an adapter with its module and show it an image, and how it
-was trained; the rest of TRL's (badges, versions, citations) stays.
+TRL's card shows how to complete a text. Ours shows how to load an adapter with its module and ask about an image, and
+lists the training settings; TRL's badges, versions and citations stay.
 """
 
-import json
-import os
 import re
 from importlib.metadata import version
-from pathlib import Path
 
-from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from jinja2 import Environment, StrictUndefined
-from transformers.utils import ADAPTER_CONFIG_NAME
-
-from ..trainer.vicur_config import ViCuRConfig
-from .names import hub_model_name
 
 
 _INTRODUCTION = """
@@ -108,7 +100,7 @@ _SETTINGS = """
 {% endif %}
 """
 
-# What is logged that tells how far a student has come
+# Logged metrics that show a student's progress
 _METRICS = ("loss", "logprob_gap/mean", "entropy", "hint_leakage", "completions/mean_length")
 
 _ENVIRONMENT = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
@@ -127,7 +119,7 @@ def complete_model_card(
     is_recovery: bool,
 ) -> None:
     """
-    Rewrite a card that TRL has made.
+    Rewrite a card that TRL has written.
 
     Args:
         path (`str`):
@@ -135,27 +127,28 @@ def complete_model_card(
         model_name (`str`, *optional*):
             Name of the model.
         model_id (`str`, *optional*):
-            Its id on the Hub, if it has one.
+            Id of the model on the Hub.
         base_model (`str`, *optional*):
-            Id of the base model on the Hub, if it is there.
+            Id of the base model on the Hub.
         dataset_name (`str`, *optional*):
-            Id of the dataset on the Hub, if it is there.
+            Id of the dataset on the Hub.
         settings (`list[tuple[str, object]]`):
-            The main settings of the training, by name.
+            Names and values of the main training settings.
         measured (`list[tuple[str, tuple[int, float], tuple[int, float]]]`):
-            What was measured, by name: step and value where it was first logged, and where it was last.
+            Names of metrics, each with the step and value of its first and of its last log, from
+            [`measured_metrics`].
         max_model_len (`int`):
-            Tokens of prompt and completion that it is to be served for.
+            `--max-model-len` of the card's `vllm serve` command, in tokens.
         is_adapter (`bool`):
             Whether the model is a PEFT adapter.
         is_recovery (`bool`):
             Whether that adapter is cue recovery.
     """
     card = ModelCard.load(path)
-    card.data.base_model, card.data.datasets = base_model, dataset_name
-    card.data.pipeline_tag = "image-text-to-text"
-    card.data.library_name = "peft" if is_adapter else "transformers"
-    card.data.tags = sorted({*card.data.tags, *(["peft"] if is_adapter else [])})
+    card.data["base_model"], card.data["datasets"] = base_model, dataset_name
+    card.data["pipeline_tag"] = "image-text-to-text"
+    card.data["library_name"] = "peft" if is_adapter else "transformers"
+    card.data["tags"] = sorted({*card.data["tags"], *(["peft"] if is_adapter else [])})
     introduction = _ENVIRONMENT.from_string(_INTRODUCTION).render(
         model_name=model_name,
         model_id=model_id or model_name,
@@ -167,95 +160,28 @@ def complete_model_card(
     )
     _, training, procedure = card.text.partition("## Training procedure")
     procedure, versions, rest = procedure.partition("### Framework versions")
-    procedure = re.sub(r"\s*\n\s*\n", "\n\n", procedure).rstrip()  # room for badges that are not there
+    procedure = re.sub(r"\s*\n\s*\n", "\n\n", procedure).rstrip()  # TRL leaves blank lines for missing badges
     table = _ENVIRONMENT.from_string(_SETTINGS).render(settings=settings, measured=measured)
     packages = "".join(f"- {name}: {version(name)}\n" for name in ("trl-vicur", "peft"))
     card.text = introduction + training + procedure + table + versions + rest.replace("- TRL", packages + "- TRL", 1)
     card.save(path)
 
 
-def training_settings(args: ViCuRConfig, teacher: str, adapter: dict[str, object]) -> list[tuple[str, object]]:
-    """
-    The main settings of a training, for its card.
-
-    Args:
-        args ([`ViCuRConfig`]):
-            The training configuration.
-        teacher (`str`):
-            What taught.
-        adapter (`dict[str, object]`):
-            Settings of the adapter.
-    """
-    settings = {
-        "privilege of the teacher": args.privilege,
-        "teacher": teacher,
-        "`distillation_mode`": args.distillation_mode,
-    }
-    if args.distillation_mode != "sampled_token":
-        settings["`beta`"] = args.beta
-    settings |= adapter
-    settings |= {
-        "learning rate": args.learning_rate,
-        "prompts per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "training": _plural(args.max_steps, "step") if args.max_steps > 0 else _plural(args.num_train_epochs, "epoch"),
-        "temperature of rollouts": args.temperature,
-        "longest completion": f"{args.max_completion_length} tokens",
-    }
-    return list(settings.items())
-
-
-def _plural(number: float, noun: str) -> str:
-    return f"{number:g} {noun}{'' if number == 1 else 's'}"
-
-
 def measured_metrics(log_history: list[dict[str, float]]) -> list[tuple[str, tuple[int, float], tuple[int, float]]]:
     """
-    What a training has measured, for its card.
+    First and last logged values of the metrics that the card shows.
 
     Args:
         log_history (`list[dict[str, float]]`):
-            All that the trainer has logged, `trainer.state.log_history`.
+            The trainer's logs, `trainer.state.log_history`.
+
+    Returns:
+        `list[tuple[str, tuple[int, float], tuple[int, float]]]`: Name, first step and value, last step and value.
     """
     logged = {}
     for log in log_history:
         for name, value in log.items():
-            # Of evaluations the loss alone: TRL's other names are the same for all evaluation datasets
+            # Only the loss of evaluations: TRL gives their other metrics the same names for every evaluation dataset
             if name in _METRICS or (name.startswith("eval_") and name.endswith("_loss")):
                 logged.setdefault(name, []).append((log["step"], value))
     return [(name, values[0], values[-1]) for name, values in logged.items()]
-
-
-def hub_dataset_name(dataset: Dataset | IterableDataset | None, name: str | None = None) -> str | None:
-    """
-    Id of a dataset on the Hub, from its given name or from where its files came; `None` if it did not come from there.
-
-    A path on this machine is no name.
-    """
-    if name is not None:
-        return None if os.path.exists(name) else name
-    sources = (dataset.info.download_checksums if dataset is not None else None) or {}
-    names = {match[1] for source in sources if (match := re.match(r"hf://datasets/([^@/]+/[^@/]+)[@/]", source))}
-    return names.pop() if len(names) == 1 else None
-
-
-def remove_local_base_model(directory: str) -> None:
-    """Forget, in saved adapters' configs, the path of a base model on this machine; it would lead nowhere else."""
-    # PEFT saves an adapter of another name than "default" into a folder of its name
-    for path in [*Path(directory).glob(ADAPTER_CONFIG_NAME), *Path(directory).glob(f"*/{ADAPTER_CONFIG_NAME}")]:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        base_model = hub_model_name(config["base_model_name_or_path"])
-        if config["base_model_name_or_path"] != base_model:
-            config["base_model_name_or_path"] = base_model
-            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def ignore_training_files(directory: str) -> None:
-    """
-    Keep the training arguments from being uploaded: in a pickle, which nobody should load, and among TensorBoard's
-    events, they hold paths, the machine's name and maybe tokens. The Hub leaves out what the `.gitignore` names.
-    """
-    path = Path(directory, ".gitignore")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    lines += [pattern for pattern in ("training_args.bin", "runs/") if pattern not in lines]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

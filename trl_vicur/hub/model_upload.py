@@ -1,31 +1,38 @@
-"""What `push_to_hub` of a model that was trained uploads beside its weights."""
+"""Complete the folder that `push_to_hub` of a trained model uploads."""
 
 import os
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from huggingface_hub import ModelCard
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 
-if TYPE_CHECKING:
-    from ..trainer.vicur_trainer import ViCuRTrainer
+class Publisher(Protocol):
+    """A trainer that can complete the folder of its model."""
+
+    @property
+    def processing_class(self) -> PushToHubMixin: ...
+
+    def complete_model(self, directory: str, model_id: str | None = None, tags: list[str] | None = None) -> None:
+        """Remove local paths from a saved model and write the trainer's card into its folder."""
+        ...
 
 
 class ModelUpload(PushToHubMixin):
     """
-    Takes the place of a model's `_upload_modified_files`, the last step of its `push_to_hub`, which has saved the
-    weights and an empty form for a card until then: makes of them what the trainer saves.
+    Replaces a model's `_upload_modified_files`, the last step of `push_to_hub`, after the weights and an empty model
+    card were saved. Adds the trainer's card and processor.
 
-    It keeps no trainer alive. What is copied or pickled with a model does as transformers does.
+    It holds only a weak reference to the trainer. After copying or pickling a model, `push_to_hub` is transformers'.
 
     Args:
-        trainer ([`ViCuRTrainer`], *optional*):
-            The trainer of the model.
+        trainer ([`Publisher`], *optional*):
+            The model's trainer.
     """
 
-    def __init__(self, trainer: "ViCuRTrainer | None" = None):
+    def __init__(self, trainer: Publisher | None = None):
         self._get_trainer = (lambda: None) if trainer is None else weakref.ref(trainer)
 
     def __reduce__(self):
@@ -35,6 +42,6 @@ class ModelUpload(PushToHubMixin):
         trainer = self._get_trainer()
         if trainer is not None:
             card = ModelCard.load(Path(working_dir, "README.md"))
-            trainer.complete_model(str(working_dir), repo_id, card.data.tags)
+            trainer.complete_model(str(working_dir), repo_id, card.data.get("tags"))
             trainer.processing_class.save_pretrained(working_dir)
         return self._upload_modified_files(working_dir, repo_id, *args, **kwargs)

@@ -1,21 +1,25 @@
-"""Models by their name: an id on the Hub, or a folder."""
+"""Names of models and datasets: ids on the Hub, or paths on this machine, which nothing published may contain."""
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from datasets import Dataset, IterableDataset
 
 
 @contextmanager
 def naming_model(name: str) -> Iterator[None]:
     """
-    While active, what cannot be loaded is named: Hugging Face's messages do not always say which model they are about.
+    Add the model's name to errors of loading it, because Hugging Face's messages do not always contain it.
 
     Args:
         name (`str`):
             Id or folder of the model.
 
     Raises:
-        `OSError`: In place of an `OSError` or `ValueError`.
+        `OSError`: Instead of an `OSError` or `ValueError`.
     """
     try:
         yield
@@ -24,5 +28,19 @@ def naming_model(name: str) -> Iterator[None]:
 
 
 def hub_model_name(name: str | None) -> str | None:
-    """A model's id, unless it is a folder on this machine."""
+    """The model's id; `None` for a folder on this machine."""
     return None if not name or Path(name).is_dir() or Path(name).is_absolute() else name
+
+
+def hub_dataset_name(dataset: Dataset | IterableDataset | None, name: str | None = None) -> str | None:
+    """
+    Id of a dataset on the Hub, from its given name or from the source of its files.
+
+    Returns:
+        `str` or `None`: The id; `None` for a dataset of this machine.
+    """
+    if name is not None:
+        return None if os.path.exists(name) else name
+    sources = (dataset.info.download_checksums if dataset is not None else None) or {}
+    names = {match[1] for source in sources if (match := re.match(r"hf://datasets/([^@/]+/[^@/]+)[@/]", source))}
+    return names.pop() if len(names) == 1 else None

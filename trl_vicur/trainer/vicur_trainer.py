@@ -38,16 +38,10 @@ from ..cue_recovery import CueRecoveryConfig, record_update_ratios
 from ..cue_recovery.model import visual_token_ids
 from ..data.rows import read_image, read_video, row_images, row_videos
 from ..data.teacher_prompt import add_privilege, hint_marker
-from ..hub.model_card import (
-    complete_model_card,
-    hub_dataset_name,
-    ignore_training_files,
-    measured_metrics,
-    remove_local_base_model,
-    training_settings,
-)
+from ..hub.local_traces import ignore_training_files, remove_local_base_model
+from ..hub.model_card import complete_model_card, measured_metrics
 from ..hub.model_upload import ModelUpload
-from ..hub.names import hub_model_name, naming_model
+from ..hub.names import hub_dataset_name, hub_model_name, naming_model
 from .checkpoints import (
     BATCHES_NAME,
     FILE_LIST_NAME,
@@ -84,6 +78,7 @@ from .teachers.scores import StateScores, TeacherScores
 from .teachers.separate_teacher import SeparateTeacher
 from .teachers.teacher_server import TeacherServer
 from .trackers import log_histogram
+from .training_settings import training_settings
 from .vicur_config import ViCuRConfig
 from .vision.blank_image import BlankImageRow
 from .vision.features import get_backbone, is_vision_frozen, lend_features, record_features, split_by_sample
