@@ -29,7 +29,7 @@ from openai import OpenAI
 from PIL import Image as PILImage
 
 from trl_vicur.cues import CUE_PROMPT, ChatResponse, OpenAIGenerator, generate_cues
-from trl_vicur.data.rows import read_image
+from trl_vicur.data.images import read_image
 from trl_vicur.generation.openai_generator import to_openai
 
 

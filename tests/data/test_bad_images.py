@@ -21,7 +21,7 @@ from tiny_models import make_image, make_processor, make_rows
 
 from trl_vicur.cues.generate import read_messages
 from trl_vicur.cues.prompts import CUE_PROMPT
-from trl_vicur.data.rows import image_size, read_image
+from trl_vicur.data.images import image_size, read_image
 from trl_vicur.heatmap.plot import load_images
 from trl_vicur.trainer.checks.rows import with_row_number
 

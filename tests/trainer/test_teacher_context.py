@@ -10,7 +10,7 @@ from tiny_models import SPECIAL_TOKENS, make_image, make_processor
 from trl.data_utils import prepare_multimodal_messages
 
 from trl_vicur import ViCuRConfig
-from trl_vicur.data.rows import control_token_pattern
+from trl_vicur.data.messages import control_token_pattern
 from trl_vicur.data.teacher_prompt import add_privilege, hint_marker
 from trl_vicur.trainer.checks.rows import RowChecker
 from trl_vicur.trainer.privilege import get_privilege

@@ -15,7 +15,7 @@ from tiny_trainers import count_encoded_images, make_config, make_trainer, row_o
 
 from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import sink_attention
-from trl_vicur.data.rows import read_video
+from trl_vicur.data.images import read_video
 from trl_vicur.trainer.checks.rows import RowChecker
 from trl_vicur.trainer.lm_head import LMHead
 from trl_vicur.trainer.losses import token_logprobs

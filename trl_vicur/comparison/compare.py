@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from ..cues.usefulness import make_prompt
 from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from ..data.dataset_digest import dataset_digest
-from ..data.rows import read_image, row_images
+from ..data.images import read_image
+from ..data.rows import row_images
 from ..extras import needs_extra
 from ..generation import ChatRequest, Generator
 from ..generation.response_store import open_store

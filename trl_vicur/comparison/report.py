@@ -8,7 +8,8 @@ from typing import Any
 from datasets import Dataset
 
 from ..data.columns import check_columns, check_dataset, find_question_column
-from ..data.rows import question_text, row_images
+from ..data.messages import question_text
+from ..data.rows import row_images
 from ..html_page import check_page, readable, show_images, undecoded_rows, write_page
 
 

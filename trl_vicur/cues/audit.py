@@ -7,7 +7,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
 from ..data.columns import check_columns, check_dataset, find_question_column
-from ..data.rows import question_text
+from ..data.messages import question_text
 from .text_audit import audit_cue
 
 

@@ -17,7 +17,9 @@ from ..data.columns import check_dataset, find_image_column, find_question_colum
 from ..data.dataset_digest import dataset_digest
 from ..data.dataset_folder import CUE_STORE, prepare_folder, save_dataset
 from ..data.full_disk import explain_full_disk
-from ..data.rows import check_messages, check_placeholders, question_text, read_image, row_images, shorten
+from ..data.images import read_image
+from ..data.messages import check_messages, check_placeholders, question_text
+from ..data.rows import row_images, shorten
 from ..generation import ChatRequest, ChatResponse, Generator
 from ..generation.response_store import ResponseStore
 from ..hub.dataset_card import write_dataset_card

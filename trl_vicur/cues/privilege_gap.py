@@ -13,7 +13,9 @@ from tqdm.auto import tqdm
 
 from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from ..data.dataset_digest import dataset_digest
-from ..data.rows import message_texts, read_image, row_images, shorten
+from ..data.images import read_image
+from ..data.messages import message_texts
+from ..data.rows import row_images, shorten
 from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE
 from ..generation import ChatResponse, GeneratorUnavailableError, TransformersGenerator
 from ..generation.response_store import open_store

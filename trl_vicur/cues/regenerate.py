@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from ..data.dataset_digest import dataset_digest
-from ..data.rows import question_text
+from ..data.messages import question_text
 from ..generation import ChatRequest, Generator
 from ..generation.response_store import open_store
 from .audit import audit_row

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.columns import find_question_column
-from ..data.rows import question_text, row_images
+from ..data.messages import question_text
+from ..data.rows import row_images
 from ..html_page import check_page, readable, show_images, undecoded_rows, write_page
 from .audit_summary import MEASURES, VERDICTS, Measure, iterate_verdicts, summarize_audit
 

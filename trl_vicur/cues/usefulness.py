@@ -12,7 +12,9 @@ from trl.data_utils import prepare_multimodal_messages
 
 from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
 from ..data.dataset_digest import dataset_digest
-from ..data.rows import question_text, read_image, row_images, shorten
+from ..data.images import read_image
+from ..data.messages import question_text
+from ..data.rows import row_images, shorten
 from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE, add_privilege
 from ..extras import needs_extra
 from ..generation import ChatRequest, Generator

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ..data.rows import control_token_pattern, message_texts, shorten
+from ..data.messages import control_token_pattern, message_texts
+from ..data.rows import shorten
 from ..hub.names import naming_model
 from .end_tokens import end_token_ids
 from .requests import (

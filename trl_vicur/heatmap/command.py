@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..command_parser import CommandParser
 from ..cue_recovery import CueRecoveryConfig
-from ..data.rows import read_image
+from ..data.images import read_image
 from ..hub.names import naming_model
 from .plot import Figure, plot_sink_attention
 

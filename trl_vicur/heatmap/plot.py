@@ -6,7 +6,9 @@ from PIL import ImageOps
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..cue_recovery import sink_attention
-from ..data.rows import check_messages, control_token_pattern, message_texts, read_image, shorten
+from ..data.images import read_image
+from ..data.messages import check_messages, control_token_pattern, message_texts
+from ..data.rows import shorten
 from ..extras import needs_extra
 from .visual_tokens import AttendedPicture, attended_pictures
 

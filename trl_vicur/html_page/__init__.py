@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from ..data.full_disk import explain_full_disk
-from ..data.rows import read_image
+from ..data.images import read_image
 
 
 MAX_IMAGE_SIZE = 320  # pixels, of the longer side

@@ -36,7 +36,8 @@ from trl.trainer.utils import get_config_model_id, pad
 
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
 from ..cue_recovery.model import visual_token_ids
-from ..data.rows import read_image, read_video, row_images, row_videos
+from ..data.images import read_image, read_video
+from ..data.rows import row_images, row_videos
 from ..data.teacher_prompt import add_privilege, hint_marker
 from ..hub.local_traces import ignore_training_files, remove_local_base_model
 from ..hub.model_card import complete_model_card, measured_metrics

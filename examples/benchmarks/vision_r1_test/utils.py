@@ -3,7 +3,8 @@
 from PIL import Image
 
 from trl_vicur.cues.answers import is_correct
-from trl_vicur.data.rows import read_image, row_images
+from trl_vicur.data.images import read_image
+from trl_vicur.data.rows import row_images
 
 
 def doc_to_visual(doc: dict) -> list[Image.Image]:

@@ -22,20 +22,9 @@ from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from ...cue_recovery import CueRecoveryConfig
-from ...data.rows import (
-    VISUAL_COLUMNS,
-    RowReader,
-    all_strings,
-    check_messages,
-    check_placeholders,
-    control_token_pattern,
-    image_size,
-    message_texts,
-    read_video,
-    row_images,
-    row_videos,
-    shorten,
-)
+from ...data.images import image_size, read_video
+from ...data.messages import all_strings, check_messages, check_placeholders, control_token_pattern, message_texts
+from ...data.rows import VISUAL_COLUMNS, RowReader, row_images, row_videos, shorten
 from ...data.teacher_prompt import add_privilege
 from ..privilege import get_privilege, privilege_column
 from ..vicur_config import ViCuRConfig

@@ -1,0 +1,98 @@
+"""Conversations: check their form, read their texts, find control tokens and placeholders in them."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import ProcessorMixin
+
+from .rows import shorten
+
+
+ROLES = ("system", "user", "assistant", "tool")
+BLOCK_TYPES = ("text", "image", "video")
+# "<image>", "<image 1>", "<image_1>", "<video>": image and video slots of other prompt formats
+PLACEHOLDER = re.compile(r"<(image|video)(?:[ _-]?\d{1,3})?>", re.IGNORECASE)
+
+
+def check_messages(messages: Any) -> None:
+    """
+    Raises:
+        `ValueError`: If these are no messages of a conversation, with contents that are strings or lists of blocks of
+            text, images and videos; names the message by its number.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"expected a list of messages, each with 'role' and 'content', got {shorten(messages)}.")
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise ValueError(f"message {number} must be a dict with a role of {ROLES}, got {shorten(message)}.")
+        content = message.get("content")
+        if isinstance(content, str) or (content is None and role == "assistant" and message.get("tool_calls")):
+            continue
+        if not isinstance(content, list):
+            raise ValueError(
+                f"the content of message {number} must be a string or a list of blocks, got {shorten(content)}."
+            )
+        for block in content:
+            block_type = block.get("type") if isinstance(block, dict) else None
+            if block_type not in BLOCK_TYPES or (block_type == "text" and not isinstance(block.get("text"), str)):
+                raise ValueError(
+                    f"each block of message {number} must be a dict with a type of {BLOCK_TYPES}, and with a string "
+                    f"'text' if it is one, got {shorten(block)}."
+                )
+
+
+def check_placeholders(column: str, value: Any) -> None:
+    """
+    Raises:
+        `ValueError`: If a string in the value has a placeholder of another format, which a model would read as text.
+    """
+    for text in all_strings(value):
+        if placeholder := PLACEHOLDER.search(text):
+            kind = placeholder[1].lower()
+            raise ValueError(
+                f"The text of `{column}` contains the placeholder {placeholder[0]!r}, which the model would read as "
+                f"text: {shorten(text)}. Replace it with a block {{'type': '{kind}'}} in `prompt`, or remove it."
+            )
+
+
+def message_texts(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """The texts of messages whose contents are strings or lists of blocks."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            yield content
+        elif content is not None:
+            yield from (block["text"] for block in content if block["type"] == "text")
+
+
+def question_text(prompt: str | list[dict[str, Any]]) -> str:
+    """What a prompt asks: the text itself, or the texts of its user turns."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(message_texts([message for message in prompt if message["role"] == "user"]))
+
+
+def all_strings(value: Any) -> Iterator[str]:
+    """Every string within nested dicts and lists, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from all_strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from all_strings(item)
+
+
+def control_token_pattern(processing_class: ProcessorMixin) -> re.Pattern:
+    """A pattern that finds the tokens which a processor would read out of plain text: special ones, placeholders."""
+    tokens = {token.content for token in processing_class.tokenizer.added_tokens_decoder.values() if token.special}
+    # Processors replace `image_token` and the like by text, whatever the tokenizer calls them
+    tokens |= {
+        value for name, value in vars(processing_class).items() if name.endswith("_token") and isinstance(value, str)
+    }
+    # Without such tokens, a pattern that never matches
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
