@@ -54,6 +54,7 @@ def test_identity_at_birth_and_off_means_off(base, processor, quantization_confi
         assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.slow
 @every_quantization
 def test_training_saving_reloading_generating(tmp_path, base, processor, quantization_config):
     trainer = ViCuRTrainer(

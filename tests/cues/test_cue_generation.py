@@ -346,6 +346,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_many_points_nothing_is_lost_or_done_twice(tmp_path):
     """`SIGKILL` at random moments, from the opening of the store to the renaming of the last file."""
     count = 150

@@ -10,6 +10,8 @@ from datasets import Dataset
 from tiny_models import make_qwen3_vl, make_rows
 
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[2] / "examples" / "scripts"
 
 

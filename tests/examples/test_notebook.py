@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 from hub_server import HubServer
 from nbclient import NotebookClient
 
@@ -25,6 +26,7 @@ def kinds_of_outputs(notebook) -> list[list[list[str]]]:
     ]
 
 
+@pytest.mark.slow
 def test_notebook_goes_from_images_to_a_published_adapter(tmp_path, pytestconfig):
     stored, notebook = (nbformat.read(NOTEBOOK, as_version=4) for _ in range(2))
     with HubServer() as hub:

@@ -19,6 +19,7 @@ def easy_vqa_dataset():
     return easy_vqa_dataset
 
 
+@pytest.mark.slow
 def test_quickstart_runs_and_reports(tmp_path):
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--max_steps", "2", "--compare", "--seed", "1"]
     result = subprocess.run([*command, "--output_dir", str(tmp_path)], capture_output=True, text=True)

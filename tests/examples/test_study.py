@@ -302,6 +302,7 @@ def test_every_module_of_the_grid_fits_its_base(name):
     assert (added < 0.01 * whole_size) == (cell.bottleneck_size is not None)
 
 
+@pytest.mark.slow
 def test_cell_appends_one_record_with_all_that_the_tables_need(study):
     folder, _ = study
     known = records.read_records(folder / "results" / "easy_vqa.jsonl", "run")["cue+module-lr0.001-seed0"]
@@ -313,6 +314,7 @@ def test_cell_appends_one_record_with_all_that_the_tables_need(study):
     assert set(known["update_ratio"]) == {"layers.1", "layers.3"}
 
 
+@pytest.mark.slow
 def test_only_missing_runs_are_started_and_all_are_in_the_tables(study, monkeypatch):
     folder, arguments = study
     started = []
@@ -356,6 +358,7 @@ def test_difference_is_paired_and_has_an_interval():
 # --- Interventions ---
 
 
+@pytest.mark.slow
 def test_interventions_reach_the_module(study):
     folder, _ = study
     domain = domains.DOMAINS["easy_vqa"]

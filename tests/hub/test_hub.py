@@ -366,6 +366,7 @@ def example_of(card: ModelCard, hub: HubServer) -> str:
 GUARD = "import pickle, torch\ndef refuse(*_, **__): raise AssertionError\npickle.load = torch.load = refuse\n"
 
 
+@pytest.mark.slow
 def test_a_stranger_can_use_what_was_pushed(tmp_path, hub):
     """Training on a base model of the Hub pushes an adapter; its card's example loads and runs it elsewhere."""
     run_beside(hub, TRAIN.format(support=str(Path(hub_server.__file__).parent)), tmp_path / "author")
@@ -423,6 +424,7 @@ local.model.push_to_hub("me/local")
 """
 
 
+@pytest.mark.slow
 def test_models_push_what_their_trainer_does(tmp_path, hub):
     """`model.push_to_hub`, of an adapter, of a whole model, and of a merged one."""
     code = PUSH_MODELS.format(support=str(Path(hub_server.__file__).parent), local=str(tmp_path / "base"))

@@ -1,7 +1,8 @@
 """A tiny model and a real processor of each vision-language family: random weights, no downloads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import pytest
 import torch
 from tiny_models import (
     CHAT_TEMPLATE,
@@ -492,3 +493,12 @@ FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "internvl": make_internvl,
     "lfm2_vl": make_lfm2_vl,
 }
+
+# Not marked as slow: the family of the other tests, and the one that differs most from it
+QUICK = ("qwen3_vl", "gemma4")
+
+
+def each_of(families: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrizes a test by `family`."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else slow) for f in families])

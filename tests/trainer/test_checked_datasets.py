@@ -80,6 +80,7 @@ for name in sys.argv[3:]:
 """
 
 
+@pytest.mark.slow
 def test_every_training_process_names_the_first_bad_row_of_all(tmp_path):
     """Rows 41 and 90 belong to different processes. Both know at once that the good ones have been checked."""
     make_dataset(tmp_path / "good")
@@ -262,6 +263,7 @@ def test_rows_that_may_change_unnoticed_are_checked_each_time(tmp_path, monkeypa
     assert receipt_of(dataset, checker) is None
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_receipt(tmp_path):
     """Digests depend on no order of sets and no address."""
     dataset = make_dataset(tmp_path / "rows")

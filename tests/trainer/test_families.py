@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
-from tiny_families import FAMILIES, HIDDEN
+from tiny_families import FAMILIES, HIDDEN, each_of
 from tiny_models import encode, make_image, randomize, user
 from tiny_recovery_models import batch, conversations, logits
 from tiny_trainers import logprobs_alone, make_config, make_rows, make_trainer, row_of, train_logs, weights
@@ -31,7 +31,7 @@ from trl_vicur.trainer.vision.blank_image import BlankImageRow
 from trl_vicur.trainer.vision.features import record_features, split_by_sample
 
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = each_of(FAMILIES)
 
 
 def rows_for(family: str, count: int, share: str) -> list[dict]:

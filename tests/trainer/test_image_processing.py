@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, each_of
 from tiny_models import make_image
 from tiny_recovery_models import conversations
 from tiny_trainers import make_trainer
@@ -21,7 +21,7 @@ def values(outputs) -> list:
     return [outputs]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_of(FAMILIES)
 def test_the_same_pixels_with_and_without(family):
     _, processor = FAMILIES[family]()
     prompts = conversations()

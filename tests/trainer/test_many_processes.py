@@ -22,6 +22,8 @@ from transformers import AutoModelForImageTextToText
 import trl_vicur
 
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "accelerate_configs"
 # On CPUs, transformers before 5.18 has the optimizer's state loaded onto "cpu:0", which torch does not know

@@ -353,6 +353,7 @@ def assert_same_end(directory: Path, uninterrupted: Path) -> None:
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(tmp_path, start, uninterrupted):
     moments = [(tmp_path / "checkpoint-1" / "optimizer.pt", True, 1)]  # when there is no other
     moments += [(tmp_path / "checkpoint-3" / name, True, 3) for name in FILES]
@@ -371,6 +372,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("kill", range(metafunc.config.getoption("kills")))
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment(tmp_path, start, uninterrupted, kill):
     exitcode = 0
     while exitcode == 0:  # the run had ended before
@@ -392,6 +394,7 @@ def test_killed_at_a_random_moment(tmp_path, start, uninterrupted, kill):
 # --- Full disks ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
 def test_disk_that_fills_while_a_checkpoint_is_written(tmp_path, name):
     whole = train(tmp_path / "whole")

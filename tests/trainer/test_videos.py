@@ -8,7 +8,7 @@ import pytest
 import torch
 from image_files import encoded
 from peft import PeftModel
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, each_of
 from tiny_models import encode, make_image, randomize, with_completion
 from tiny_recovery_models import logits
 from tiny_trainers import count_encoded_images, make_config, make_trainer, row_of, train_logs, weights
@@ -22,7 +22,7 @@ from trl_vicur.trainer.losses import token_logprobs
 
 
 VIDEO_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
-every_family = pytest.mark.parametrize("family", VIDEO_FAMILIES)
+every_family = each_of(VIDEO_FAMILIES)
 
 
 def make_video(seed: int, num_frames: int = 8, size: tuple[int, int] = (64, 64)) -> list:
