@@ -3,7 +3,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-# The tests run side by side (pytest-xdist), and the models are too small for threads to help
+# pytest-xdist runs tests in parallel, and the models are too small to profit from threads
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402

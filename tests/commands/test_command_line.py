@@ -20,13 +20,13 @@ from trl_vicur.doctor import packages
 from trl_vicur.train import CueRecoveryArguments, make_peft_config
 
 
-# pandas says it before datasets 5
+# datasets before 5 raises pandas' error
 JSON_ERROR = "JSON parse error" if Version(datasets.__version__) >= Version("5") else "Expected object or value"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, processor):
-    """Folder of a tiny model and its processor."""
+    """Folder with a tiny model and its processor."""
     folder = tmp_path_factory.mktemp("model")
     make_qwen3_vl().save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -53,25 +53,25 @@ def print_help(capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_help_lists_every_command_with_a_call(capsys):
+def test_help_lists_every_command_with_an_example(capsys):
     text = print_help(capsys)
     for command in COMMANDS:
         assert command.summary in text and f"trl-vicur {command.name} {command.example}" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_help_of_a_command_has_examples_and_every_option_of_its_call(capsys, command):
+def test_help_of_a_command_has_examples_and_all_their_options(capsys, command):
     text = print_help(capsys, *command.name.split())
     assert "examples:\n" in text and f"  trl-vicur {command.name}" in text
     for word in shlex.split(command.example):
         assert not word.startswith("--") or f"\n  {word}" in text, word
 
 
-def test_help_tells_the_lines_of_a_default(capsys):
+def test_help_keeps_the_lines_of_a_default(capsys):
     assert r"(default: {prompt}\n\n[Hint]: {privilege})" in " ".join(print_help(capsys, "train").split())
 
 
-# --- What no command understands ---
+# --- Invalid arguments and files ---
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_help_tells_the_lines_of_a_default(capsys):
     ],
     ids=" ".join,
 )
-def test_what_is_missing_is_said_with_the_usage(capsys, arguments, message):
+def test_missing_arguments_are_reported_with_the_usage(capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
@@ -95,7 +95,7 @@ def test_what_is_missing_is_said_with_the_usage(capsys, arguments, message):
 
 
 @pytest.mark.parametrize("command", ["train", "doctor", "cues generate", "heatmap"])
-def test_a_file_of_options_that_is_no_yaml(tmp_path, capsys, command):
+def test_options_file_that_is_not_valid_yaml(tmp_path, capsys, command):
     (tmp_path / "config.yaml").write_text("learning_rate: [1\nepsilon: }")
     assert main([*command.split(), "--config", str(tmp_path / "config.yaml")]) == 1
     printed = capsys.readouterr().err
@@ -112,7 +112,7 @@ def test_a_file_of_options_that_is_no_yaml(tmp_path, capsys, command):
     ],
 )
 @pytest.mark.parametrize("command", ["doctor", "cues generate --output cues"])
-def test_a_damaged_file_of_rows(tmp_path, capsys, monkeypatch, model, command, name, content, message):
+def test_damaged_dataset_file(tmp_path, capsys, monkeypatch, model, command, name, content, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(content)
     assert main([*command.split(), "--model", model, "--dataset", name]) == 1
@@ -120,13 +120,13 @@ def test_a_damaged_file_of_rows(tmp_path, capsys, monkeypatch, model, command, n
 
 
 @pytest.mark.parametrize("command", ["doctor", "cues generate --output cues"])
-def test_a_model_that_there_is_not_is_named(tmp_path, capsys, monkeypatch, dataset, command):
+def test_missing_model_is_named(tmp_path, capsys, monkeypatch, dataset, command):
     monkeypatch.chdir(tmp_path)
     assert main([*command.split(), "--model", "nobody/nothing", "--dataset", dataset]) == 1
     assert "trl-vicur: The model 'nobody/nothing' cannot be loaded: " in capsys.readouterr().err
 
 
-# --- Train; that it equals the example script stands in `test_example_scripts.py` ---
+# --- Train (test_example_scripts.py tests that it equals the example script) ---
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def run_train(tmp_path, model, dataset, *options) -> None:
     ],
     ids=["row", "model", "no-checkpoint", "checkpoint"],
 )
-def test_train_ends_in_what_is_wrong(tmp_path, capfd, model, dataset, options, message):
-    """In the process that `accelerate launch` starts, and without a traceback."""
+def test_train_ends_with_the_error(tmp_path, capfd, model, dataset, options, message):
+    """The process that `accelerate launch` starts prints it without a traceback."""
     Dataset.load_from_disk(dataset).select([0, 1, 2, 3]).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(SystemExit) as stop:
         run_train(tmp_path, model, str(tmp_path / "rows.parquet"), "--use_cpu", *options)
@@ -193,8 +193,8 @@ def test_train_ends_in_what_is_wrong(tmp_path, capfd, model, dataset, options, m
     assert f"\ntrl-vicur: {message}" in printed
 
 
-def test_an_error_in_the_midst_of_training_has_its_traceback(tmp_path, capfd, model):
-    """Of a streamed row, which is looked at when it is trained on."""
+def test_error_during_training_has_a_traceback(tmp_path, capfd, model):
+    """A bad row of a stream is found when it is used."""
     Dataset.from_list([{**row, "cue": ""} for row in make_rows(2)]).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(SystemExit):
         run_train(tmp_path, model, str(tmp_path / "rows.parquet"), "--use_cpu", "--dataset_streaming", "true")
@@ -203,8 +203,8 @@ def test_an_error_in_the_midst_of_training_has_its_traceback(tmp_path, capfd, mo
 
 
 @pytest.mark.parametrize("on_cpu", [["--use_cpu"], ["--cpu"]], ids=" ".join)
-def test_train_starts_as_many_processes_as_are_asked_for(tmp_path, capfd, model, on_cpu):
-    """On a CPU, where accelerate would start one; with nothing to say about what it was not told."""
+def test_train_starts_the_requested_number_of_processes(tmp_path, capfd, model, on_cpu):
+    """On a CPU, where accelerate would start one by default. It prints no warning about unset options."""
     Dataset.from_list(make_rows(2)).to_parquet(tmp_path / "rows.parquet")
     options = ["--num_processes", "2", "--main_process_port", "0", "--logging_steps", "1"]
     run_train(tmp_path, model, str(tmp_path / "rows.parquet"), *on_cpu, *options)
@@ -238,8 +238,8 @@ def test_doctor_reports_every_bad_row(capsys, model, dataset):
         ({"accelerate_config": "single_gpu"}, 1),
     ],
 )
-def test_doctor_takes_what_the_training_is_going_to_be_given(tmp_path, capsys, model, dataset, launch, processes):
-    """A file with options for a GPU and for accelerate; the bad cue is allowed by one, the bad prompt is left out."""
+def test_doctor_reads_the_options_of_training(tmp_path, capsys, model, dataset, launch, processes):
+    """A file has options for GPUs and accelerate. One option allows the bad cue, another leaves out the bad prompt."""
     Dataset.load_from_disk(dataset).select([0, 1, 2, 3]).to_parquet(tmp_path / "rows.parquet")
     config = {"model_name_or_path": model, "dataset_name": dataset, "missing_privilege": "none", "bf16": True}
     config |= {"layer_interval": 2, "train_base": True, "per_device_train_batch_size": 1} | launch
@@ -295,21 +295,21 @@ def test_doctor_finds_what_the_trainer_would_refuse(capsys, monkeypatch, model, 
         ),
     ],
 )
-def test_doctor_finds_what_the_trainer_would_refuse_of_streams(tmp_path, capsys, model, options, message):
+def test_doctor_finds_what_the_trainer_would_refuse_in_streams(tmp_path, capsys, model, options, message):
     Dataset.from_list(make_rows(4)).to_parquet(tmp_path / "rows.parquet")
     options = ["--dataset", str(tmp_path / "rows.parquet"), "--dataset_streaming", "true", *options]
     assert main(["doctor", "--model", model, "--layer_interval", "2", *options]) == 1
     assert message in capsys.readouterr().err
 
 
-def test_doctor_reads_the_file_of_deepspeed(tmp_path, capsys, model):
+def test_doctor_reads_the_deepspeed_file(tmp_path, capsys, model):
     (tmp_path / "deepspeed.json").write_text('{"zero_optimization": {"stage": 3}}')
     options = ["--use_deepspeed", "--deepspeed_config_file", str(tmp_path / "deepspeed.json")]
     assert main(["doctor", "--model", model, *options]) == 1
     assert "ZeRO-3 is not supported" in capsys.readouterr().err
 
 
-def test_doctor_misses_deepspeed(capsys, monkeypatch, model):
+def test_doctor_reports_missing_deepspeed(capsys, monkeypatch, model):
     monkeypatch.setattr("trl_vicur.doctor.training.is_deepspeed_available", lambda: False)
     assert main(["doctor", "--model", model, "--layer_interval", "2", "--accelerate_config", "zero2"]) == 1
     assert "DeepSpeed is not installed. Install it with `pip install deepspeed`" in capsys.readouterr().err
@@ -324,7 +324,7 @@ def test_doctor_compares_the_vocabularies_of_student_and_teacher(tmp_path, capsy
 
 @pytest.mark.parametrize("privilege", ["cue", "none"])
 def test_doctor_warns_of_thinking_checkpoints(tmp_path, model, privilege):
-    """The student's, for which privilege is bad, and a teacher's where the student does not think."""
+    """Privilege costs thinking students accuracy, and student and teacher should have the same thinking mode."""
     shutil.copytree(model, tmp_path / "thinking")
     template = tmp_path / "thinking" / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"))
@@ -337,7 +337,7 @@ def test_doctor_warns_of_thinking_checkpoints(tmp_path, model, privilege):
 
 
 def test_doctor_asks_the_server_of_the_teacher(capsys, model, dataset, processor):
-    """Its context is shorter than the student's, and too short for the rows."""
+    """The server's context is shorter than the student's and too short for the rows."""
     with ScoringServer(make_qwen3_vl(seed=5), processor, max_model_len=300) as server:
         options = ["--teacher_model_server_url", server.url, "--dataset", dataset, "--max_completion_length", "280"]
         assert main(["doctor", "--model", model, "--layer_interval", "2", *options]) == 1
@@ -345,7 +345,7 @@ def test_doctor_asks_the_server_of_the_teacher(capsys, model, dataset, processor
     assert re.search(r"context +299 tokens", printed) and "exceeds the model's context of 299 tokens" in printed
 
 
-def test_doctor_tells_about_this_machine(capsys):
+def test_doctor_describes_this_machine(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     for line in ("Devices", "bfloat16" if "cuda:0" in printed else "accelerator", "FlashAttention", "vLLM"):

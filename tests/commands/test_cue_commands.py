@@ -1,4 +1,4 @@
-"""The command `trl-vicur cues`, as a user types it."""
+"""The command `trl-vicur cues`, as users type it."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ def test_generate_then_audit(tmp_path, dataset_folder, capsys):
     assert "The answer is" in html.read_text()
     assert json.loads((output / "audit.json").read_text())["usable"] == 1
     assert "## Audit" in (output / "README.md").read_text()
-    # and once more
+    # and again
     assert main(["cues", "audit", str(output)]) == 0
     assert load_from_disk(str(output))["cue_usable"] == [True, False, False, False]
 
@@ -88,7 +88,7 @@ def test_fix_regenerate(tmp_path, dataset_folder, capsys):
     attempts = {}
 
     def improving(payload):
-        """The second attempt at row 1 and the first one at row 2 are clean; row 3 stays as it is."""
+        """The second attempt at row 1 and the first one at row 2 are clean; row 3 does not change."""
         number = number_of(payload)
         attempts[number] = attempts.get(number, 0) + 1
         assert number != 0 and payload["temperature"] == 0.7
@@ -144,7 +144,7 @@ def test_datasets_from_files_and_splits(tmp_path, dataset_folder, capsys):
     assert "no split 'dev', only ['train', 'test']" in capsys.readouterr().err
 
 
-def test_a_dataset_that_is_not_ours_is_only_looked_at(tmp_path, capsys):
+def test_dataset_of_another_source_is_not_changed(tmp_path, capsys):
     Dataset.from_list(make_rows(2)).save_to_disk(str(tmp_path / "mine"))
     before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
     assert main(["cues", "audit", str(tmp_path / "mine")]) == 0
@@ -184,7 +184,7 @@ def test_unfinished_generation_is_not_audited(tmp_path, dataset_folder, capsys):
     assert "has not finished" in capsys.readouterr().err
 
 
-def test_interruption_says_how_to_go_on(tmp_path, dataset_folder, capsys, monkeypatch):
+def test_interruption_says_how_to_continue(tmp_path, dataset_folder, capsys, monkeypatch):
     from trl_vicur.generation import OpenAIGenerator
 
     def interrupt(self, requests):

@@ -1,6 +1,6 @@
 """
 Behaviour of TRL, transformers, PEFT and accelerate that we rely on and that test_signatures.py cannot read from their
-source: the order of calls, what belongs to what, and which names are free.
+source: the order of calls, shared objects, and names that must stay free.
 """
 
 import ast
@@ -39,7 +39,7 @@ INSTALLED = ", ".join(f"{library} {version(library)}" for library in ("trl", "tr
 
 
 def with_prompts_for_vllm(monkeypatch, number: int = 1) -> None:
-    """DistillationTrainer as TRL#6718 writes GRPOTrainer: the prompts are returned a second time, for vLLM."""
+    """DistillationTrainer with TRL#6718's change of GRPOTrainer: the prompts are also returned for vLLM."""
     tokenize_prompts = DistillationTrainer._tokenize_prompts
     generate_single_turn = DistillationTrainer._generate_single_turn
 
@@ -61,8 +61,8 @@ def with_prompts_for_vllm(monkeypatch, number: int = 1) -> None:
     monkeypatch.setattr(DistillationTrainer, "_generate", _generate)
 
 
-def test_prompts_that_are_returned_for_vllm_as_well(tmp_path, processor, monkeypatch):
-    """TRL#6718 is open: with it, training must stay what it is."""
+def test_prompts_may_also_be_returned_for_vllm(tmp_path, processor, monkeypatch):
+    """TRL#6718 is open. It must not change training."""
     losses = []
     for is_merged in (False, True):
         if is_merged:
@@ -80,19 +80,19 @@ def test_unknown_values_of_tokenize_prompts_are_refused_by_version(tmp_path, pro
         trainer.train()
 
 
-# --- Names that are ours ---
+# --- Our names ---
 
 
 def test_distillation_config_has_none_of_our_fields():
     taken = sorted(ViCuRConfig.__annotations__.keys() & DistillationConfig.__dataclass_fields__.keys())
     assert not taken, (
-        f"DistillationConfig of trl {version('trl')} has the fields {taken} now, which ViCuRConfig defines as well: "
-        "ours replaces its default and help, while TRL's trainer acts on the value too (`num_iterations`: it would "
-        "repeat batches twice over). Read what TRL does with them; then drop or rename ours in vicur_config.py."
+        f"DistillationConfig of trl {version('trl')} now has the fields {taken}, which ViCuRConfig also defines: "
+        "ours overrides their default and help, but TRL's trainer acts on the value, too (with `num_iterations` it "
+        "would repeat batches twice). Read what TRL does with them, then drop or rename ours in vicur_config.py."
     )
 
 
-def test_a_field_that_trl_has_too_is_refused_by_name(tmp_path, monkeypatch):
+def test_field_that_trl_also_defines_is_refused_by_name(tmp_path, monkeypatch):
     @dataclass
     class LaterDistillationConfig(DistillationConfig):
         num_iterations: int = field(default=2)
@@ -102,7 +102,7 @@ def test_a_field_that_trl_has_too_is_refused_by_name(tmp_path, monkeypatch):
         ViCuRConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
 
 
-# Private names of the libraries' objects, each with whether it is where we know it
+# Private names of the libraries' objects, each with a check that it is still where we expect it
 FOREIGN = {
     "_attn_implementation": lambda: hasattr(transformers.PreTrainedConfig(), "_attn_implementation"),
     "_backward_kernel": lambda: "_backward_kernel" in vars(chunked_logprob),
@@ -119,7 +119,7 @@ STANDARD = {"_replace", "_actions", "_optionals", "_group_actions", "_StoreFalse
 
 
 def private_names() -> dict[str, set[str]]:
-    """Private attributes that our modules read or write of other objects than their own, each with the modules."""
+    """Private attributes of foreign objects that our modules read or write, with the names of these modules."""
     own, others = set(), {}
     for module in own_modules():
         for node in ast.walk(ast.parse(inspect.getsource(module))):
@@ -137,11 +137,13 @@ def test_private_names_of_other_objects_exist():
     used = private_names()
     unknown = {name: sorted(where) for name, where in used.items() if name not in FOREIGN}
     assert not unknown, (
-        f"New private names of other libraries' objects: {unknown}. Say in FOREIGN where each is found."
+        f"New private names of other libraries' objects: {unknown}. Add each to FOREIGN, with a check that it exists."
     )
     assert FOREIGN.keys() == used.keys(), f"No longer used: {sorted(FOREIGN.keys() - used.keys())}. Delete them here."
     lost = {name: sorted(used[name]) for name, is_found in FOREIGN.items() if not is_found()}
-    assert not lost, f"Private names that {INSTALLED} do not have where we know them; they are used in {lost}."
+    assert not lost, (
+        f"{INSTALLED} no longer have these private names where we expect them (name: its modules): {lost}."
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_private_names_of_other_objects_exist():
     ],
 )
 def test_triton_kernels_have_the_parameters_that_we_pass(name, parameters):
-    """They run on a GPU only, and are no functions to test_signatures.py where there is Triton."""
+    """They run on GPUs only, and with Triton they are not functions that test_signatures.py could read."""
     kernels = {
         node.name: [argument.arg for argument in node.args.args]
         for node in ast.parse(inspect.getsource(chunked_logprob)).body
@@ -169,13 +171,13 @@ def test_triton_kernels_have_the_parameters_that_we_pass(name, parameters):
     }
     assert kernels.get(name) == parameters.split(), (
         f"trl {version('trl')} has another `{name}` in trl.kernels.chunked_logprob, with {kernels.get(name)}. "
-        "losses.py launches it with positional arguments in the order above: read what it does now, and adapt that."
+        "losses.py launches it with positional arguments in the order above: read what it does now and adapt the call."
     )
 
 
-def test_vllm_engine_is_made_by_the_name_that_we_replace():
+def test_trl_creates_vllm_engine_by_the_name_that_we_replace():
     assert "LLM(" in inspect.getsource(VLLMGeneration._init_vllm), (
-        f"trl {version('trl')} does not make its engine as `LLM(...)` in `VLLMGeneration._init_vllm` any more: "
+        f"trl {version('trl')} no longer creates its engine with `LLM(...)` in `VLLMGeneration._init_vllm`: "
         "`engine_with_module` (vllm_rollouts.py) replaces this name to give the engine the recovery module."
     )
 
@@ -183,7 +185,7 @@ def test_vllm_engine_is_made_by_the_name_that_we_replace():
 # --- State and order ---
 
 
-def test_sampler_has_what_resuming_and_reuse_change():
+def test_sampler_has_the_attributes_that_resuming_and_reuse_change():
     sampler = RepeatSampler([0, 1, 2, 3], mini_repeat_count=1, batch_size=2, repeat_count=2, shuffle=True, seed=0)
     names = {"repeat_count", "num_samples", "generator", "shuffle"}
     missing = names - vars(sampler).keys()
@@ -195,12 +197,12 @@ def test_sampler_has_what_resuming_and_reuse_change():
     again = RepeatSampler([0, 1, 2, 3], mini_repeat_count=1, batch_size=2, repeat_count=2, shuffle=True, seed=0)
     order = torch.randperm(again.num_samples, generator=torch.Generator().manual_seed(0)).tolist()
     assert expected == [*order[:2], *order[:2], *order[2:], *order[2:]], (
-        f"RepeatSampler of trl {version('trl')} does not draw one `torch.randperm` for each epoch any more, which "
+        f"RepeatSampler of trl {version('trl')} no longer draws one `torch.randperm` for each epoch, which "
         "`ViCuRTrainer._init_training_state` repeats for the epochs of a resumed run."
     )
 
 
-def test_steps_count_micro_batches_and_find_them_in_the_buffer(tmp_path, processor, monkeypatch):
+def test_step_counts_micro_batches_of_the_buffer(tmp_path, processor, monkeypatch):
     trainer = make_trainer(tmp_path, processor, max_steps=2)
     seen = []
     compute_loss = trainer.compute_loss
@@ -212,13 +214,13 @@ def test_steps_count_micro_batches_and_find_them_in_the_buffer(tmp_path, process
     monkeypatch.setattr(trainer, "compute_loss", spy)
     trainer.train()
     assert seen == [(0, [True, False]), (1, [False, True]), (2, [True, False]), (3, [False, True])], (
-        f"trl {version('trl')} does not count micro-batches in `_step`, or keep a generation batch's micro-batches in "
-        "`_buffered_inputs`, in their order: num_iterations > 1 and resuming (ViCuRTrainer._prepare_inputs, "
+        f"trl {version('trl')} no longer counts micro-batches in `_step`, or no longer keeps those of a generation "
+        "batch in order in `_buffered_inputs`: num_iterations > 1 and resuming (ViCuRTrainer._prepare_inputs, "
         f"_is_within_rollouts, _init_training_state) set and read both. Seen: {seen}"
     )
 
 
-def test_only_the_trainer_state_is_written_after_the_list_of_a_checkpoints_files(tmp_path, processor, monkeypatch):
+def test_only_trainer_state_is_written_after_list_of_checkpoint_files(tmp_path, processor, monkeypatch):
     events = []
 
     def files(directory) -> set[str]:
@@ -259,8 +261,8 @@ def test_only_the_trainer_state_is_written_after_the_list_of_a_checkpoints_files
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_recomputed_decoder_layer_reads_what_the_hook_before_it_returned(processor, use_reentrant):
-    """Hooks ran inside a layer's gradient checkpoint in transformers 5.16, and stay outside of it in 5.24."""
+def test_recomputed_decoder_layer_reads_the_hooks_returned_value(processor, use_reentrant):
+    """Hooks run inside a layer's gradient checkpoint in transformers 5.16, and outside of it in 5.24."""
     model = make_qwen3_vl()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -268,7 +270,9 @@ def test_a_recomputed_decoder_layer_reads_what_the_hook_before_it_returned(proce
     runs, inputs = Counter(), defaultdict(list)
 
     def update(layer, args, kwargs):
-        assert kwargs["cue_recovery_context"] == "context", "decoder layers do not get the backbone's keywords"
+        assert kwargs["cue_recovery_context"] == "context", (
+            "decoder layers do not receive the backbone's keyword arguments"
+        )
         runs[layer.self_attn.layer_idx] += 1
         return (args[0] * 2, *args[1:]), kwargs
 

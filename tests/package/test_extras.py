@@ -1,4 +1,4 @@
-"""What only an extra installs: the trainer works without it, and everything else names the extra that it needs."""
+"""The trainer works without any extra; everything else names the extra that it needs."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import tiny_models
 
 OPTIONAL = ("latex2sympy2_extended", "math_verify", "matplotlib", "openai", "pint", "text_to_num")
 
-# As if the packages were not installed
+# Acts as if the packages were not installed
 HIDE = f"""
 import sys
 from importlib.machinery import PathFinder

@@ -1,4 +1,4 @@
-"""What a user meets first: importing the package and registering the PEFT method."""
+"""Importing the package and registering the PEFT method."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
 """
-What we override in TRL, transformers, PEFT and accelerate, or call or read of their internals, is as we know it: its
-parameters, how many values or which keys it returns, and which methods assign the private state that we share.
+The methods of TRL, transformers, PEFT and accelerate that we override, and the internals that we call or read, are as
+recorded: parameters, number or keys of returned values, and the methods that assign private state that we share.
 """
 
 import ast
@@ -26,12 +26,12 @@ RECORD = Path(__file__).with_name("signatures.json")
 
 
 def library_of(thing) -> str:
-    # `torch.compile` leaves functions without a module among the globals of what it has compiled
+    # `torch.compile` adds functions without a module to the globals of compiled modules
     return (thing.__module__ or "").partition(".")[0]
 
 
 def signature(function) -> str:
-    """Parameters and plain defaults, and what is returned if it has parts; annotations may change as they like."""
+    """Parameters, plain defaults, and the parts of what is returned. Annotations may change."""
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
         default = parameter.default
@@ -63,7 +63,7 @@ def returned_parts(function) -> str:
 
 
 def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes below a function's, without those of functions inside it."""
+    """The nodes of a function's body, without those of nested functions."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.FunctionDef | ast.Lambda):
             yield child
@@ -71,7 +71,7 @@ def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def own_classes_and_functions() -> tuple[dict[str, type], dict[str, FunctionType]]:
-    """Our classes, and the functions that we import from the libraries and TRL's methods that we call, by name."""
+    """Our classes by name, and by name the library functions that we import and TRL's methods that we call."""
     classes, functions = {}, {}
     for module in own_modules():
         for name, thing in vars(module).items():
@@ -84,7 +84,7 @@ def own_classes_and_functions() -> tuple[dict[str, type], dict[str, FunctionType
 
 
 def called_methods(module: ModuleType) -> dict[str, FunctionType]:
-    """Methods of the TRL classes that a module imports and does not subclass, as far as it names them."""
+    """The methods that a module names of TRL classes that it imports and does not subclass."""
     named = {node.attr for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Attribute)}
     classes = [thing for thing in vars(module).values() if inspect.isclass(thing)]
     methods = {}
@@ -100,7 +100,7 @@ def called_methods(module: ModuleType) -> dict[str, FunctionType]:
 
 
 def inherited_names(own_class: type) -> set[str]:
-    """Methods and attributes that a class defines, and private ones that it uses of itself."""
+    """Methods and attributes that a class defines, and private ones of `self` that it uses."""
     [definition] = ast.parse(textwrap.dedent(inspect.getsource(own_class))).body
     defined = {node.name for node in definition.body if isinstance(node, ast.FunctionDef)}
     defined |= {node.targets[0].id for node in definition.body if isinstance(node, ast.Assign)}
@@ -116,10 +116,10 @@ def inherited_names(own_class: type) -> set[str]:
 
 @cache
 def assigned_attributes(base: type) -> dict[str, set[str]]:
-    """Private attributes that a class of a library assigns, each with the methods that do."""
+    """Private attributes that a library's class assigns, each with the assigning methods."""
     try:
         [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-    except (OSError, TypeError):  # an enum, or a class that was made by a function
+    except (OSError, TypeError):  # an enum, or a class created by a function
         return {}
     assigned = defaultdict(set)
     for node in definition.body:
@@ -134,7 +134,7 @@ def assigned_attributes(base: type) -> dict[str, set[str]]:
 
 
 def found_signatures() -> dict[str, tuple[str, str]]:
-    """What we override, call or share, by our name for it: its signature, or who assigns it; and the library."""
+    """The signature (or the assigning methods) and the library of everything we override, call or share, by name."""
     classes, functions = own_classes_and_functions()
     found = {name: (signature(function), library_of(function)) for name, function in functions.items()}
     for own_class in classes.values():
@@ -160,25 +160,25 @@ def changes(found: dict[str, tuple[str, str]], recorded: dict[str, list[str]]) -
         if name not in found:
             installed = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
             messages.append(
-                f"{name}: recorded as {' or '.join(recorded[name])}, but nothing of {installed} has it any more. If "
-                f"it was renamed there, ours overrides nothing: follow it. If ours is gone, delete it in {RECORD.name}"
+                f"{name}: recorded as {' or '.join(recorded[name])}, but {installed} no longer have it. If it was "
+                f"renamed there, ours overrides nothing: rename ours. If ours is gone, delete it in {RECORD.name}"
             )
         elif found[name][0] not in recorded.get(name, []):
             signature, library = found[name]
             messages.append(
-                f"{name}: expected {' or '.join(recorded.get(name, ['nothing of that name']))}, but {library} "
-                f"{version(library)} has {signature}. Read what it does now, adapt ours, and add the line to "
+                f"{name}: expected {' or '.join(recorded.get(name, ['nothing with that name']))}, but {library} "
+                f"{version(library)} has {signature}. Read what it does now, adapt our code, and add the line to "
                 f"{RECORD.name}: {json.dumps(name)}: {json.dumps([*recorded.get(name, []), signature])}"
             )
     return messages
 
 
-def test_signatures_are_those_that_were_recorded():
+def test_signatures_match_the_record():
     messages = changes(found_signatures(), json.loads(RECORD.read_text()))
     assert not messages, "\n" + "\n".join(messages)
 
 
-def test_a_change_is_told(monkeypatch):
+def test_changes_are_reported(monkeypatch):
     recorded = json.loads(RECORD.read_text())
 
     def compute_loss(self, model, batch, weights=None): ...
@@ -200,8 +200,8 @@ def test_a_change_is_told(monkeypatch):
     diagnostics, rng_state, tokenize_prompts, compute_loss = told
     assert "ViCuRTrainer.compute_loss: expected (self, model, inputs, return_outputs=False" in compute_loss
     assert f"but trl {version('trl')} has (self, model, batch, weights=None). Read what it does now" in compute_loss
-    assert "ViCuRTrainer._save_rng_state: recorded as (self, output_dir), but nothing of trl" in rng_state
+    assert "ViCuRTrainer._save_rng_state: recorded as (self, output_dir), but trl" in rng_state
     assert "_tokenize_prompts: expected (self, prompts) -> 3 values, but trl" in tokenize_prompts
     assert "has (self, prompts) -> 4 values. Read what it does now" in tokenize_prompts
-    assert "ViCuRTrainer._diagnostics: expected nothing of that name, but trl" in diagnostics
+    assert "ViCuRTrainer._diagnostics: expected nothing with that name, but trl" in diagnostics
     assert "has assigned by DistillationTrainer.log. Read what it does now" in diagnostics

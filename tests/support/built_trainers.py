@@ -1,4 +1,4 @@
-"""Trainers that are built and never train."""
+"""Builds trainers without training them."""
 
 from tempfile import TemporaryDirectory
 
@@ -8,7 +8,7 @@ from tiny_models import make_processor, make_qwen3_vl, make_rows
 from trl_vicur import ViCuRConfig, ViCuRTrainer
 
 
-OUTPUT = TemporaryDirectory()  # a trainer makes its `output_dir` when it is built
+OUTPUT = TemporaryDirectory()  # a trainer creates its `output_dir` in its constructor
 
 
 def make_config(**arguments) -> ViCuRConfig:
@@ -26,7 +26,7 @@ def make_config(**arguments) -> ViCuRConfig:
 
 
 def build(dataset=None, eval_dataset=None, model=None, processor=None, teacher=None, peft_config=None, **arguments):
-    """Build a trainer; nothing is trained."""
+    """Build a trainer without training it."""
     return ViCuRTrainer(
         model=make_qwen3_vl() if model is None else model,
         teacher_model=teacher,

@@ -1,4 +1,4 @@
-"""Datasets large enough for their check to be remembered, and that check."""
+"""Datasets large enough for the row check to leave a receipt, and that check."""
 
 from built_trainers import make_config
 from datasets import Dataset, load_from_disk
@@ -12,7 +12,7 @@ COUNT = MIN_ROWS + 20
 
 
 def make_dataset(folder, bad=(), count: int = COUNT) -> Dataset:
-    """Rows on disk, as any large dataset."""
+    """Rows on disk, like any large dataset."""
     rows = [{**row, "images": [make_image(0, (8, 8))]} for row in make_rows(count)]
     for number in bad:
         rows[number]["cue"] = ""

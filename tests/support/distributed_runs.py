@@ -1,11 +1,11 @@
 """
-What tests/trainer/test_many_processes.py trains, in one process or, by `accelerate launch`, in several:
+The training runs of tests/trainer/test_many_processes.py, in one process or, with `accelerate launch`, in several:
 
     accelerate launch ... tests/support/distributed_runs.py MODELS OUTPUT --runs NAME ... [--batch_size N]
 
-Rollouts are greedy, so that all ways to train have the same completions. Each run saves the model and its logs; one
-with checkpoints is trained a second time, from the first of them. A name that ends in "-bf16" is that run with
-`bf16=True`; it saves the dtypes that it saw, too.
+Rollouts are greedy, so all setups sample the same completions. Each run saves the model and its logs; a run with
+checkpoints is then resumed from its first one. A name that ends in "-bf16" is that run with `bf16=True`, which also
+saves the dtypes that occurred.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
 IS_SHARDED = bool({"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys())
 ADAPTER = dict(layer_interval=1, r=2)
 EVERYTHING = dict(layer_interval=1, train_base=True)
-# FSDP2 resumes no optimizer without a state. With such an epsilon, Adam follows the gradients
+# FSDP2 cannot resume an optimizer without state. With this epsilon, Adam's updates are proportional to the gradients
 RESUMED = dict(save_strategy="steps", save_steps=1, optim="adamw_torch", adam_epsilon=1.0)
 # Student, options of its adapter, options of the trainer
 RUNS = {
@@ -44,8 +44,8 @@ RUNS = {
 
 def make_rows(count: int, videos: bool) -> list[dict]:
     """
-    Of every four rows two have an image, in turn the first two and the last two: one process has only text. With
-    `videos` the first of each two has a video in its place.
+    Two of every four rows have an image, alternately the first two and the last two, so one process has only text.
+    With `videos`, the first of the two has a video instead.
     """
     rows = []
     for i in range(count):
@@ -67,10 +67,10 @@ BF16 = "-bf16"
 
 class WatchedTrainer(ViCuRTrainer):
     """
-    Notes the dtypes of what decoder layers compute, and of what is compared, in inputs and loss.
+    Records the dtypes that decoder layers compute in, and those of the compared values in inputs and loss.
 
-    In bfloat16 rounding decides between tokens that are about as likely. So what each row's rollout says is replaced
-    by what its prompt determines.
+    In bfloat16, rounding decides between tokens of nearly equal probability. So each row's completion is replaced by
+    one that its prompt determines.
     """
 
     def __init__(self, *args, **kwargs):
@@ -113,7 +113,7 @@ def train(name: str, models: Path, output_dir: Path, batch_size: int) -> None:
         use_cpu=not IS_SHARDED,
         gradient_checkpointing=False,
         shuffle_dataset=False,
-        # Follows the gradients, where Adam would make much of rounding errors
+        # Updates are proportional to the gradients; Adam would amplify rounding errors
         optim="sgd",
         learning_rate=1.0,
         lr_scheduler_type="constant",
@@ -142,19 +142,19 @@ def train(name: str, models: Path, output_dir: Path, batch_size: int) -> None:
         trainer.train(resume_from_checkpoint=str(output_dir / "checkpoint-1"))
     trainer.save_model()
     if not IS_SHARDED and adapter == ADAPTER:
-        assert "inputs" not in vars(trainer._blank_image_row), "a frozen, whole vision tower needs no blank image"
+        assert "inputs" not in vars(trainer._blank_image_row), "a frozen, unsharded vision tower needs no blank image"
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "loss" in log]
         (output_dir / "logs.json").write_text(json.dumps(logs))
         if is_bf16:
-            assert not trainer.is_rounded, "every loss is a value of bfloat16"
+            assert not trainer.is_rounded, "every loss is representable in bfloat16"
             (output_dir / "dtypes.json").write_text(
                 json.dumps({key: sorted(trainer.seen[key]) for key in trainer.seen})
             )
 
 
-def let_cpus_stand_for_gpus() -> None:
-    """Accelerate has FSDP and DeepSpeed for GPUs only, though both run on CPUs, over gloo."""
+def pretend_that_cpus_are_gpus() -> None:
+    """Accelerate enables FSDP and DeepSpeed on GPUs only, although both run on CPUs over gloo."""
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda state: setattr(state, "device", torch.device("cpu"))
     training_args.is_torch_bf16_gpu_available = lambda: True
@@ -163,7 +163,7 @@ def let_cpus_stand_for_gpus() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if IS_SHARDED:
-        let_cpus_stand_for_gpus()
+        pretend_that_cpus_are_gpus()
     parser = argparse.ArgumentParser()
     parser.add_argument("models", type=Path)
     parser.add_argument("output", type=Path)

@@ -1,10 +1,10 @@
-"""Pages as a browser reads them."""
+"""HTML pages, parsed as a browser does."""
 
 from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: elements with their attributes, and the text of each card."""
+    """Elements of a page with their attributes, and the text of each card."""
 
     def __init__(self, html):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A small Hub on localhost: as much of its HTTP API as creating, uploading to and downloading from a model needs."""
+"""A small Hub on localhost: the parts of its HTTP API that create, upload to and download from a model repository."""
 
 import base64
 import fnmatch
@@ -14,7 +14,7 @@ COMMIT = "0" * 40
 
 
 def is_ignored(path: str, gitignore: str) -> bool:
-    """Whether the Hub leaves a file out because of the `.gitignore`: names of files, and of folders with a slash."""
+    """Whether `.gitignore` excludes a file from an upload. Lines are names of files, or of folders with a slash."""
     parts = path.split("/")
     return any(
         any(fnmatch.fnmatch(part, line.rstrip("/")) for part in (parts[:-1] if line.endswith("/") else parts))

@@ -1,7 +1,7 @@
 """
-A small OpenAI-compatible server whose behaviour a test chooses.
+A small OpenAI-compatible server whose replies the test determines.
 
-    python tests/support/openai_server.py PORT LATENCY_SECONDS   # as a process of its own
+    python tests/support/openai_server.py PORT LATENCY_SECONDS   # in its own process
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Reply:
-    """What the server sends: a status, a body and its type."""
+    """A reply of the server: status, body and content type."""
 
     def __init__(
         self, body: Any, status: int = 200, content_type: str = "application/json", headers: dict | None = None
@@ -26,7 +26,7 @@ class Reply:
 
 
 def completion(text: str | None, finish_reason: str = "stop", num_tokens: int | None = None, **message) -> Reply:
-    """A chat completion with the text, and with its number of tokens if that is given."""
+    """A chat completion with this text and, if given, its number of tokens."""
     message = {"role": "assistant", "content": text, **message}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
@@ -47,7 +47,7 @@ class OpenAIServer:
 
     Args:
         reply (`Callable[[dict], Reply]`):
-            Makes the reply to a request's payload. It may sleep, to simulate latency.
+            Returns the reply to a request's payload. It may sleep to simulate latency.
     """
 
     def __init__(self, reply: Callable[[dict], Reply], port: int = 0):
@@ -88,7 +88,7 @@ class OpenAIServer:
             def handle(self):
                 try:
                     super().handle()
-                except ConnectionError:  # the client has given up, as it may
+                except ConnectionError:  # the client timed out, which tests provoke
                     pass
 
         ThreadingHTTPServer.request_queue_size = 128

@@ -1,4 +1,4 @@
-"""The modules of trl_vicur, as the tests of its couplings with other libraries go through them."""
+"""The modules of trl_vicur that the tests of its couplings with other libraries inspect."""
 
 import importlib
 import pkgutil
@@ -8,11 +8,11 @@ from types import ModuleType
 import trl_vicur
 
 
-WITH_PACKAGES_OF_THEIR_OWN = ("vllm", "lmms_eval")  # tested against these, by `.ci/vllm` and `.ci/lmms_eval`
+IN_OTHER_ENVIRONMENTS = ("vllm", "lmms_eval")  # tested by `.ci/vllm` and `.ci/lmms_eval`
 
 
 def own_modules() -> Iterator[ModuleType]:
-    """All modules that import where the packages of `.ci/vllm` and `.ci/lmms_eval` are not installed."""
+    """All modules that can be imported without vLLM and lmms-eval."""
     for info in pkgutil.walk_packages(trl_vicur.__path__, "trl_vicur."):
-        if info.name.split(".")[1] not in WITH_PACKAGES_OF_THEIR_OWN:
+        if info.name.split(".")[1] not in IN_OTHER_ENVIRONMENTS:
             yield importlib.import_module(info.name)

@@ -1,7 +1,7 @@
 """
-A small server that speaks what [`TeacherServer`] needs of vLLM's API, and computes it with a transformers model.
+A small server with the part of vLLM's API that [`TeacherServer`] uses, computed by a transformers model.
 
-What the real one answers to the same requests is tested in vllm_plugin/test_served_teacher.py.
+vllm_plugin/test_served_teacher.py tests that vLLM's own server gives the same answers.
 """
 
 import base64
@@ -21,7 +21,7 @@ Answer = tuple[int, Any]
 
 class ScoringServer:
     """
-    Serves a tiny Qwen-VL model on localhost, as a context.
+    Context manager that serves a tiny Qwen-VL model on localhost.
 
     Args:
         model (`torch.nn.Module`):
@@ -29,15 +29,15 @@ class ScoringServer:
         processor ([`~transformers.ProcessorMixin`]):
             Its processor.
         name (`str`, *optional*, defaults to `"me/teacher"`):
-            Name that it is served by.
+            Name under which it is served.
         max_model_len (`int`, *optional*, defaults to `2048`):
-            Most tokens of a request.
+            Maximum number of tokens in a request.
         max_logprobs (`int`, *optional*, defaults to `20`):
-            Most log-probabilities for a token.
+            Maximum number of log-probabilities for each token.
         tamper (`Callable[[str, Answer], Answer]`, *optional*):
-            Changes the answers: gets the path, and the status with the body.
+            Modifies the answers: receives the path, and the status with the body.
         port (`int`, *optional*):
-            Port to listen on; by default any that is free.
+            Port to listen on; by default any free one.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ScoringServer:
                 self.answer(None if reply is None else lambda: reply(body))
 
             def answer(self, reply: Callable[[], Answer] | None) -> None:
-                if server.is_closed:  # but for this connection, which was kept
+                if server.is_closed:  # except for this connection, which was kept alive
                     self.close_connection = True
                     return
                 with lock:
@@ -119,7 +119,7 @@ class ScoringServer:
         return 200, {"prompt": self.processor.tokenizer.decode(body["tokens"])}
 
     def generate(self, body: dict) -> Answer:
-        """The log-probabilities of the prompt's tokens, after each image has its visual tokens."""
+        """The log-probabilities of the prompt's tokens, with each image expanded into its visual tokens."""
         self.requests.append(body)
         top_k = body["sampling_params"]["prompt_logprobs"]
         if top_k > self.max_logprobs:

@@ -1,4 +1,4 @@
-"""Generators that answer what a test's function returns, without a model."""
+"""Generators without a model: a function of the test returns the replies."""
 
 from openai_server import question_of
 
@@ -6,7 +6,7 @@ from trl_vicur.generation import ChatResponse
 
 
 class ScriptedGenerator:
-    """Answers with what `reply` makes of a request's number and messages, and dies before request `die_at`."""
+    """Answers `reply(number, messages)` to each request, and is interrupted before request `die_at`."""
 
     def __init__(self, reply, die_at=None, **settings):
         self.settings = {"generator": "scripted", "temperature": 1.0, **settings}
@@ -34,7 +34,7 @@ def text_of(messages):
 
 
 class ScriptedCueGenerator:
-    """Replies what `reply` makes of a question and its images; an exception that it raises fails the row."""
+    """Answers `reply(question, images)` to each request; an exception in `reply` fails the row."""
 
     def __init__(self, reply=lambda question, images: f"evidence for {question}", **settings):
         self.settings = {"generator": "scripted", "model": "m", "temperature": 0.0, **settings}

@@ -1,4 +1,4 @@
-"""Training with a teacher on a server and with the same teacher in this process."""
+"""Training with a teacher on a server, compared with the same teacher in this process."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def make_rows(count: int = 8) -> list[dict]:
 
 
 def make_trainer(output_dir: Path, processor, teacher_model=None, **options) -> ViCuRTrainer:
-    """A trainer of an adapter, whose completions depend on nothing but its seed."""
+    """A trainer of an adapter whose completions depend only on its seed."""
     defaults = dict(
         output_dir=str(output_dir),
         bf16=False,
@@ -52,7 +52,7 @@ def make_trainer(output_dir: Path, processor, teacher_model=None, **options) -> 
 
 
 def train(trainer: ViCuRTrainer) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """What is logged of each step, and the trained weights."""
+    """The logs of each step and the trained weights."""
     trainer.train()
     names = ("loss", "grad_norm", "entropy", "logprob_gap/mean", "logprob_gap/segment_4")
     logs = [{name: log[name] for name in names} for log in trainer.state.log_history if "loss" in log]
@@ -60,7 +60,7 @@ def train(trainer: ViCuRTrainer) -> tuple[list[dict], dict[str, torch.Tensor]]:
 
 
 def assert_trains_as_with_local_teacher(url: str, teacher: torch.nn.Module, processor, output_dir: Path, **options):
-    """Three steps on the scores of the server are those with the teacher in this process, in float32."""
+    """Three steps with the server's scores equal those with the teacher in this process, in float32."""
     served = make_trainer(output_dir, processor, teacher_model_server_url=url, **options)
     served_logs, served_weights = train(served)
     local_logs, local_weights = train(make_trainer(output_dir, processor, teacher_model=teacher, **options))

@@ -63,7 +63,7 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def family_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
-    """The byte-level tokenizer with a family's own special tokens, as attributes where they have one."""
+    """The byte-level tokenizer with a family's special tokens, also set as attributes where the tokenizer has them."""
     return PreTrainedTokenizerFast(
         tokenizer_object=make_tokenizer().backend_tokenizer,
         pad_token="<|endoftext|>",
@@ -74,13 +74,13 @@ def family_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
 
 
 def chat_template(image: str, video: str = "<video>") -> str:
-    """The ChatML template with a family's placeholders of an image and a video."""
+    """The ChatML template with a family's placeholders for images and videos."""
     template = CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image)
     return template.replace("<|vision_start|><|video_pad|><|vision_end|>", video)
 
 
 def build(model_type: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **config) -> PreTrainedModel:
-    """A model of the config, in float32 and evaluation mode, whose text ends as the tokenizer's does."""
+    """A model of the config in float32 and evaluation mode, with the tokenizer's end token."""
     config["text_config"] = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -148,7 +148,7 @@ def make_qwen3_vl_moe() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def make_qwen3_5(model_type: str = "qwen3_5", **text_config) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Three layers of linear attention (Gated DeltaNet) to one of full attention."""
+    """Three layers of linear attention (Gated DeltaNet) for each layer of full attention."""
     processor = make_processor()
     model = build(
         model_type,
@@ -288,7 +288,7 @@ def make_llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def make_gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Sliding attention in three layers of four, and tokens of one image that see each other both ways."""
+    """Sliding attention in three of four layers, and bidirectional attention among the tokens of an image."""
     tokenizer = family_tokenizer(
         image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>"
     )
@@ -324,7 +324,7 @@ def make_gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def make_gemma4() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The last two of six layers read keys and values of the layers before."""
+    """The last two of six layers reuse keys and values of earlier layers."""
     tokenizer = family_tokenizer(
         image_token="<|image|>",
         boi_token="<|image>",
@@ -444,7 +444,7 @@ def make_internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def make_lfm2_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Short convolutions in place of attention in three layers of four."""
+    """Short convolutions instead of attention in three of four layers."""
     tokenizer = family_tokenizer(
         image_token="<image>",
         image_start_token="<|image_start|>",
@@ -494,11 +494,11 @@ FAMILIES: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "lfm2_vl": make_lfm2_vl,
 }
 
-# Not marked as slow: the family of the other tests, and the one that differs most from it
+# Not marked as slow: the family that most other tests use, and the one that differs most from it
 QUICK = ("qwen3_vl", "gemma4")
 
 
 def each_of(families: Iterable[str]) -> pytest.MarkDecorator:
-    """Parametrizes a test by `family`."""
+    """Parametrizes a test over `family`."""
     slow = pytest.mark.slow
     return pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else slow) for f in families])

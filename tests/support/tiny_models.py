@@ -67,7 +67,7 @@ def make_processor() -> Qwen3VLProcessor:
 
 
 def make_qwen2_5_processor() -> Qwen2_5_VLProcessor:
-    """The same for Qwen2.5-VL, with patches of 14 pixels."""
+    """The same for Qwen2.5-VL, whose patches have 14 pixels."""
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 112 * 112}),
         tokenizer=make_tokenizer(),
@@ -167,7 +167,7 @@ def _set_end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) 
 
 
 def make_image(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """An image of noise, different for each seed."""
+    """An image of noise that depends on the seed."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator)
     return Image.fromarray(pixels.numpy())
@@ -206,7 +206,7 @@ def with_completion(inputs, completion_ids):
 
 
 def make_rows(count: int) -> list[dict]:
-    """Dataset rows of one question about one image, with cue and answer."""
+    """Dataset rows with one question about one image, a cue and an answer."""
     return [
         {
             "prompt": [{"role": "user", "content": f"What is in picture {i}?"}],
@@ -219,7 +219,7 @@ def make_rows(count: int) -> list[dict]:
 
 
 def randomize(model: torch.nn.Module, seed: int = 1, std: float = 0.3) -> torch.nn.Module:
-    """Give the adapter's zero-initialized weights values, so that it changes the outputs."""
+    """Randomize the adapter's zero-initialized weights, so that it changes the outputs."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import CueRecoveryLayer
 
 
-# The last one closes the user's turn where there is no system prompt, so it has seen the question
+# Without a system prompt, the last one ends the user's turn, so it has seen the question
 SINKS = ["first", "<|im_start|>", "<|im_end|>"]
 
 

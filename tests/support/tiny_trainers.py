@@ -1,4 +1,4 @@
-"""Short training runs of tiny models on mixed rows, and what the tests read of them."""
+"""Short training runs of tiny models on mixed rows, and helpers that read their results."""
 
 import torch
 from datasets import Dataset
@@ -91,7 +91,7 @@ def logprobs_alone(model, processor, row, hint, completion):
 
 
 class count_encoded_images:
-    """Counts, for as long as it is active, the images that a model's vision tower sees."""
+    """Context manager that counts the images that a model's vision tower encodes."""
 
     def __init__(self, model):
         self.tower = get_backbone(model).visual
