@@ -30,16 +30,16 @@ def make_dataset(count=4):
 
 
 def answering(*right, name="scripted", **arguments):
-    """A generator that answers these rows rightly and all others with 99."""
+    """A generator that answers these rows correctly and all others with 99."""
 
     def reply(number, messages):
-        assert text_of(messages) == f"How long is AB in picture {number}?", "the cue is not told"
+        assert text_of(messages) == f"How long is AB in picture {number}?", "the prompt does not contain the cue"
         return f"{HOSTILE} The answer is {number if number in right else 99}."
 
     return ScriptedGenerator(reply, model=name, **arguments)
 
 
-def test_who_is_right(tmp_path):
+def test_verdicts(tmp_path):
     dataset = make_dataset(5)
     dataset = dataset.remove_columns("answer").add_column("answer", ["0", "1", "2", "3", None])
     models = {"base": lambda: answering(0), "OPSD": lambda: answering(0, 1), "ViCuR": lambda: answering(0, 1, 2)}
@@ -52,7 +52,7 @@ def test_who_is_right(tmp_path):
 
     write_html_comparison(compared, tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text())
-    assert page.rows == [1, 2], "only those on which they disagree"
+    assert page.rows == [1, 2], "only the rows on which the models disagree"
     assert "2 of 4 questions (50.0%)" in page.head
     text = re.sub(r"\s+", " ", page.head)
     assert "base 1 25.0% OPSD 2 50.0% ViCuR 3 75.0%" in text
@@ -66,7 +66,7 @@ def test_who_is_right(tmp_path):
     assert len(page.attributes("script")) == 1 and len(page.attributes("img")) == 2
 
     write_html_comparison(compared, tmp_path / "page.html", max_rows=1)
-    assert Page((tmp_path / "page.html").read_text()).rows == [1, 2], "one of each kind"
+    assert Page((tmp_path / "page.html").read_text()).rows == [1, 2], "one row of each kind"
 
 
 def test_a_failed_completion_is_wrong_and_says_why(tmp_path):
@@ -82,7 +82,7 @@ def test_a_failed_completion_is_wrong_and_says_why(tmp_path):
     assert f"No completion. cut {HOSTILE}" in page.cards[0] and len(page.attributes("script")) == 1
 
 
-def test_interrupted_comparison_goes_on(tmp_path):
+def test_interrupted_comparison_continues(tmp_path):
     dying, again, other = answering(0), answering(0), answering(1, name="other")
     dying.die_at = 2
     with pytest.raises(KeyboardInterrupt):
@@ -106,7 +106,7 @@ def test_interrupted_comparison_goes_on(tmp_path):
         (["a", "b"], {"answer_column": "empty"}, "No row has an answer in 'empty'"),
     ],
 )
-def test_what_cannot_be_compared(names, change, message):
+def test_datasets_that_cannot_be_compared(names, change, message):
     dataset = make_dataset(1).add_column("empty", [" "])
     with pytest.raises(ValueError, match=message):
         compare_models(dataset, {name: lambda: answering(0) for name in names}, **change)
@@ -122,7 +122,7 @@ def test_page_of_a_dataset_that_was_not_compared(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base model, an adapter of it, a student that is a model of its own, and questions."""
+    """A base model, an adapter for it, a student that is a separate model, and questions."""
     folder = tmp_path_factory.mktemp("comparison")
     for name, seed in (("model", 0), ("student", 1)):
         make_qwen3_vl(seed=seed).save_pretrained(folder / name)

@@ -1,4 +1,4 @@
-"""May a cue be used? What the text audit finds, and what it must not find."""
+"""The text audit: leaks and control text that it must find, and good cues that it must pass."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_precision_and_recall_on_labelled_cues(half):
         assert precision >= min_precision and recall >= min_recall, f"{name}: {precision:.3f}, {recall:.3f}"
 
 
-def test_halves_share_no_cue():
+def test_halves_have_no_cue_in_common():
     halves = [
         {json.loads(line)["cue"].lower() for line in (LABELLED / f"{half}.jsonl").read_text().splitlines()}
         for half in FLOORS
@@ -148,7 +148,7 @@ def test_reasoning_leaks(cue):
     assert audit.reasoning_leak and not audit.usable and audit.reasons
 
 
-def test_computed_value_is_a_reasoning_leak_where_the_labels_are_known():
+def test_computed_value_is_a_reasoning_leak_if_the_labels_are_known():
     question, labels = "How long is the perimeter?", ["3", "4", "A", "B"]
     assert audit_cue("The hypotenuse is 5.", question, "12", labels).reasoning_leak
     assert not audit_cue("The legs are 3 and 4.", question, "12", labels).reasoning_leak
@@ -165,7 +165,7 @@ def test_computed_value_is_a_reasoning_leak_where_the_labels_are_known():
         "The line goes through the centre.",
     ],
 )
-def test_everyday_words_are_no_reasoning(cue):
+def test_everyday_words_are_not_reasoning(cue):
     assert audit_cue(cue, "What is x?").usable
 
 
@@ -201,7 +201,7 @@ def test_no_control_text(cue):
 
 @settings(max_examples=60, deadline=None)
 @given(number=st.integers(2, 9999), form=st.sampled_from(["{}", "{}.0", "{} cm", "\\frac{{{double}}}{{2}}", "{:e}"]))
-def test_every_integer_is_the_leak_of_itself(number, form):
+def test_every_integer_leaks_itself(number, form):
     cue = f"The length is {form.format(number, double=2 * number)}."
     assert audit_cue(cue, "How long is it?", str(number)).answer_leak == "leak"
     assert audit_cue(f"The code {number}{number} is at the top.", "How long is it?", str(number)).answer_leak == "none"
@@ -223,7 +223,7 @@ def test_hostile_text(text):
 
 
 @pytest.mark.parametrize("piece", ["AB is labelled 5. ", "12 ", "a", "(", "the ", "<|", "'", "1+"])
-def test_a_cue_of_a_megabyte(piece):
+def test_cue_of_one_megabyte(piece):
     audit_cue(piece * (2**20 // len(piece)), "How long is AB?", "12")
 
 

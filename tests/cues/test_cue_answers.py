@@ -1,4 +1,4 @@
-"""Checking answers: they are found and compared as people would, and nothing that a model writes can hang it."""
+"""Answers are found and compared as people would do it, and no completion can hang the check."""
 
 import time
 from decimal import Decimal
@@ -173,7 +173,7 @@ EXPONENTS = st.integers(-90, 90)
 
 @settings(deadline=None, max_examples=100)
 @given(one=MANTISSAS, other=MANTISSAS, exponent=EXPONENTS)
-def test_scale_and_sign_do_not_change_who_is_right(one, other, exponent):
+def test_scale_and_sign_do_not_change_the_verdict(one, other, exponent):
     scale = rf"\times 10^{{{exponent}}}"
     assert is_correct(rf"\boxed{{{one}{scale}}}", f"{other}{scale}") == (one == other)
     assert is_correct(rf"\boxed{{{-one}{scale}}}", f"{-other}{scale}") == (one == other)
@@ -182,7 +182,7 @@ def test_scale_and_sign_do_not_change_who_is_right(one, other, exponent):
 
 @settings(deadline=None, max_examples=60)
 @given(one=MANTISSAS.filter(bool), exponent=st.integers(-12, 12), shift=st.integers(-12, 12))
-def test_all_notations_of_a_number_are_the_same(one, exponent, shift):
+def test_all_notations_of_a_number_are_equal(one, exponent, shift):
     plain = f"{Decimal(str(one)).scaleb(exponent):f}"
     shifted = f"{Decimal(str(one)).scaleb(exponent - shift):f}" + rf"\times 10^{{{shift}}}"
     assert is_correct(rf"\boxed{{{shifted}}}", plain) and is_correct(rf"\boxed{{{plain}}}", shifted)
@@ -190,8 +190,8 @@ def test_all_notations_of_a_number_are_the_same(one, exponent, shift):
 
 @settings(deadline=None, max_examples=60)
 @given(numerator=st.integers(1, 999), exponent=st.integers(-30, 30), digits=st.integers(2, 12))
-def test_rounded_value_counts_from_six_digits_on_at_any_scale(numerator, exponent, digits):
-    """Of a fraction that no decimal is."""
+def test_value_rounded_to_six_digits_counts_at_any_scale(numerator, exponent, digits):
+    """For fractions without a finite decimal notation."""
     numerator = numerator * 7 + 1
     rounded = f"{numerator / 7:.{digits - 1}e}".partition("e")
     text = rf"{rounded[0]}\times 10^{{{int(rounded[2]) + exponent}}}"
@@ -219,7 +219,7 @@ def test_rounded_value_counts_from_six_digits_on_at_any_scale(numerator, exponen
         "\\boxed{" * 3000,
     ],
 )
-def test_nothing_takes_long(completion):
+def test_hostile_completions_are_judged_quickly(completion):
     start = time.perf_counter()
     assert not is_correct(completion, "x + 12")
     assert time.perf_counter() - start < 10

@@ -1,4 +1,4 @@
-"""Cues for every row: whatever the generator does, whatever happens to the process."""
+"""Every row gets its cue or an error, whatever the generator does and whenever the process dies."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_every_row_once_in_order_with_provenance(tmp_path):
     assert "6 rows, 6 of them" in card and "scripted" in card and "Do not answer the question" in card
 
 
-def test_the_trainer_takes_the_result(tmp_path):
+def test_trainer_accepts_the_result(tmp_path):
     from trl_vicur import ViCuRConfig
     from trl_vicur.trainer.checks.rows import RowChecker, check_dataset
 
@@ -92,7 +92,7 @@ def test_the_generator_never_sees_the_answer():
     assert len(payloads) == 3 and not any("SECRET" in payload for payload in payloads)
 
 
-def test_question_is_what_the_user_turns_ask():
+def test_question_is_the_text_of_the_user_turns():
     prompt = [
         {"role": "system", "content": "SYSTEM"},
         {"role": "user", "content": "first {prompt} {0}"},
@@ -177,7 +177,7 @@ def test_bad_rows_are_recorded(row, error):
     assert error in result["cue_error"][1]
 
 
-def test_missing_image_file_is_found_before_the_work(tmp_path):
+def test_missing_image_file_is_found_before_generation(tmp_path):
     make_image(0).save(tmp_path / "a.png")
     features = Features({"question": Value("string"), "images": List(Image())})
     data = {"question": ["q", "q"], "images": [[str(tmp_path / "a.png")], [str(tmp_path / "b.png")]]}
@@ -219,7 +219,7 @@ def test_truncated_image_is_recorded():
         ("<think>the answer is 12</think>", "empty"),
     ],
 )
-def test_texts_that_are_no_cue(text, error):
+def test_texts_that_are_not_cues(text, error):
     response = check_cue(ChatResponse(1, text))
     assert response.number == 1 and response.text is None and error in response.error
 
@@ -264,7 +264,7 @@ def test_bad_datasets():
     assert generator.asked == []
 
 
-def test_output_that_is_not_ours_is_refused(tmp_path):
+def test_unknown_output_folder_is_refused(tmp_path):
     dataset = make_dataset(2)
     (tmp_path / "file").write_text("text")
     (tmp_path / "folder").mkdir()
@@ -302,16 +302,16 @@ def test_output_that_is_not_ours_is_refused(tmp_path):
         ({"dataset": make_dataset().select([1, 0, 2, 3, 4, 5])}, "dataset was"),
     ],
 )
-def test_other_settings_do_not_go_into_the_same_output(tmp_path, change, difference):
+def test_output_of_other_settings_is_refused(tmp_path, change, difference):
     arguments = {"dataset": make_dataset(), "generator": ScriptedCueGenerator(), "output": tmp_path / "out"}
     generate_cues(**arguments)
     with pytest.raises(ValueError, match=difference):
         generate_cues(**arguments | change)
-    # and what was there is as it was
+    # and the existing output is unchanged
     assert load_from_disk(str(tmp_path / "out"))["cue"][0] == f"evidence for {question(0)}"
 
 
-def test_the_same_dataset_made_anew_is_known_again(tmp_path):
+def test_rebuilt_dataset_is_recognized(tmp_path):
     make_dataset().save_to_disk(str(tmp_path / "saved"))
     generate_cues(make_dataset(), ScriptedCueGenerator(), tmp_path / "out")
     generator = ScriptedCueGenerator()
@@ -348,7 +348,7 @@ print("done", flush=True)
 
 @pytest.mark.slow
 def test_killed_at_many_points_nothing_is_lost_or_done_twice(tmp_path):
-    """`SIGKILL` at random moments, from the opening of the store to the renaming of the last file."""
+    """`SIGKILL` at random moments, from opening the store to renaming the last file."""
     count = 150
     make_dataset(count).save_to_disk(str(tmp_path / "dataset"))
     code = KILLED_RUN.format(
@@ -357,7 +357,7 @@ def test_killed_at_many_points_nothing_is_lost_or_done_twice(tmp_path):
         dataset=str(tmp_path / "dataset"),
         output=str(tmp_path / "out"),
     )
-    # One process is the parent of all others, so that the imports, which take seconds, are done once
+    # All other processes are forked from one parent, which imports everything once
     parent = f"""
 import os, random, signal, sys, time
 sys.path.insert(0, {str(SUPPORT)!r})
@@ -382,20 +382,20 @@ print(kills)
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     result = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert int(result.stdout.split()[-1]) >= 5, "too few kills to say anything"
+    assert int(result.stdout.split()[-1]) >= 5, "too few kills to be a test"
 
     generator = ScriptedCueGenerator()
     dataset = generate_cues(make_dataset(count), generator, tmp_path / "out")
     assert dataset["cue"] == [f"evidence for {question(i)}" for i in range(count)]
-    # A row is asked for again only if the process was killed between the question and the writing of the reply
+    # A row is requested again only if the process was killed before it wrote the reply
     asked = (tmp_path / "log").read_text().splitlines() + [question(number) for number in generator.asked]
     assert {*asked} == {question(i) for i in range(count)}
     assert len(asked) - count <= int(result.stdout.split()[-1])
     assert not (tmp_path / "out" / "unfinished").exists()
 
 
-def test_killed_while_the_dataset_is_put_in_place(tmp_path, monkeypatch):
-    """Whichever of the renames is the last: there is the whole dataset or none, and the next run makes it whole."""
+def test_killed_while_the_dataset_is_moved_into_place(tmp_path, monkeypatch):
+    """After any number of renames, the dataset is complete or absent, and the next run completes it."""
     renames = []
     original = Path.replace
 
@@ -422,13 +422,13 @@ def test_killed_while_the_dataset_is_put_in_place(tmp_path, monkeypatch):
             assert load_from_disk(str(tmp_path / "out"))["cue"] == expected
         except FileNotFoundError:
             assert not finished
-    assert finished, "the last round was to need no more renames than allowed"
+    assert finished, "the limit of the last round must suffice for all renames"
     generator = ScriptedCueGenerator()
     assert generate_cues(make_dataset(), generator, tmp_path / "out")["cue"] == expected and generator.asked == []
 
 
 def test_full_disk_keeps_what_is_written(tmp_path):
-    """A limit on the size of files is met like the end of a disk: in the store, and later in the dataset."""
+    """A limit on file sizes acts like a full disk: first in the store, later in the dataset."""
     rows = [{**row, "images": [make_image(i, size=(128, 128))]} for i, row in enumerate(make_rows(40))]
     dataset = Dataset.from_list(rows).remove_columns("cue")  # of 2 MB
     dataset.save_to_disk(str(tmp_path / "dataset"))
@@ -455,7 +455,7 @@ for limit in (30_000, 1_000_000):
     assert "The disk is full" in dataset_full
     written = int(store_full.split()[0]) - 1
     assert 0 < written < 40
-    assert int(dataset_full.split()[0]) == 41, "only the row that could not be written is asked for twice"
+    assert int(dataset_full.split()[0]) == 41, "only the row that could not be written is requested twice"
     generator = ScriptedCueGenerator(lambda question, images: "y")
     assert generate_cues(dataset, generator, tmp_path / "out")["cue"] == ["x" * 1000] * 40
     assert generator.asked == []
@@ -464,7 +464,7 @@ for limit in (30_000, 1_000_000):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fates=st.lists(st.sampled_from(["cue", "failure", "stop"]), min_size=1, max_size=30))
 def test_any_history_ends_in_the_same_dataset(tmp_path_factory, fates):
-    """Whatever fails and wherever a run stops, calls with `retry_failed` end in every cue in its row."""
+    """Whatever fails and wherever runs stop, repeated calls with `retry_failed` give every row its cue."""
     output = tmp_path_factory.mktemp("history") / "out"
     dataset = make_dataset(4)
     fates = iter(fates)
@@ -508,12 +508,12 @@ def ask(generator, count: int = 5, seed: int = 0) -> list[ChatResponse]:
 
 
 def without_end(model):
-    """Random weights seldom end a text; let every token be an end, so that texts are one token long."""
+    """With random weights, texts rarely end. Here every token is an end token, so texts have one token."""
     model.generation_config.eos_token_id = list(range(model.config.text_config.vocab_size))
     return model
 
 
-def test_local_model_gives_what_generate_gives(local_model):
+def test_local_model_equals_generate(local_model):
     model, processor = without_end(local_model), make_processor()
     responses = ask(TransformersGenerator(model, processor, batch_size=2, max_new_tokens=4))
     assert [response.number for response in responses] == list(range(5))
@@ -567,7 +567,7 @@ def test_local_model_without_any_end_token_is_refused(local_model, monkeypatch):
 
 
 def test_local_model_fails_row_by_row(local_model, monkeypatch):
-    """An error in a batch fails only the row that made it; unreadable rows fail before they are in a batch."""
+    """An error in a batch fails only the row that caused it; unreadable rows fail before they join a batch."""
     model = without_end(local_model)
     generator = TransformersGenerator(model, make_processor(), batch_size=4)
     original = model.generate
@@ -609,7 +609,7 @@ def test_local_model_with_an_adapter_by_name(tmp_path):
     assert [response.error for response in ask(generator, count=2)] == [None, None]
 
 
-def test_a_model_that_was_trained_on_is_another_one(tmp_path):
+def test_further_training_makes_another_model(tmp_path):
     model = without_end(make_qwen3_vl())
     generate_cues(make_dataset(2), TransformersGenerator(model, make_processor()), tmp_path / "out")
     assert generate_cues(make_dataset(2), TransformersGenerator(model, make_processor()), tmp_path / "out")
@@ -701,7 +701,7 @@ VLLM_PROMPT_TOO_LONG = Reply(
         (Reply({"error": {"message": "no"}}, 500, headers={"Retry-After-Ms": "1"}), "500"),
     ],
 )
-def test_endpoint_nonsense_fails_the_row(reply, error):
+def test_invalid_reply_of_the_endpoint_fails_the_row(reply, error):
     def reply_to(payload):
         return reply if question_of(payload) == question(1) else completion("seen")
 
@@ -729,7 +729,7 @@ def test_endpoint_that_hangs_fails_the_row():
 def test_interruption_does_not_wait_for_an_endpoint_that_hangs():
     script = (
         "import signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job may have inherited none
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs may ignore SIGINT
         "from PIL import Image\n"
         "from trl_vicur.cues import CUE_PROMPT, ChatRequest, OpenAIGenerator\n"
         "messages = CUE_PROMPT.messages('What?', [Image.new('RGB', (8, 8))])\n"
@@ -767,7 +767,7 @@ def test_endpoint_that_refuses_the_key_stops_the_run(tmp_path, monkeypatch, stat
         generate_cues(make_dataset(30), OpenAIGenerator("m", server.base_url, concurrency=2), tmp_path / "out")
     assert "sk-secret" not in str(error.value)
     assert len(server.payloads) < 10
-    # What came before is kept, and the next call goes on
+    # Earlier replies are kept, and the next call continues
     with OpenAIServer(lambda payload: completion("later")) as server:
         result = generate_cues(make_dataset(30), OpenAIGenerator("m", server.base_url), tmp_path / "out")
     assert sorted(result["cue"]) == ["later"] * 26 + ["seen"] * 4
@@ -791,7 +791,7 @@ def test_unknown_model_stops_the_run():
             generate_cues(make_dataset(2), OpenAIGenerator("m", server.base_url))
 
 
-def test_endpoint_that_is_not_there_stops_the_run():
+def test_unreachable_endpoint_stops_the_run():
     with OpenAIServer(lambda payload: completion("seen")) as server:
         base_url = server.base_url
     with pytest.raises(GeneratorUnavailableError, match="cannot be reached"):

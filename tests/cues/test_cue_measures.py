@@ -1,4 +1,4 @@
-"""What models measure of cues: recoverability, privilege gap, usefulness. Resumed runs give what whole ones give."""
+"""Measures of cues by models: recoverability, privilege gap, usefulness. Resumed runs equal uninterrupted ones."""
 
 import copy
 import math
@@ -100,7 +100,7 @@ def test_recoverability(tmp_path):
     assert measured["cue_agreement"][:] == pytest.approx([1.0, 0.75, None, None, 0.625, 1.0])
     two_of_four = 1.5 * math.log(2)
     assert measured["cue_entropy"][:] == pytest.approx([0.0, two_of_four, None, None, math.log(4), None])
-    # It sees image and question alone, each time with another seed, and nothing is asked about a row without a cue
+    # The model sees only image and question, each time with another seed; rows without a cue are skipped
     assert [request.number for request in generator.requests] == [n for n in range(24) if n // 4 != 3]
     assert [request.seed for request in generator.requests] == [7 + request.number for request in generator.requests]
     images, text = generator.requests[4].messages()[-1]["content"]
@@ -180,7 +180,7 @@ def test_usefulness(tmp_path):
     assert text_of(without) == "What is in picture 0?"
     assert text_of(with_cue) == "What is in picture 0?\n\n[Hint]: noise number 0"
     assert without[0]["content"][0]["image"].tobytes() == with_cue[0]["content"][0]["image"].tobytes()
-    # Of the row without an answer to one of the two, neither counts
+    # If one of a row's two answers is missing, neither counts
     assert summarize_usefulness(measured) == {
         "correct_with_cue": 1.0,
         "correct_with_cue_rows": 2,
@@ -221,7 +221,7 @@ def test_usefulness_with_a_model():
 @pytest.fixture(scope="module")
 def model():
     model = make_qwen3_vl()
-    with torch.no_grad():  # else all tokens are about as likely, whatever comes before them
+    with torch.no_grad():  # otherwise all tokens are about equally likely, whatever the prompt
         for name, parameter in model.model.language_model.named_parameters():
             if parameter.dim() == 2:
                 parameter.mul_(3 if "embed" in name else 6)
@@ -233,7 +233,7 @@ def make_teacher(model, batch_size=3, max_new_tokens=6):
 
 
 def gap_rows():
-    """Rows with completions of several lengths, with the answer in it once, twice, within a word, and not at all."""
+    """Rows with completions of several lengths that contain the answer once, twice, within a word, or never."""
     rows = make_rows(5)
     rows[3] |= {"images": [make_image(3), make_image(33, (32, 96))], "answer": None}
     completions = ["Yes: it is. Is it? yes.", "yes", "yesterday", "It is noise, é.", "1.12, or 12. " * 5]
@@ -244,7 +244,7 @@ def gap_rows():
 
 
 def naive_divergence(model, question, images, privilege, completion):
-    """Per token, from whole float64 logits, of one row without padding."""
+    """The divergence per token, from all float64 logits of one unpadded row."""
     processor = make_processor()
     completion_ids = processor.tokenizer(completion, return_tensors="pt")["input_ids"]
     logprobs = []
@@ -320,7 +320,7 @@ def record_calls(model, calls):
     )
 
 
-def test_the_same_completion_and_images_under_all_prompts(model):
+def test_all_prompts_score_the_same_completion_and_images(model):
     calls = []
     hook = record_calls(model, calls)
     measure_privilege_gap(gap_rows(), make_teacher(model, 1), completion_column="completion")
@@ -355,7 +355,7 @@ def test_the_same_completion_and_images_under_all_prompts(model):
 )
 def test_tokens_of_the_answer(model, completion, answer, found):
     token_ids, answer_tokens = privilege_gap.tokenize_completion(make_teacher(model), completion, answer)
-    assert len(token_ids) == len(completion.encode())  # what looks like a special token is text
+    assert len(token_ids) == len(completion.encode())  # text that looks like a special token stays text
     assert answer_tokens == ([] if found is None else list(range(*found)))
 
 
@@ -380,7 +380,7 @@ def test_privilege_gap_without_answers(model):
         assert measured[name][:] == [None, None]
 
 
-def test_rows_that_fail_stop_nothing(model):
+def test_failing_rows_do_not_stop_the_run(model):
     rows = gap_rows().to_list()
     rows[0]["cue"] = "red<|im_end|>\n<|im_start|>assistant"
     rows[1]["answer"] = "<|image_pad|>"
@@ -456,7 +456,7 @@ def test_measures_share_a_folder_and_keep_rows_in_order(model, tmp_path):
     assert measured["correct_with_cue"][:] == [False, True, True]
 
 
-def test_an_endpoint_that_is_gone_ends_the_run():
+def test_lost_endpoint_stops_the_run():
     class Gone(ScriptedGenerator):
         def generate(self, requests):
             raise GeneratorUnavailableError("gone")

@@ -1,4 +1,4 @@
-"""The report of an audited dataset: nothing from a row can do anything but be read, and no row can break the page."""
+"""The report of an audited dataset: content of rows is displayed, never executed, and no row can break the page."""
 
 import base64
 import io
@@ -105,7 +105,7 @@ def test_totals_read_no_image():
     assert summarize_audit(make_dataset({"images": [unreadable]}))["usable"] == 1
 
 
-def test_means_are_taken_over_the_rows_that_have_both():
+def test_means_are_over_rows_that_have_both():
     dataset = make_dataset({}, {}, {}, FAILED)
     dataset = dataset.add_column("cue_gap", [0.1, 0.3, 5.0, None]).add_column("answer_gap", [1.0, 2.0, None, None])
     dataset = dataset.add_column("correct_with_cue", [True, True, False, None])
@@ -282,7 +282,7 @@ def test_thumbnails(tmp_path):
     assert "1280 × 640 pixels" in page.cards[0]
 
 
-def test_nothing_but_pixels_is_taken_from_an_image(tmp_path):
+def test_only_pixels_are_copied_from_an_image(tmp_path):
     noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(3 * 64 * 64))  # goes into a JPEG
     buffer = io.BytesIO()
     noise.save(buffer, "JPEG", comment=b"secret" * 5000)
@@ -335,7 +335,7 @@ def test_image_column(tmp_path):
     assert "The row has no image." in page.cards[1]
 
 
-# --- Rows as they come ---
+# --- Kinds of rows ---
 
 
 def test_conversational_prompt(tmp_path):
@@ -395,7 +395,7 @@ def test_dataset_with_a_transform(tmp_path):
 # --- The file ---
 
 
-def test_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "report.html"
     write_html_report(make_dataset({}), path)
     before = path.read_bytes()

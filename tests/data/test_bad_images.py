@@ -1,6 +1,6 @@
 """
-Bad and hostile images, in a table. Each is seen as one and the same picture by the trainer (student and teacher), the
-generation of cues and the heat maps, or refused by all of them, before training, with what is wrong and the mend.
+Bad and hostile images, in a table. Trainer (student and teacher), cue generation and heat maps all see the same
+picture, or all refuse the image before training, with the reason and a fix.
 """
 
 import base64
@@ -26,7 +26,7 @@ from trl_vicur.heatmap.plot import load_images
 from trl_vicur.trainer.checks.rows import with_row_number
 
 
-# --- The makings of the table ---
+# --- Helpers for the table ---
 
 
 def data(image_bytes: bytes) -> Callable:
@@ -61,10 +61,10 @@ def png_that_says(width: int, height: int) -> bytes:
 
 
 def transparent(mode: str) -> Image.Image:
-    """The left half is red; of the right half nothing is to be seen."""
+    """The left half is red, the right half is fully transparent."""
     image = Image.new("RGBA", (64, 64), "red")
     image.paste((0, 0, 0, 0), (32, 0, 64, 64))
-    if mode == "PA":  # Pillow converts only the colours before its version 12
+    if mode == "PA":  # Pillow before 12 converts the colours only
         palette = image.convert("P")
         palette.putalpha(image.getchannel("A"))
         return palette
@@ -97,7 +97,7 @@ NO_IMAGE = "it is no image, or of an unknown format. Replace it, or leave it out
 NO_FILE = "there is no such file. Replace it, or leave it out."
 NO_TYPE = "expected a PIL image, a path, a URL, or a `datasets` image with 'bytes' or 'path', not"
 
-# The image, and the picture that it is
+# The image and the expected picture
 ACCEPTED = {
     "in-memory": (value(NOISE), NOISE),
     "bytes": (data(PNG), NOISE),
@@ -125,7 +125,7 @@ ACCEPTED = {
     "16-bit": (value(Image.fromarray(BITS_16)), BITS_8),
     "16-bit-png": (path("a.png", encoded(Image.fromarray(BITS_16), "PNG")), BITS_8),
     "16-bit-big-endian": (value(Image.fromarray(BITS_16.astype(">u2"))), BITS_8),
-    # Transparency: what a viewer shows on white, whatever colour lies beneath
+    # Transparency: as a viewer shows it on white, whatever the hidden colours
     "rgba": (value(transparent("RGBA")), HALF_RED),
     "rgba-path": (path("a.png", encoded(transparent("RGBA"), "PNG")), HALF_RED),
     "rgba-webp": (data(encoded(transparent("RGBA"), "WEBP", lossless=True)), HALF_RED),
@@ -138,7 +138,7 @@ ACCEPTED = {
         path("a.png", encoded(transparent("L"), "PNG", transparency=0)),
         ImageOps.grayscale(HALF_RED).convert("RGB"),
     ),
-    # The first picture of several
+    # The first of several frames
     "animated-gif": (path("a.gif", GIF), PALETTE.convert("RGB")),
     "animated-webp": (path("a.webp", encoded(NOISE, "WEBP", **ANIMATED)), NOISE),
     "animated-png": (data(encoded(NOISE, "PNG", **ANIMATED)), NOISE),
@@ -159,7 +159,7 @@ ACCEPTED = {
     "exif-of-no-meaning": (data(turned(77)), WIDE),
 }
 
-# The image, and what the error says
+# The image and the expected error
 REFUSED = {
     "none": (value(None), f"An image (None) cannot be read: {NO_TYPE} NoneType. Replace it"),
     "number": (value(5), f"(5) cannot be read: {NO_TYPE} int"),
@@ -201,7 +201,7 @@ REFUSED = {
     "20000x20000-bilevel": (lambda folder: Image.new("1", (20_000, 20_000)), "its 20000×20000 pixels exceed"),
     "largest-png": (data(png_that_says(2**31 - 1, 2**31 - 1)), "decompression bomb"),
     "bomb-in-text": (data(BOMB_IN_TEXT), "Decompressed data too large"),
-    # Pixels that nobody knows the range of
+    # Pixels of unknown range
     "32-bit": (value(Image.new("I", (64, 64), 70_000)), "mode 'I' have no known range. Scale them to 8 bits"),
     "float": (data(encoded(Image.new("F", (64, 64), 0.5), "TIFF")), "mode 'F' have no known range"),
 }
@@ -225,19 +225,19 @@ def row_with(image) -> dict:
 
 
 def in_cues(image) -> Image.Image:
-    """What a generator of cues sees."""
+    """The image that a cue generator receives."""
     (message,) = read_messages([row_with(image)], 0, "prompt", CUE_PROMPT)[1:]
     return message["content"][0]["image"]
 
 
 def in_heatmap(image) -> Image.Image:
-    """What the heat map lies over."""
+    """The image that the heat map is drawn over."""
     _, (loaded,) = load_images([{"role": "user", "content": [{"type": "image", "image": image}]}])
     return loaded
 
 
 @pytest.mark.parametrize("make, picture", ACCEPTED.values(), ids=ACCEPTED)
-def test_seen_alike(tmp_path, trainer, processor, make, picture):
+def test_all_see_the_same_picture(tmp_path, trainer, processor, make, picture):
     row = row_with(make(tmp_path))
     assert image_size(row["images"][0]) == picture.size
     trainer._row_checker.check(row)

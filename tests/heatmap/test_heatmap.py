@@ -1,4 +1,4 @@
-"""Pictures of what the sink token looks at: `plot_sink_attention` and the command `trl-vicur heatmap`."""
+"""Heat maps of the sink token's attention: `plot_sink_attention` and the command `trl-vicur heatmap`."""
 
 import sys
 
@@ -23,12 +23,12 @@ def attach(model, **config):
 
 
 def heat_map_axes(figure):
-    """The panels with a heat map, row by row."""
+    """The panels with a heat map, by row."""
     return [axis for axis in figure.axes if len(axis.images) == 2]
 
 
 def hottest_region(axis):
-    """Left, right, top and bottom, in the picture's pixels, of the cell with most of a heat map."""
+    """Left, right, top and bottom, in pixels of the picture, of the heat map's highest cell."""
     heat_map = axis.images[1]
     rows, columns = heat_map.get_array().shape
     left, right, bottom, top = heat_map.get_extent()
@@ -39,8 +39,8 @@ def hottest_region(axis):
 
 def look_at_what_changes(monkeypatch, draw):
     """
-    `draw(False)`, then `draw(True)` with a sink that looks at the visual token alone whose hidden state is another one
-    than before: what is drawn says where the model has the changed part of the picture.
+    `draw(False)`, then `draw(True)` with a sink that attends only to the visual token whose hidden state changed. So
+    the drawing shows where the model sees the changed part of the picture.
     """
     seen = []
 
@@ -76,7 +76,7 @@ def painted(size, centre=None, half=5):
         ((30, 20), (24, 5)),  # and enlarges this one
     ],
 )
-def test_attention_lands_on_what_it_is_paid_to(family, monkeypatch, size, centre):
+def test_attention_is_drawn_where_it_points(family, monkeypatch, size, centre):
     model, processor = family
     model = attach(model)
     half = 25 if size[0] > 200 else 5
@@ -92,7 +92,7 @@ def test_attention_lands_on_what_it_is_paid_to(family, monkeypatch, size, centre
         left, right, top, bottom = hottest_region(axis)
         assert left - half <= centre[0] <= right + half and top - half <= centre[1] <= bottom + half
         heat_map = axis.images[1].get_array()
-        assert (heat_map > 0).sum() == 1 and heat_map.max() == heat_map.size  # one token has all of it
+        assert (heat_map > 0).sum() == 1 and heat_map.max() == heat_map.size  # one token gets all the attention
         assert axis.images[0].get_extent() == axis.images[1].get_extent() == [0, size[0], size[1], 0]
         assert axis.get_aspect() == 1
 
@@ -123,7 +123,7 @@ def test_a_row_for_each_group_of_video_frames(family, monkeypatch, beside_an_ima
     model, processor = family
     model = attach(model)
     plain = torch.full((6, 3, 64, 96), 50, dtype=torch.uint8)
-    plain[:, 0] = torch.arange(6).view(6, 1, 1) * 40  # another red in each frame
+    plain[:, 0] = torch.arange(6).view(6, 1, 1) * 40  # a different red in each frame
     images = [make_image(0)] if beside_an_image else []
 
     def draw(is_painted):
@@ -158,7 +158,7 @@ def test_numbers_are_those_of_sink_attention(family):
     model = attach(model)
     for name, parameter in model.named_parameters():
         if "sink_attention" in name and "q_proj" in name:
-            parameter.data *= 50  # a new module looks nearly everywhere alike
+            parameter.data *= 50  # a new module attends almost uniformly
     messages = user("Which?", make_image(0, (128, 64)), make_image(1, (64, 96)))
     inputs = encode(processor, [messages])
     visual = inputs["input_ids"][0] == model.config.image_token_id
@@ -189,7 +189,7 @@ def test_uniform_attention_is_drawn_as_such(processor, monkeypatch):
 
 
 @pytest.mark.parametrize("num_modules, titles, shape", [(1, 1, (1, 2)), (2, 3, (1, 4)), (8, 9, (2, 5))])
-def test_many_layers_are_broken_into_lines(processor, num_modules, titles, shape):
+def test_many_layers_are_drawn_in_several_lines(processor, num_modules, titles, shape):
     figure = plot_sink_attention(attach(make_qwen3_vl(num_modules + 1)), processor, user("What?", make_image(0)))
     panels = heat_map_axes(figure)
     assert len({axis.get_title() for axis in panels}) == len(panels) == titles
@@ -197,7 +197,7 @@ def test_many_layers_are_broken_into_lines(processor, num_modules, titles, shape
     assert (grid.nrows, grid.ncols) == shape
 
 
-def test_a_sink_behind_the_question(processor):
+def test_sink_after_the_question(processor):
     config = CueRecoveryConfig(layer_interval=1, sink_token="<|im_end|>").resolve_sink_token(processor)
     model = get_peft_model(make_qwen3_vl(), config).eval()
     for axis in heat_map_axes(plot_sink_attention(model, processor, user("What?", make_image(0)))):

@@ -1,4 +1,4 @@
-"""What others get: the files and the card of a trained model, on disk and on the Hub."""
+"""Published models: files and card, on disk and on the Hub, and how others load them."""
 
 import copy
 import gc
@@ -172,7 +172,7 @@ def test_dataset_name_is_found_in_the_dataset():
     assert hub_dataset_name(dataset, __file__) is None
 
 
-# --- What lies in a folder ---
+# --- Saved files ---
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_saved_folders_hold_no_path_of_this_machine(tmp_path, processor, peft_co
     assert {path.name for path in (tmp_path / "saved").iterdir() if path.suffix in PICKLES} <= {"training_args.bin"}
     for directory in (tmp_path / "saved", tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
         if (directory / "training_args.bin").exists():
-            # By which the Hub leaves it out of a folder that is uploaded by hand
+            # So the Hub leaves it out of a folder that is uploaded by hand
             assert "training_args.bin" in (directory / ".gitignore").read_text().splitlines()
     if peft_config is None:
         reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
@@ -220,7 +220,7 @@ def test_saved_folders_hold_no_path_of_this_machine(tmp_path, processor, peft_co
 
 
 def test_without_the_import_peft_names_the_method(tmp_path):
-    """As the card says. PEFT looks it up in a table before it reads anything else that is ours."""
+    """As the card says. PEFT looks the method up in a table before it reads anything else of ours."""
     get_peft_model(make_qwen3_vl(), CueRecoveryConfig(**ADAPTER)).save_pretrained(tmp_path)
     code = f"import peft; peft.PeftConfig.from_pretrained({str(tmp_path)!r})"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -228,7 +228,7 @@ def test_without_the_import_peft_names_the_method(tmp_path):
 
 
 def test_loading_without_peft_is_refused(tmp_path):
-    """transformers would leave the module with the random weights that it starts with."""
+    """transformers would silently leave the module at its random initial weights."""
     make_qwen3_vl().save_pretrained(tmp_path / "base")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     get_peft_model(model, CueRecoveryConfig(**ADAPTER)).save_pretrained(tmp_path / "adapter")
@@ -237,8 +237,8 @@ def test_loading_without_peft_is_refused(tmp_path):
             load(str(tmp_path / "adapter"))
 
 
-def test_a_repository_runs_no_code_and_unpickles_none(tmp_path, processor):
-    """Neither its Python files, which its configs name, nor what is in a file of pickled weights."""
+def test_repository_runs_no_code_and_unpickles_nothing(tmp_path, processor):
+    """Neither the Python files that its configs name nor pickled weights are executed."""
     base, adapter, proof = tmp_path / "base", tmp_path / "adapter", tmp_path / "proof"
     make_qwen3_vl().save_pretrained(base)
     processor.save_pretrained(base)
@@ -279,7 +279,7 @@ def test_a_repository_runs_no_code_and_unpickles_none(tmp_path, processor):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_trained_model_can_be_copied(tmp_path, processor, copied):
-    """What uploads it holds no trainer that would be copied with it, or kept in memory by it."""
+    """The upload method holds no reference to the trainer, which would be copied or kept in memory."""
     trainer = make_trainer(tmp_path, processor, peft_config=CueRecoveryConfig(**ADAPTER))
     model, reference = trainer.model, weakref.ref(trainer)
     torch.testing.assert_close(weights(copied(model)), weights(model), rtol=0, atol=0)
@@ -342,7 +342,7 @@ def hub(tmp_path):
 
 
 def run_beside(hub: HubServer, code: str, home: Path) -> None:
-    """Run Python in a folder of its own, as somebody who has nothing but what lies on that Hub."""
+    """Run Python in an empty folder, as somebody who has access to nothing but that Hub."""
     home.mkdir()
     environment = {
         **os.environ,
@@ -357,24 +357,24 @@ def run_beside(hub: HubServer, code: str, home: Path) -> None:
 
 
 def example_of(card: ModelCard, hub: HubServer) -> str:
-    """The card's example, with a picture of that Hub and a short completion."""
+    """The card's example, with an image from that Hub and a short completion."""
     code = code_of(card).replace("max_new_tokens=512", "max_new_tokens=4")
     return re.sub(r'image = ".*"', f'image = "{hub.url}/me/images/resolve/main/image.png"', code)
 
 
-# Nothing may be unpickled, and no code of a repository may run
+# Fails if anything is unpickled or a repository's code runs
 GUARD = "import pickle, torch\ndef refuse(*_, **__): raise AssertionError\npickle.load = torch.load = refuse\n"
 
 
 @pytest.mark.slow
-def test_a_stranger_can_use_what_was_pushed(tmp_path, hub):
+def test_pushed_adapter_works_for_others(tmp_path, hub):
     """Training on a base model of the Hub pushes an adapter; its card's example loads and runs it elsewhere."""
     run_beside(hub, TRAIN.format(support=str(Path(hub_server.__file__).parent)), tmp_path / "author")
     files = hub.repos["me/adapter"]
     assert files.keys() >= ADAPTER_FILES | PROCESSOR_FILES
     at_the_top = [name for name in files if "/" not in name]
     assert not {name for name in at_the_top if Path(name).suffix in PICKLES}
-    # What was asked for by `hub_strategy="checkpoint"`; still without arguments and events
+    # `hub_strategy="checkpoint"` pushes it, without training arguments and event files
     assert "last-checkpoint/optimizer.pt" in files
     assert json.loads(files["last-checkpoint/trainer_state.json"])["best_global_step"]
     assert not [name for name in files if "training_args" in name or "tfevents" in name]
@@ -425,8 +425,8 @@ local.model.push_to_hub("me/local")
 
 
 @pytest.mark.slow
-def test_models_push_what_their_trainer_does(tmp_path, hub):
-    """`model.push_to_hub`, of an adapter, of a whole model, and of a merged one."""
+def test_models_push_the_same_as_their_trainer(tmp_path, hub):
+    """`model.push_to_hub` of an adapter, a full model and a merged one."""
     code = PUSH_MODELS.format(support=str(Path(hub_server.__file__).parent), local=str(tmp_path / "base"))
     run_beside(hub, code, tmp_path / "author")
     repos = {name.removeprefix("me/"): files for name, files in hub.repos.items()}
