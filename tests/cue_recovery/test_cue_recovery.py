@@ -69,7 +69,7 @@ def test_invariant_3_cache_no_cache_and_full_forward_agree(family, sink_token):
 
 
 @pytest.mark.parametrize("sink_token", SINKS)
-def test_invariant_3_a_sampled_sink_token_does_not_move_the_sink(processor, sink_token):
+def test_invariant_3_sampled_sink_token_does_not_move_the_sink(processor, sink_token):
     """A completion may contain the sink's tokens; the sink is still the prompt's."""
     model = randomize(attach(make_qwen3_vl(), processor, sink_token))
     inputs = encode(processor, [user("What is this?", make_image(0))])
@@ -86,11 +86,11 @@ def test_invariant_3_decode_steps_do_nothing(processor):
     model.generate(**batch(processor), max_new_tokens=8, min_new_tokens=8, do_sample=False)
     for handle in handles:
         handle.remove()
-    assert len(calls) == len(recovery_layers(model))  # the prefill alone
+    assert len(calls) == len(recovery_layers(model))  # the prefill only
 
 
-def test_invariant_3_decode_steps_add_no_operation(processor):
-    """Counted by the profiler: a decode step with the module is a decode step of the base model."""
+def test_invariant_3_decode_steps_add_no_operations(processor):
+    """Counted by the profiler: a decode step runs the same operations with and without the module."""
     model = randomize(attach(make_qwen3_vl(), processor))
     inputs = batch(processor)
 
@@ -127,7 +127,7 @@ def test_invariant_3_static_cache_agrees(processor):
 
 @pytest.mark.parametrize("family", ["llava", "gemma4"])
 def test_invariant_3_flex_attention_with_a_static_cache_agrees(family):
-    """The mask of the prefill is then a `BlockMask`, or one per type of attention."""
+    """The prefill's mask is then a `BlockMask`, or one for each type of attention."""
     model, processor = FAMILIES[family]()
     model = randomize(attach(model, processor))
     inputs = encode(processor, [user("Hi?", make_image(0)), user("And what is this?", make_image(1))])
@@ -150,8 +150,8 @@ def test_invariant_3_split_prefill_is_refused(processor, sink_token):
         model(rest, attention_mask=inputs["attention_mask"], past_key_values=cache)
 
 
-def test_invariant_3_a_cache_may_be_continued_where_the_sink_is_behind_it(processor):
-    """A new turn of text on the cache equals the full forward."""
+def test_invariant_3_cache_that_contains_the_sink_may_be_continued(processor):
+    """A new turn of text after the cached prefix equals the full forward."""
     prompt = user("What is this?", make_image(0))
     turns = [
         *prompt,
@@ -207,7 +207,7 @@ def test_invariant_4_samples_without_image_are_untouched(processor):
 
 
 def test_invariant_4_video(processor):
-    """A video beside an image and a text; the module sees the video's tokens."""
+    """Rows with a video, an image and only text; the module sees the video's tokens."""
     model = make_qwen3_vl()
     frames = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     video = {"type": "video", "video": frames}
@@ -232,7 +232,7 @@ def test_invariant_4_video(processor):
 
 
 def packed(processor, num_samples=2):
-    """Samples in one row, as transformers keeps them apart: by positions that start anew, without a mask."""
+    """Samples packed into one row, which transformers separates by positions that restart, without a mask."""
     model = make_qwen3_vl().model
     samples = [encode(processor, [user("What is this?" + "?" * i, make_image(i))]) for i in range(num_samples)]
     positions = []
@@ -265,7 +265,7 @@ PACKING_MARKS = {
 
 
 def mask_of_pairs(text_positions):
-    """Causal, and between tokens of the same sample only; `(1, 1, seq, seq)`."""
+    """Causal mask within each sample, of shape `(1, 1, seq, seq)`."""
     sample = (text_positions[0] == 0).cumsum(dim=0)
     return ((sample.unsqueeze(0) == sample.unsqueeze(1)).tril())[None, None]
 
@@ -291,8 +291,8 @@ def test_invariant_4_packed_rows_without_image_are_untouched(processor):
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
-def test_packed_rows_are_told_from_one_sample(processor, num_samples):
-    """Qwen-VL's positions of one sample stand still and jump; those of a left-padded one begin anew."""
+def test_packed_rows_are_distinguished_from_one_sample(processor, num_samples):
+    """Qwen-VL's positions within one sample may repeat and jump; with left padding they restart."""
     inputs, positions = packed(processor, num_samples)
     input_ids = inputs["input_ids"]
     is_packed = num_samples > 1
@@ -305,13 +305,13 @@ def test_packed_rows_are_told_from_one_sample(processor, num_samples):
         padded = torch.nn.functional.pad(positions, (5, 0), value=padding_position)
         for given in (padded, padded[1:], padded[0]):
             assert packed_rows(padded_ids, mask, given, uses_flash_attention=True).tolist() == [is_packed]
-            assert packed_rows(padded_ids, mask, given) is None  # of one sample for the base model as well
+            assert packed_rows(padded_ids, mask, given) is None  # the base model also reads them as one sample
 
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["bool", "additive", "dict", "block"])
-def test_the_first_real_token_under_every_kind_of_mask(kind, side, window):
+def test_first_real_token_with_every_kind_of_mask(kind, side, window):
     lengths, length, num_keys = torch.tensor([12, 7, 9]), 12, 16  # as many keys as a static cache has room for
     index = torch.arange(length)
     is_real = index >= length - lengths.unsqueeze(1) if side == "left" else index < lengths.unsqueeze(1)
@@ -335,7 +335,7 @@ def test_the_first_real_token_under_every_kind_of_mask(kind, side, window):
         assert first_real_token(input_ids, padding_mask).tolist() == expected
 
 
-def test_a_positional_attention_mask_is_read(processor):
+def test_positional_attention_mask_is_read(processor):
     model = randomize(attach(make_qwen3_vl(), processor))
     inputs = batch(processor)
     with record_contexts(model) as contexts, torch.no_grad():
@@ -373,7 +373,7 @@ def test_invariant_5_only_the_sink_moves(family, sink_token):
     assert all(torch.equal(mask, expected) for mask in moved)
 
 
-def test_update_is_applied_behind_deepstack(processor):
+def test_update_is_applied_after_deepstack(processor):
     """The update belongs to the output of layer 0 after DeepStack, that is, the input of layer 1."""
     model = attach(make_qwen3_vl(), processor)
     seen = {}
@@ -408,8 +408,8 @@ def test_invariant_6_every_trainable_parameter_gets_a_gradient(family, sink_toke
 
 
 @pytest.mark.parametrize("sink_token", ["<|endoftext|>", "<|vision_end|>"])
-def test_invariant_6_a_row_with_an_image_and_no_sink_is_an_error(processor, sink_token):
-    """Padding and a text-only row have no part in it, and where the module is off, nothing is missing."""
+def test_invariant_6_row_with_an_image_and_no_sink_is_an_error(processor, sink_token):
+    """Padding and text-only rows do not matter, and a disabled module needs no sink."""
     model = randomize(attach(make_qwen3_vl(), processor, sink_token))
     inputs = encode(processor, [user("Hello there, how are you?"), user("What is this?", make_image(0))])
     if sink_token == "<|vision_end|>":
@@ -426,8 +426,8 @@ def test_invariant_6_a_row_with_an_image_and_no_sink_is_an_error(processor, sink
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_no_sink(side):
-    """Though the sink token may be that of padding, too."""
+def test_padding_is_not_a_sink(side):
+    """Even if the sink token is also the padding token."""
     ids, padding = torch.tensor([[5, 6, 7], [5, 9, 7]]), torch.full((2, 2), 9)
     real, ignored = torch.ones_like(ids), torch.zeros_like(padding)
     pairs = [(padding, ids), (ignored, real)] if side == "left" else [(ids, padding), (real, ignored)]
@@ -440,7 +440,7 @@ def test_padding_is_no_sink(side):
 @pytest.mark.parametrize(
     "num_layers, interval, expected", [(4, 1, [1, 2, 3]), (4, 3, [1]), (5, 2, [1, 3]), (6, 5, [1])]
 )
-def test_invariant_6_the_last_layer_carries_no_module(processor, num_layers, interval, expected):
+def test_invariant_6_last_layer_has_no_module(processor, num_layers, interval, expected):
     model = attach(make_qwen3_vl(num_layers), processor, layer_interval=interval)
     layers = model.base_model.model.model.language_model.layers
     assert [i for i, layer in enumerate(layers) if "cue_recovery" in dict(layer.named_children())] == expected
@@ -450,7 +450,7 @@ def test_invariant_6_the_last_layer_carries_no_module(processor, num_layers, int
     "size, text_config, millions",
     [
         ("2B", {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16}, 100.7),
-        # The paper's 536.9M hold 67.1M in the last layer, which could never get a useful gradient
+        # The paper's 536.9M include 67.1M in the last layer, which never get a useful gradient
         ("8B", {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32}, 536.9 - 67.1),
     ],
 )
@@ -485,7 +485,7 @@ def gradients(model, inputs, between=lambda model: None):
 
 
 def other_passes(model, other_inputs):
-    """A teacher pass and a pass on other prompts, as they come between a student's forward and its backward."""
+    """A teacher pass and a pass on other prompts, as happen between a student's forward and backward."""
     with model.disable_adapter(), torch.no_grad():
         model(**other_inputs)
     with torch.no_grad():
@@ -557,7 +557,7 @@ def test_invariant_7_nested_calls(processor):
     torch.testing.assert_close(results[0], expected[1])
 
 
-def test_invariant_7_nothing_is_left_on_modules(processor):
+def test_invariant_7_nothing_remains_on_modules(processor):
     model = randomize(attach(make_qwen3_vl(), processor))
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     logits(model, batch(processor))
@@ -569,7 +569,7 @@ def test_invariant_7_nothing_is_left_on_modules(processor):
 # --- Details ---
 
 
-def test_the_backbone_called_alone_recovers_as_well(processor):
+def test_backbone_without_head_also_recovers(processor):
     """Trainers with fused losses call the backbone, not the head model."""
     model = randomize(attach(make_qwen3_vl(), processor))
     inputs = batch(processor)
@@ -580,7 +580,7 @@ def test_the_backbone_called_alone_recovers_as_well(processor):
 
 
 def test_sinks_in_a_conversation_of_several_turns(processor):
-    """A token string is its first occurrence; further turns, as those of a tool rollout, do not move the sink."""
+    """The sink is the first occurrence of the token; further turns, as in tool rollouts, do not move it."""
     model = randomize(attach(make_qwen3_vl(), processor, "<|im_end|>"))
     history = [
         *user("What is this?", make_image(0)),
@@ -613,7 +613,7 @@ def record_positions(model):
     positions += [context.sink_positions["default"][0].item() for context in contexts]
 
 
-def test_inputs_embeds_alone_are_refused(processor):
+def test_inputs_embeds_without_input_ids_are_refused(processor):
     model = attach(make_qwen3_vl(), processor)
     with pytest.raises(ValueError, match="in `input_ids`"):
         model(inputs_embeds=torch.zeros(1, 5, 32))
@@ -646,16 +646,16 @@ def test_deepcopy_is_independent(processor):
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_a_decoder_layer_compiles_without_graph_break(processor, trains):
+def test_decoder_layer_compiles_without_graph_break(processor, trains):
     model = randomize(attach(make_qwen3_vl(), processor))
     decoder_layer = recovery_layers(model)[0].get_base_layer()
     calls = []
-    # In front of the hook that takes the context out of the arguments
+    # Before the hook that removes the context from the arguments
     handle = decoder_layer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True, prepend=True
     )
     inputs = encode(processor, [user("What is this?", make_image(0))])
-    logits(model, {**inputs, "use_cache": False})  # a cache would hold the first call's graph
+    logits(model, {**inputs, "use_cache": False})  # a cache would keep the first call's graph alive
     handle.remove()
     (hidden_states, *args), kwargs = calls[0]
     hidden_states = hidden_states.clone().requires_grad_(trains)
@@ -668,7 +668,7 @@ def test_a_decoder_layer_compiles_without_graph_break(processor, trains):
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
-def test_a_sink_that_is_a_visual_token_does_not_attend_to_itself(processor):
+def test_sink_that_is_a_visual_token_does_not_attend_to_itself(processor):
     model = randomize(attach(make_qwen3_vl(), processor, "<|image_pad|>"))
     inputs = encode(processor, [user("What is this?", make_image(0, (128, 64)))])
     first = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0].item()
@@ -683,7 +683,7 @@ def test_a_sink_that_is_a_visual_token_does_not_attend_to_itself(processor):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("sink_token", SINKS)
-def test_the_module_never_waits_for_the_gpu(processor, sink_token):
+def test_module_never_synchronizes_with_the_gpu(processor, sink_token):
     model = randomize(attach(make_qwen3_vl(), processor, sink_token)).cuda()
     inputs = {name: value.cuda() for name, value in batch(processor).items()}
     recovery_model = model.base_model

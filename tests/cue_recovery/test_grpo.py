@@ -11,7 +11,7 @@ from trl_vicur import CueRecoveryConfig
 
 def test_module_trains_by_reward_and_reloads(tmp_path, processor):
     def reward_func(completions, **kwargs):
-        # Never the same for two completions of a prompt, or there would be no advantage
+        # Different for any two completions of a prompt, otherwise the advantages are zero
         return [float(len(completion[0]["content"]) + i % 2) for i, completion in enumerate(completions)]
 
     dataset = Dataset.from_list(make_rows(4)).select_columns(["prompt", "images"])

@@ -60,7 +60,7 @@ def test_invariant_8_saved_as_one_adapter_and_reloaded_bit_for_bit(tmp_path, inp
 
 @pytest.mark.parametrize("target_modules", [None, []], ids=["beside-linear-layers", "alone"])
 def test_invariant_8_lora_on_parameters_of_experts(tmp_path, inputs, target_modules):
-    """`target_parameters`: the weights of a mixture's experts are in no linear layer."""
+    """`target_parameters`: the experts' weights are not in linear layers."""
     options = {"target_modules": target_modules, "target_parameters": ["mlp.experts.gate_up_proj"]}
     model = attach(make_qwen3_vl_moe()[0], r=2, **options)
     kinds = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
@@ -70,14 +70,14 @@ def test_invariant_8_lora_on_parameters_of_experts(tmp_path, inputs, target_modu
     torch.testing.assert_close(logits(reloaded, inputs), logits(model, inputs), rtol=0, atol=0)
 
 
-def test_invariant_8_the_file_holds_the_adapter_alone(tmp_path):
+def test_invariant_8_file_contains_only_the_adapter(tmp_path):
     attach(make_qwen3_vl(), r=2).save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())
     kinds = {re.sub(r".*\.(cue_recovery\.sink_attention|lora_[AB]).*", r"\1", name) for name in names}
     assert kinds == {"cue_recovery.sink_attention", "lora_A", "lora_B"}
     assert not any("default" in name for name in names)
-    # Names of the backbone's layers are as in the backbone, so that other tools find them
+    # Names of the backbone's layers are unchanged, so that other tools find them
     assert "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight" in names
 
 
@@ -138,8 +138,8 @@ def test_merge_and_unload_merges_lora_and_keeps_the_module(inputs):
 @pytest.mark.filterwarnings("ignore:The LoRA weights were merged")
 @pytest.mark.parametrize("name", ["default", "other"])
 @pytest.mark.parametrize("config", [{"r": 4, "sink_token": "<|im_start|>", "num_heads": 2}, {"train_base": True}])
-def test_a_merged_model_is_saved_whole_and_loads_in_one_line(tmp_path, processor, inputs, config, name):
-    """Stock transformers finds the backbone, and nothing that it does not know; stock PEFT the module."""
+def test_merged_model_is_saved_whole_and_loads_in_one_line(tmp_path, processor, inputs, config, name):
+    """Stock transformers loads the backbone without unexpected weights, and stock PEFT loads the module."""
     config = CueRecoveryConfig(layer_interval=1, **config).resolve_sink_token(processor)
     model = randomize(get_peft_model(make_qwen3_vl(), config, adapter_name=name).eval())
     if config.train_base:
@@ -222,7 +222,7 @@ def test_lora_options_apply(tmp_path):
     assert scaling == {16.0}
 
 
-def test_the_module_follows_the_backbone(inputs):
+def test_module_follows_device_and_dtype_of_the_backbone(inputs):
     model = make_qwen3_vl().to(torch.bfloat16)
     model = get_peft_model(model, CueRecoveryConfig(layer_interval=1), autocast_adapter_dtype=False)
     layers = [module for module in model.modules() if isinstance(module, CueRecoveryLayer)]
@@ -234,8 +234,8 @@ def test_the_module_follows_the_backbone(inputs):
     assert logits(randomize(upcast), inputs).isfinite().all()
 
 
-def test_a_compiled_model_computes_the_same(processor):
-    """As `torch_compile=True` of transformers' trainer does; a missing sink is still an error."""
+def test_compiled_model_computes_the_same(processor):
+    """Compiled like transformers' trainer does with `torch_compile=True`; a missing sink is still an error."""
     config = CueRecoveryConfig(layer_interval=1, r=2, sink_token="<|im_end|>").resolve_sink_token(processor)
     model = randomize(get_peft_model(make_qwen3_vl(num_layers=2), config)).eval()
     inputs = encode(processor, [user("What is this?", make_image(0)), user("Hello.")])
@@ -289,7 +289,7 @@ def test_unknown_sink_token(processor):
         CueRecoveryConfig(sink_token="<|im_begin|>").resolve_sink_token(processor)
 
 
-def test_an_adapter_with_the_assistant_sink_is_refused(tmp_path, processor):
+def test_adapter_with_the_assistant_sink_is_refused(tmp_path, processor):
     model = get_peft_model(make_qwen3_vl(), CueRecoveryConfig(layer_interval=1))
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"

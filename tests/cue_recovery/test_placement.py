@@ -20,7 +20,7 @@ def unsplit(processor):
 
 
 def device_map(prefix: str, offloaded: str) -> dict[str, str]:
-    """The second half of the decoder layers offloaded, all else on the CPU."""
+    """The second half of the decoder layers is offloaded, everything else is on the CPU."""
     layers = {f"language_model.layers.{i}": "cpu" if i < 2 else offloaded for i in range(4)}
     others = ("visual", "language_model.embed_tokens", "language_model.norm", "language_model.rotary_emb")
     named = {f"model.{name}": device for name, device in {**dict.fromkeys(others, "cpu"), **layers}.items()}
@@ -28,7 +28,7 @@ def device_map(prefix: str, offloaded: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
-def test_invariant_13_the_module_runs_where_its_weights_are_under_offload(tmp_path, unsplit, offload):
+def test_invariant_13_module_runs_where_its_weights_are_under_offload(tmp_path, unsplit, offload):
     model, inputs, expected = unsplit
     attended = sink_attention(model, **inputs)
     if offload == "cpu":
@@ -43,7 +43,7 @@ def test_invariant_13_the_module_runs_where_its_weights_are_under_offload(tmp_pa
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_invariant_13_the_module_runs_where_its_weights_are_when_a_part_is_offloaded(tmp_path, unsplit):
+def test_invariant_13_module_runs_where_its_weights_are_when_partly_offloaded(tmp_path, unsplit):
     model, inputs, expected = unsplit
     split = device_map("base_model.model.", "disk")
     dispatch_model(model, split, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
@@ -51,8 +51,8 @@ def test_invariant_13_the_module_runs_where_its_weights_are_when_a_part_is_offlo
     torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=0)
 
 
-def test_invariant_13_an_adapter_is_not_loaded_onto_layers_on_disk(tmp_path, unsplit):
-    """PEFT writes LoRA's weights to the disk of the layers that carry it, and drops those of any other method."""
+def test_invariant_13_adapter_is_not_loaded_onto_layers_on_disk(tmp_path, unsplit):
+    """For layers on disk, PEFT writes LoRA's weights to disk and drops those of any other method."""
     model, _, _ = unsplit
     model.save_pretrained(tmp_path / "adapter")
     base = model.unload()
@@ -65,7 +65,7 @@ def test_invariant_13_an_adapter_is_not_loaded_onto_layers_on_disk(tmp_path, uns
         )
 
 
-def test_invariant_13_a_new_module_on_an_offloaded_model_has_its_weights(processor):
+def test_invariant_13_new_module_on_an_offloaded_model_keeps_its_weights(processor):
     inputs = batch(processor)
     base = make_qwen3_vl()
     expected = logits(base, inputs)
@@ -76,7 +76,7 @@ def test_invariant_13_a_new_module_on_an_offloaded_model_has_its_weights(process
     assert not torch.equal(logits(model, inputs), expected)
 
 
-def test_invariant_13_the_module_runs_before_inputs_are_moved():
+def test_invariant_13_module_runs_before_inputs_are_moved():
     """accelerate moves a decoder layer's inputs after the module has run. "meta" is the other device here."""
     decoder_layer = torch.nn.Linear(8, 8).to("meta")
     add_hook_to_module(decoder_layer, AlignDevicesHook(execution_device="meta", io_same_device=False))

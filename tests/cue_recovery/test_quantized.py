@@ -1,4 +1,4 @@
-"""A base that bitsandbytes has quantized, below a module that it has not (its kernels for CPUs)."""
+"""Unquantized modules on a base quantized by bitsandbytes, with its kernels for CPUs."""
 
 import math
 
@@ -24,7 +24,7 @@ every_quantization = pytest.mark.parametrize("quantization_config", QUANTIZATION
 
 @pytest.fixture(autouse=True)
 def same_kernels_on_every_cpu(monkeypatch):
-    """Processors with AVX-512 have a kernel of 4-bit products of their own, for widths that are multiples of 32."""
+    """CPUs with AVX-512 use another kernel for 4-bit products with widths that are multiples of 32."""
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
 
 
@@ -93,6 +93,6 @@ def test_training_saving_reloading_generating(tmp_path, base, processor, quantiz
 
 
 @every_quantization
-def test_a_quantized_base_cannot_train(base, quantization_config):
+def test_quantized_base_cannot_train(base, quantization_config):
     with pytest.raises(ValueError, match="`train_base=True`.* quantized weights cannot"):
         get_peft_model(load(base, quantization_config), CueRecoveryConfig(layer_interval=1, train_base=True))

@@ -1,4 +1,4 @@
-"""The folded attention is the plain one (Eq. 3-4), forward and backward, and the layer around it keeps little."""
+"""Folded attention equals the plain form (Eq. 3-4), forward and backward, and the layer saves few tensors."""
 
 import weakref
 
@@ -96,7 +96,7 @@ def test_bfloat16_stays_near_float32():
     attention = make_attention(num_heads=4, head_dim=16)
     sink, hidden_states, visual_mask = make_inputs(2, 50, 64)
     expected = attention(sink, hidden_states, visual_mask)
-    # A float32 adapter on a bfloat16 backbone, as PEFT makes it, and one all in bfloat16
+    # A float32 adapter on a bfloat16 backbone, PEFT's default, and both in bfloat16
     mixed = attention(sink.bfloat16(), hidden_states.bfloat16(), visual_mask)
     low = attention.to(torch.bfloat16)(sink.bfloat16(), hidden_states.bfloat16(), visual_mask)
     for update in (mixed, low):
@@ -111,7 +111,7 @@ def test_bfloat16_stays_near_float32():
     outlier=st.sampled_from([1.0, 1e3, 6e4]),
     seed=st.integers(0, 2**16),
 )
-def test_no_scale_of_a_token_overflows_low_precision(dtype, is_mixed, scale, outlier, seed):
+def test_outlier_tokens_do_not_overflow_low_precision(dtype, is_mixed, scale, outlier, seed):
     """Against Eq. 3-4 in float32, forward and backward, with an outlier in the hidden state of one visual token."""
     torch.manual_seed(seed)
     attention = make_attention(num_heads=4, head_dim=16).to(dtype).float()
@@ -126,7 +126,7 @@ def test_no_scale_of_a_token_overflows_low_precision(dtype, is_mixed, scale, out
     expected = attention.forward_plain(sink, hidden_states, visual_mask)
     expected_grads = torch.autograd.grad((expected * direction).sum(), wanted)
 
-    if not is_mixed:  # float32 weights on a float16 or bfloat16 backbone, as PEFT makes them, or all in one dtype
+    if not is_mixed:  # mixed is PEFT's default: float32 weights on a float16 or bfloat16 backbone
         attention = attention.to(dtype)
     sink, hidden_states = (tensor.detach().to(dtype).requires_grad_() for tensor in (sink, hidden_states))
     update = attention(sink, hidden_states, visual_mask)
@@ -174,7 +174,7 @@ def test_no_visual_token_gives_finite_values_and_gradients():
 
 
 def test_keys_and_values_do_not_materialize():
-    """Beyond its inputs, the folded form keeps (batch, heads, seq) for backward, never (batch, seq, hidden)."""
+    """Besides its inputs, the folded form saves (batch, heads, seq) for backward, never (batch, seq, hidden)."""
     attention = make_attention(num_heads=4, head_dim=64)
     sink, hidden_states, visual_mask = make_inputs(1, 500, 256)
     saved = []
@@ -212,7 +212,7 @@ def plain_layer(layer: CueRecoveryLayer, hidden_states: torch.Tensor, context: C
 @settings(max_examples=30, deadline=None)
 @given(batch=st.integers(1, 3), seq=st.integers(3, 20), num_adapters=st.integers(1, 2), seed=st.integers(0, 2**16))
 def test_layer_equals_plain_forward_and_backward(batch, seq, num_adapters, seed):
-    """Also where backward reads the layer's output in place of its input, which is not kept."""
+    """Also where backward reads the layer's output instead of its input, which is not saved."""
     torch.manual_seed(seed)
     adapters = ("default", "other")[:num_adapters]
     layer = make_layer(8, adapters)
@@ -236,7 +236,7 @@ def test_layer_equals_plain_forward_and_backward(batch, seq, num_adapters, seed)
 
 
 def test_layer_keeps_no_hidden_states_of_its_own():
-    """The input is free after the forward; the output, which the decoder layer keeps anyway, stands in for it."""
+    """The input is freed after the forward. Backward uses the output, which the decoder layer saves anyway."""
     layer = make_layer(8)
     leaf = torch.randn(2, 6, 8, requires_grad=True)
     visual_mask = torch.tensor([[False, True, True, False, False, False]] * 2)
@@ -248,7 +248,7 @@ def test_layer_keeps_no_hidden_states_of_its_own():
     output.sum().backward()
 
 
-def test_layer_refuses_backward_after_a_change_in_place():
+def test_layer_refuses_backward_after_an_in_place_change():
     layer = make_layer(8)
     visual_mask = torch.tensor([[False, True, True]])
     hidden_states = torch.randn(1, 3, 8, requires_grad=True) * 1.0
@@ -269,7 +269,7 @@ def test_autocast_copies_neither_hidden_states_nor_weights(weight_dtype):
 
 
 def test_context_is_not_copied_by_mixed_precision_of_fsdp2():
-    """FSDP2 rebuilds the arguments of a forward call with every float tensor cast, and copies dataclasses."""
+    """FSDP2 casts every float tensor among a forward's arguments and copies dataclasses to do so."""
     context = CueRecoveryContext(torch.ones(1, 2, dtype=torch.bool), {"default": torch.tensor([0])})
     arguments = _apply_to_tensors(lambda tensor: tensor.bfloat16(), {"cue_recovery_context": context})
     assert arguments["cue_recovery_context"] is context

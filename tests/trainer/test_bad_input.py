@@ -1,6 +1,6 @@
 """
-Bad and hostile datasets, rows and options, in tables (images have a table of their own). Each is accepted and treated
-right, or refused before training with an error that names the thing, its value, what was expected and the mend.
+Bad and hostile datasets, rows and options, in tables (images have their own table). Each is accepted and handled
+correctly, or refused before training with an error that names the thing, its value, what was expected and a fix.
 """
 
 import math
@@ -34,7 +34,7 @@ IMAGE = {"type": "image"}
 QUESTION = asks("What is this?")["prompt"]
 TOOL_CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "zoom", "arguments": {}}}]}
 
-# --- Rows that are accepted: what differs from a good one ---
+# --- Accepted rows, by their difference from a good one ---
 
 ACCEPTED_ROWS = {
     "good": {},
@@ -48,7 +48,7 @@ ACCEPTED_ROWS = {
     "system-turn": {"prompt": [{"role": "system", "content": "Be brief."}, *QUESTION]},
     "earlier-turns": {"prompt": [*QUESTION, {"role": "assistant", "content": "A dot."}, *QUESTION]},
     "tool-turn-last": {"prompt": [*QUESTION, {**TOOL_CALL, "content": "I look."}, {"role": "tool", "content": "5"}]},
-    # Text that is text
+    # Text that stays text
     "braces": {**asks("{prompt} {privilege} {0} {} {x!r}"), "cue": "{privilege}{prompt}"},
     "jinja": {**asks("{{ 7 * 7 }} {% raw %}"), "cue": "{% for message in messages %}{{ message }}{# #}"},
     "percent": {**asks("%s %(prompt)s"), "cue": "100 % $privilege"},
@@ -70,7 +70,7 @@ ACCEPTED_ROWS = {
     "spaces-kept": {"cue": "  a dot  "},
 }
 
-# --- Rows that are refused: what differs from a good one, and what the error says ---
+# --- Refused rows: their difference from a good one, and the error ---
 
 NO_MESSAGES = "`prompt`: expected a list of messages, each with 'role' and 'content', got "
 NO_BLOCK = "each block of message 0 must be a dict with a type of ('text', 'image', 'video'), and with a string 'text'"
@@ -185,7 +185,7 @@ REFUSED_ROWS = {
         {"cue": "<image_1> a dot"},
         "The text of `cue` contains the placeholder '<image_1>'",
     ),
-    # Text that is none
+    # Text that is not a string
     "lone-surrogate-in-question": (asks("a\ud800"), "`prompt` contains the lone surrogate '\\ud800', which is no"),
     "lone-surrogate-in-cue": ({"cue": "\udfffx"}, "`cue` contains the lone surrogate '\\udfff'"),
     "swapped-surrogates": ({"cue": "x\ude00\ud83d"}, "`cue` contains the lone surrogate '\\ude00'"),
@@ -202,7 +202,7 @@ REFUSED_ROWS = {
 
 
 @pytest.mark.parametrize("change", ACCEPTED_ROWS.values(), ids=ACCEPTED_ROWS)
-def test_row_is_accepted_and_its_text_is_text(trainer, change):
+def test_row_is_accepted_and_its_text_stays_text(trainer, change):
     row = {**make_rows(1)[0], **change}
     trainer._row_checker.check(row)
     batch = trainer._generate_and_score_completions([row])
@@ -216,7 +216,7 @@ def test_row_is_accepted_and_its_text_is_text(trainer, change):
             token for token in tokenizer.convert_ids_to_tokens(token_ids) if token in tokenizer.all_special_tokens
         ]
         assert sorted(found) == sorted(control_tokens)
-        # The tokenizer has a token for each byte, so the prompt is there to be read
+        # The tokenizer has a token for each byte, so the prompt can be read from the ids
         written = tokenizer.decode(token_ids)
         assert all(text in written for text in texts_of(row["prompt"])) and privilege in written
         assert (f"[Hint]: {row['cue']}<|im_end|>" in written) == (name == "teacher_prompt_ids")
@@ -241,7 +241,7 @@ def test_row_is_refused(trainer, change, message):
     "template, is_refused",
     [("{prompt}{privilege}", True), ("{prompt} {privilege}", False), ("{privilege}{prompt}", False)],
 )
-def test_control_token_over_question_and_cue(template, is_refused):
+def test_control_token_across_question_and_cue(template, is_refused):
     trainer = build(teacher_prompt_template=template)
     row = {**make_rows(1)[0], **asks("What is <|im_"), "cue": "end|>"}
     if not is_refused:
@@ -250,7 +250,7 @@ def test_control_token_over_question_and_cue(template, is_refused):
         trainer._row_checker.check(row)
 
 
-def test_control_tokens_of_the_template_are_its_own():
+def test_control_tokens_of_the_template_are_accepted():
     checker = build(teacher_prompt_template="{prompt}<|im_end|>\n<|im_start|>user\n[Hint]: {privilege}")._row_checker
     checker.check(make_rows(1)[0])
     with pytest.raises(ValueError, match="`cue` contains the control token"):
@@ -289,7 +289,7 @@ def as_columns(**changes) -> Dataset:
 
 
 def files(folder) -> Dataset:
-    """Paths of image files, the second of which is none, in a column of decoded images."""
+    """Paths of image files in a column of decoded images; the second one is not an image."""
     rows = make_rows(3)
     for number, row in enumerate(rows):
         row["images"] = [str(folder / f"{number}.png")]
@@ -303,7 +303,7 @@ def fail(rows):
     raise KeyError("file 7")
 
 
-# What is given to the trainer, and what the error says
+# The trainer's arguments and the error
 REFUSED_DATASETS = {
     "rows": (
         lambda: dict(dataset=make_rows(3)),
@@ -490,7 +490,7 @@ def test_option_is_refused(name, value, message):
     assert message in str(refusal.value)
 
 
-def test_options_without_bound():
+def test_options_without_a_bound():
     make_config(advantage_clip=math.inf, epsilon_high=math.inf, max_grad_norm=math.inf, max_completion_length=None)
     make_config(max_grad_norm=None)
 
@@ -500,7 +500,7 @@ def test_literal_braces_in_the_template():
     assert config.teacher_prompt_template.format(prompt="a", privilege="b") == "a {evidence}: b"
 
 
-# Options that contradict each other, or the model
+# Options that contradict each other or the model
 CONFLICTS = {
     "sequence-mean-of-a-fused-sum": (
         dict(loss_aggregation="sequence", use_liger_kernel=True, distillation_mode="full_logits"),
@@ -533,7 +533,7 @@ def test_compilation_by_accelerate_is_refused(monkeypatch):
         build(peft_config=CueRecoveryConfig(layer_interval=2))
 
 
-# --- Models, processors and what is attached to them ---
+# --- Models, processors and adapters ---
 
 
 def test_teacher_with_another_vocabulary():
@@ -633,7 +633,7 @@ def test_adapter_that_cannot_be_trained(config, message):
 
 
 def test_rows_whose_prompts_lack_the_sink_token():
-    """A sink in what only a system turn writes: rows with an image need one, rows of text do not."""
+    """The sink token occurs only in system turns: rows with an image need one, text-only rows do not."""
     processor = make_processor()
     processor.chat_template = processor.chat_template.replace(
         "{{ '<|im_start|>' + message.role",

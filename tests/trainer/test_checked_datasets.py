@@ -1,6 +1,6 @@
 """
-The check of all rows before training: by several processes, remembered while nothing that it depends on has changed,
-and naming the first bad row in any case.
+The check of all rows before training: it may use several processes, is remembered until something that it depends on
+changes, and always names the first bad row.
 """
 
 import os
@@ -26,14 +26,14 @@ from trl_vicur.trainer.checks.rows import OPTIONS, RowChecker, check_dataset, fi
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """The cache of `datasets`; gives the receipts in it."""
+    """Sets the cache of `datasets`, and returns a function that lists its receipts."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return lambda: sorted((tmp_path / "cache").glob("trl_vicur_checked_datasets/*"))
 
 
 @pytest.fixture
 def checked(monkeypatch):
-    """The rows that are checked, by what asks what."""
+    """The questions of the rows that have been checked."""
     numbers = []
     check = RowChecker.check
     monkeypatch.setattr(
@@ -46,21 +46,21 @@ def checked(monkeypatch):
 
 
 @pytest.mark.parametrize("num_proc", [None, 1, 2])
-def test_first_bad_row_is_named_however_many_processes_check(tmp_path, num_proc):
+def test_first_bad_row_is_named_with_any_number_of_processes(tmp_path, num_proc):
     dataset = make_dataset(tmp_path / "rows", bad=(41, 43, 90))
     with pytest.raises(ValueError, match="^Row 41 of train_dataset: `cue` is ''"):
         check(dataset, dataset_num_proc=num_proc)
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_doctor_is_told_all_bad_rows_in_order(tmp_path, num_proc):
+def test_doctor_gets_all_bad_rows_in_order(tmp_path, num_proc):
     dataset = make_dataset(tmp_path / "rows", bad=(90, 41, 43))
     checker = make_checker(dataset_num_proc=num_proc)
     errors = [str(error) for error in find_bad_rows(dataset, "d", checker, checker.args)]
     assert [error.partition(":")[0] for error in errors] == ["Row 41 of d", "Row 43 of d", "Row 90 of d"]
 
 
-# For scripts that run in processes of their own
+# For scripts that run in other processes
 PATHS = os.pathsep.join([str(Path(checked_datasets.__file__).parent), str(Path(__file__).parents[2])])
 TWO_PROCESSES = """
 import sys
@@ -81,8 +81,8 @@ for name in sys.argv[3:]:
 
 
 @pytest.mark.slow
-def test_every_training_process_names_the_first_bad_row_of_all(tmp_path):
-    """Rows 41 and 90 belong to different processes. Both know at once that the good ones have been checked."""
+def test_every_rank_names_the_first_bad_row_of_all_ranks(tmp_path):
+    """Rows 41 and 90 belong to different ranks. Both ranks know that the good dataset has been checked."""
     make_dataset(tmp_path / "good")
     make_dataset(tmp_path / "bad", bad=(41, 90))
     arguments = [str(tmp_path), str(datasets.config.HF_DATASETS_CACHE), "good", "good", "bad"]
@@ -105,8 +105,8 @@ def test_every_training_process_names_the_first_bad_row_of_all(tmp_path):
         assert lines == [f"good has passed after {half} rows"] * 2 + ["Row 41"]
 
 
-def test_check_leaves_the_random_state_alone(tmp_path):
-    """It decides on the weights of a new adapter, and a resumed run does without the check."""
+def test_check_does_not_change_the_random_state(tmp_path):
+    """It determines the weights of a new adapter, and a resumed run may skip the check."""
     dataset, state = make_dataset(tmp_path / "rows"), torch.get_rng_state()
     check(dataset, dataset_num_proc=2)
     assert torch.equal(torch.get_rng_state(), state)
@@ -115,7 +115,7 @@ def test_check_leaves_the_random_state_alone(tmp_path):
 # --- What is remembered ---
 
 
-def test_a_dataset_that_has_passed_is_not_checked_again(tmp_path, checked, cache):
+def test_dataset_that_has_passed_is_not_checked_again(tmp_path, checked, cache):
     dataset = make_dataset(tmp_path / "rows")
     check(dataset)
     assert len(checked) == COUNT and len(cache()) == 1
@@ -124,7 +124,7 @@ def test_a_dataset_that_has_passed_is_not_checked_again(tmp_path, checked, cache
     assert len(checked) == COUNT and len(cache()) == 1
 
 
-def test_a_dataset_with_a_bad_row_is_checked_again(tmp_path, checked, cache):
+def test_dataset_with_a_bad_row_is_checked_again(tmp_path, checked, cache):
     dataset = make_dataset(tmp_path / "rows", bad=[50])
     for _ in range(2):
         with pytest.raises(ValueError, match="Row 50 of train_dataset"):
@@ -135,7 +135,7 @@ def test_a_dataset_with_a_bad_row_is_checked_again(tmp_path, checked, cache):
         check(dataset)
 
 
-def test_a_check_that_is_killed_is_not_remembered(tmp_path, monkeypatch, cache):
+def test_killed_check_is_not_remembered(tmp_path, monkeypatch, cache):
     dataset = make_dataset(tmp_path / "rows")
 
     def interrupt(self, row):
@@ -148,7 +148,7 @@ def test_a_check_that_is_killed_is_not_remembered(tmp_path, monkeypatch, cache):
     assert not cache()
 
 
-def test_columns_and_number_of_rows_are_checked_in_any_case(tmp_path, cache):
+def test_columns_and_number_of_rows_are_always_checked(tmp_path, cache):
     dataset, checker = make_dataset(tmp_path / "rows"), make_checker()
     check(dataset, checker)
     with pytest.raises(ValueError, match=f"has {COUNT} row"):
@@ -186,7 +186,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_the_verdict_depends_on_changes_the_receipt(tmp_path, change):
+def test_receipt_depends_on_everything_that_the_check_reads(tmp_path, change):
     dataset = make_dataset(tmp_path / "rows")
     change = {name: value() if callable(value) else value for name, value in change.items()}
     assert receipt_of(dataset, make_checker(**change)) != receipt_of(dataset, make_checker())
@@ -199,7 +199,7 @@ def test_limits_of_pillow_change_the_receipt(tmp_path, monkeypatch):
     assert receipt_of(dataset, make_checker()) != before
 
 
-def test_the_receipt_depends_on_every_option_that_the_check_reads():
+def test_receipt_depends_on_every_option_that_the_check_reads():
     class Recorder:
         def __init__(self, args):
             self.args, self.read = args, set()
@@ -258,14 +258,14 @@ def test_rows_that_may_change_unnoticed_are_checked_each_time(tmp_path, monkeypa
     assert receipt_of(dataset.with_transform(lambda rows: rows), checker) is None
     remote = dataset.remove_columns("images").add_column("images", [["https://example.com/a.png"]] * COUNT)
     assert receipt_of(remote, checker) is None
-    assert receipt_of(dataset.select(range(MIN_ROWS - 1)), checker) is None  # not worth it
+    assert receipt_of(dataset.select(range(MIN_ROWS - 1)), checker) is None  # too few rows for a receipt
     monkeypatch.setattr(datasets, "is_caching_enabled", lambda: False)
     assert receipt_of(dataset, checker) is None
 
 
 @pytest.mark.slow
 def test_another_process_finds_the_receipt(tmp_path):
-    """Digests depend on no order of sets and no address."""
+    """Digests do not depend on the order of sets or on addresses."""
     dataset = make_dataset(tmp_path / "rows")
     code = """
 import sys

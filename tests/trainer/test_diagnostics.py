@@ -1,4 +1,4 @@
-"""What a user sees of a run without asking: metrics, histograms and alerts, as each tracker has kept them."""
+"""Metrics, histograms and alerts that a run logs by default, as each tracker stores them."""
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,7 +23,7 @@ SCALARS = {
 
 
 class Collapse(TrainerCallback):
-    """From the third step on, completions have two tokens instead of eight, and no entropy."""
+    """From the third step on, completions have two tokens instead of eight, and zero entropy."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -69,7 +69,7 @@ def test_diagnostics_are_in_every_tracker(tmp_path, processor, monkeypatch):
     histograms = [event.histogram_value for event in events.Histograms(HISTOGRAM)]
     assert [event.step for event in events.Histograms(HISTOGRAM)] == [1, 2, 3, 4, 5]
     for histogram, log in zip(histograms, logs, strict=True):
-        # Two micro-batches with as many tokens each: the mean of all is that of the two
+        # Two micro-batches with equally many tokens: the mean over all tokens is the mean of the two
         assert histogram.num == 4 * log["completions/mean_length"]
         assert histogram.sum / histogram.num == pytest.approx(log["logprob_gap/mean"], rel=1e-3, abs=1e-6)
     for title in TITLES:
@@ -83,15 +83,15 @@ def test_diagnostics_are_in_every_tracker(tmp_path, processor, monkeypatch):
     assert [sum(log[HISTOGRAM]["values"]) for log in kept] == [histogram.num for histogram in histograms]
     assert {alert["title"] for alert in SQLiteStorage.get_alerts("vicur", "run")} == set(TITLES)
 
-    (record,) = tmp_path.rglob("run-*.wandb")  # protocol buffers, which wandb has no reader for
+    (record,) = tmp_path.rglob("run-*.wandb")  # protocol buffers, for which wandb has no reader
     record = record.read_bytes()
     assert all(f"train/{name}".encode() in record for name in SCALARS)
     assert record.count(HISTOGRAM.encode()) >= 5 and b'"histogram"' in record
-    # An alert's title, and behind it the mark of its text; the console's output is kept as well
+    # An alert's title, followed by the tag of its text; the console's output is stored as well
     assert all(record.count(title.encode() + b"\x12") == 1 for title in TITLES)
 
 
-def test_a_resumed_run_remembers_where_it_started(tmp_path, processor, recwarn):
+def test_resumed_run_remembers_where_it_started(tmp_path, processor, recwarn):
     trainer = make_trainer(tmp_path, processor)
     callback = trainer.pop_callback(CollapseCallback)
 

@@ -62,7 +62,7 @@ def test_identity_at_birth_and_off_means_off(family):
 
 
 @every_family
-def test_the_module_changes_samples_with_images_only(family):
+def test_module_changes_only_samples_with_images(family):
     model, processor = FAMILIES[family]()
     inputs = batch(processor)
     expected = logits(model, inputs)
@@ -138,8 +138,8 @@ def test_training_saving_reloading_generating(tmp_path, family):
 @pytest.mark.parametrize("share", ["auto", "never"])
 def test_teacher_and_student_score_the_same_tokens(tmp_path, family, share):
     """
-    What the trainer scores in shuffled, split batches is what each row alone gives (invariant 9), with shared image
-    features as without.
+    The trainer's scores in shuffled, split batches equal those of each row alone (invariant 9), with and without
+    shared image features.
     """
     model, processor = FAMILIES[family]()
     trainer = make_trainer(
@@ -174,8 +174,8 @@ def test_teacher_and_student_score_the_same_tokens(tmp_path, family, share):
 
 
 @every_family
-def test_losses_have_the_logits_of_the_model(family):
-    """Invariant 9: head scale, soft-cap, bias and temperature are the model's, whatever its text config says."""
+def test_losses_use_the_logits_of_the_model(family):
+    """Invariant 9: head scale, soft-cap, bias and temperature are the model's, wherever its configs define them."""
     model, processor = FAMILIES[family]()
     model.lm_head.bias = nn.Parameter(torch.randn(model.lm_head.out_features))
     inputs = batch(processor)
@@ -188,7 +188,7 @@ def test_losses_have_the_logits_of_the_model(family):
 @every_family
 @pytest.mark.parametrize("size", [(64, 64), (32, 64), (200, 40)])
 def test_images_are_counted_before_training(tmp_path, family, size):
-    """With what stands around them where the processor cannot tell; never too few."""
+    """Including surrounding tokens where the processor cannot count visual tokens alone; never too few."""
     model, processor = FAMILIES[family]()
     counted = RowChecker(make_config(tmp_path), processor, max_length=2048)._num_image_tokens((size,))
     input_ids = encode(processor, [user("", make_image(0, size))])["input_ids"]
@@ -196,8 +196,8 @@ def test_images_are_counted_before_training(tmp_path, family, size):
 
 
 @every_family
-def test_a_row_with_a_blank_image_changes_no_other_row(family):
-    """A process whose rows are all text adds it where others have images."""
+def test_row_with_a_blank_image_changes_no_other_row(family):
+    """A rank whose rows are all text adds this row when other ranks have images."""
     model, processor = FAMILIES[family]()
     model = randomize(attach(model))
     inputs = encode(processor, [user("What is this?"), user("And what may that be?")])
@@ -209,15 +209,15 @@ def test_a_row_with_a_blank_image_changes_no_other_row(family):
         together = logits(model, {"input_ids": input_ids, "attention_mask": attention_mask, **others})
     torch.testing.assert_close(together[:-1, -expected.shape[1] :], expected, rtol=1e-3, atol=1e-4)
     (features,) = recorded["image"]
-    # Before 5.18, transformers returns none for each visual token of these, which encode as ever
+    # Before 5.18, transformers returns no feature per visual token for these, so they are not shared
     is_unknown = family in ("gemma4", "idefics3", "smolvlm") and Version(transformers.__version__) < Version("5.18")
     assert (split_by_sample(features, [0, 0, blank.num_image_tokens]) is None) == is_unknown
 
 
-# --- What does not work says so ---
+# --- Unsupported models are refused by name ---
 
 
-def test_a_prompt_that_is_too_long_is_refused_where_the_processor_cannot_count(tmp_path):
+def test_too_long_prompt_is_refused_if_the_processor_cannot_count(tmp_path):
     model, processor = FAMILIES["smolvlm"]()
     model.config.text_config.max_position_embeddings = 120
     with pytest.raises(ValueError, match=r"Row 1 of train_dataset: .* exceeds the model's context of 120 tokens"):
@@ -227,7 +227,7 @@ def test_a_prompt_that_is_too_long_is_refused_where_the_processor_cannot_count(t
 
 
 def test_llava_onevision_needs_shared_features_for_several_images(tmp_path):
-    """It encodes the images of a row with several ones otherwise, but TRL does not tell it how many there are."""
+    """It encodes several images of a row differently, but TRL does not pass their number."""
     model, processor = FAMILIES["llava_onevision"]()
     trainer = make_trainer(
         tmp_path,
@@ -240,7 +240,7 @@ def test_llava_onevision_needs_shared_features_for_several_images(tmp_path):
         trainer.train()
 
 
-def test_images_outside_of_the_decoder_are_refused():
+def test_models_with_images_outside_the_decoder_are_refused():
     with torch.device("meta"):
         model = MllamaForConditionalGeneration(
             MllamaConfig(
@@ -253,7 +253,7 @@ def test_images_outside_of_the_decoder_are_refused():
         get_peft_model(model, CueRecoveryConfig(layer_interval=1))
 
 
-def test_a_decoder_whose_layers_are_elsewhere_is_refused():
+def test_decoder_without_layers_is_refused():
     with torch.device("meta"):
         model = Llama4ForConditionalGeneration(
             Llama4Config(
@@ -276,14 +276,14 @@ class KeywordsAreDropped(Qwen3VLTextModel):
         return super().forward(*args, **kwargs)
 
 
-def test_a_decoder_that_takes_no_further_keywords_is_refused():
+def test_decoder_without_keyword_arguments_is_refused():
     model, _ = FAMILIES["qwen3_vl"]()
     model.get_decoder().__class__ = NoKeywords
     with pytest.raises(ValueError, match="the NoKeywords of Qwen3VLForConditionalGeneration is none"):
         attach(model)
 
 
-def test_a_decoder_that_drops_keywords_is_refused_at_the_first_call():
+def test_decoder_that_drops_keyword_arguments_is_refused_at_the_first_call():
     model, processor = FAMILIES["qwen3_vl"]()
     inputs = batch(processor)
     expected = logits(model, inputs)
@@ -298,8 +298,8 @@ def test_a_decoder_that_drops_keywords_is_refused_at_the_first_call():
     assert torch.equal(logits(model.unload(), inputs), expected)
 
 
-def test_several_streams_of_hidden_states_are_refused():
-    """Gemma 3n's decoder layers get four."""
+def test_parallel_streams_of_hidden_states_are_refused():
+    """Gemma 3n's decoder layers receive four."""
     layer = CueRecoveryLayer(nn.Linear(8, 8))
     context = CueRecoveryContext(torch.ones(2, 3, dtype=torch.bool), {"default": torch.zeros(2, dtype=torch.long)})
     with pytest.raises(ValueError, match=r"has the shape \(4, 2, 3, 8\), but `input_ids` has \(2, 3\)"):
@@ -310,14 +310,14 @@ def test_several_streams_of_hidden_states_are_refused():
     "settings, expected",
     [
         ({}, 5),
-        ({"layer_types": ["sliding_attention"] * 6}, 5),  # the window is what there is
+        ({"layer_types": ["sliding_attention"] * 6}, 5),  # all layers have a window
         ({"layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"] * 2}, 3),
         ({"layer_types": ["conv", "conv", "full_attention"] + ["conv"] * 3}, 2),
         ({"layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 3}, 1),
         ({"layer_types": ["linear_attention"] * 6}, 5),
     ],
 )
-def test_no_module_behind_the_last_layer_that_reads_from_afar(settings, expected):
+def test_no_module_after_last_global_attention_layer(settings, expected):
     config = PreTrainedConfig()
     config.update({"num_hidden_layers": 6, **settings})
     assert last_reading_layer(config) == expected

@@ -108,8 +108,8 @@ def check_same_training(expected: Path, actual: Path) -> None:
 
 def check_same_bf16_training(expected: Path, actual: Path) -> None:
     """
-    What training changed agrees up to what rounding to bfloat16 does to it; layers computed in bfloat16, and nothing
-    that is compared was rounded on its way.
+    Weight changes agree up to bfloat16 rounding, layers computed in bfloat16, and no compared value was rounded on its
+    way.
     """
     for folder in (expected, actual):
         dtypes = json.loads((folder / "dtypes.json").read_text())
@@ -143,7 +143,7 @@ def test_ddp_trains_as_one_process_in_bf16(one_process, ddp, run):
 
 @pytest.mark.parametrize("run", SHARDED)
 def test_fsdp2_trains_as_one_process(one_process, fsdp2, run):
-    """Student and teacher are in shards; no process hangs where only the other one has images, or ends later."""
+    """Student and teacher are sharded. No rank hangs if only the other one has images or generates longer."""
     check_same_training(one_process / run, fsdp2 / run)
 
 

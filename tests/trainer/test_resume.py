@@ -1,4 +1,4 @@
-"""Nothing is lost: runs stopped at any moment go on, bit for bit, from the newest checkpoint that is whole."""
+"""Nothing is lost: a run stopped at any moment continues, bit for bit, from the newest complete checkpoint."""
 
 import json
 import multiprocessing
@@ -55,7 +55,7 @@ def train(directory, resume=None, **arguments) -> ViCuRTrainer:
 
 
 def curve(log_history: list[dict]) -> list[dict]:
-    """All that is logged of each step, but for its duration."""
+    """Everything that is logged of each step except its duration."""
     return [{k: v for k, v in log.items() if k != "step_time"} for log in log_history if "loss" in log]
 
 
@@ -97,7 +97,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, arguments, step):
     assert_same_run(resumed, whole)
 
 
-def test_best_checkpoint_is_found_where_the_folder_was_moved_to(tmp_path):
+def test_best_checkpoint_is_found_after_the_folder_was_moved(tmp_path):
     evaluated = dict(max_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
     trainer = train(tmp_path / "here", **evaluated)
     assert trainer.state.best_model_checkpoint == str(tmp_path / "here" / "checkpoint-1")
@@ -126,7 +126,7 @@ def test_best_checkpoint_of_a_named_adapter_is_loaded(tmp_path, config):
     assert any(not torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 
-def test_checkpoint_in_the_place_of_an_earlier_one_is_whole(tmp_path):
+def test_checkpoint_that_replaces_an_earlier_one_is_complete(tmp_path):
     for _ in range(2):
         train(tmp_path, max_steps=1)
         assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
@@ -137,7 +137,7 @@ def test_checkpoint_in_the_place_of_an_earlier_one_is_whole(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A run of two steps with an average of the student, which the tests copy."""
+    """A run of two steps with an EMA teacher, which the tests copy."""
     directory = tmp_path_factory.mktemp("checkpoints")
     train(directory, teacher_model_kind="ema", max_steps=2)
     return directory
@@ -166,7 +166,7 @@ def cut_off(path: Path) -> None:
         ("ema_teacher.safetensors", Path.unlink, "its file ema_teacher.safetensors is missing"),
     ],
 )
-def test_damaged_checkpoint_is_refused_or_passed_over(tmp_path, checkpoints, caplog, name, damage, message):
+def test_damaged_checkpoint_is_refused_or_skipped(tmp_path, checkpoints, caplog, name, damage, message):
     shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoint-2"
     damage(newest / name)
@@ -239,8 +239,8 @@ def test_rollouts_of_another_partition_or_number_of_processes_are_refused(tmp_pa
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["dataset", "streamed"])
-def test_steps_can_be_divided_and_prolonged_at_a_resume(tmp_path, streamed):
-    """Where no rollouts are kept: as many rows per step in other micro-batches, and more steps than were planned."""
+def test_resumed_run_may_have_other_micro_batches_and_more_steps(tmp_path, streamed):
+    """If no rollouts are pending: the same rows per step in other micro-batches, and more steps than planned."""
     rows = []
 
     class RecordRows(ViCuRTrainer):
@@ -261,7 +261,7 @@ def test_steps_can_be_divided_and_prolonged_at_a_resume(tmp_path, streamed):
     assert begun + train_recorded(tmp_path / "parts", resume=True, **divided) == whole
 
 
-def test_ignore_data_skip_begins_with_other_rows(tmp_path, checkpoints):
+def test_ignore_data_skip_starts_with_other_rows(tmp_path, checkpoints):
     trainer = make_trainer(tmp_path, teacher_model_kind="ema", num_rows=12, ignore_data_skip=True)
     trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
     assert trainer.state.global_step == 6
@@ -277,12 +277,12 @@ def test_checkpoint_without_the_teacher_average_is_refused(tmp_path, checkpoints
 
 # --- Kills ---
 
-# All that a checkpoint can hold; two steps on the same rollouts, 4 steps per epoch
+# Everything that a checkpoint can contain; two steps on the same rollouts, 4 steps per epoch
 KILLED = dict(
     config=dict(**ADAPTER, r=2), teacher_model_kind="ema", num_iterations=2, save_total_limit=1, report_to="none"
 )
-# Moments within the third step's checkpoint, in the order in which its files are begun: the optimizer's is cut off,
-# the trainer's state still empty
+# Moments within the third step's checkpoint, in the order in which its files are created: the optimizer's file is
+# truncated, the trainer's state still empty
 FILES = [
     "adapter_model.safetensors",
     "optimizer.pt",
@@ -295,7 +295,7 @@ FILES = [
 
 
 class KillWhen(TrainerCallback):
-    """Kills this process as soon as a file is there, or is not there any more, after a step."""
+    """Kills this process as soon as a file exists, or no longer exists, after a step."""
 
     def __init__(self, path: Path, exists: bool, after_step: int):
         self.path, self.exists, self.after_step = path, exists, after_step
@@ -310,7 +310,7 @@ class KillWhen(TrainerCallback):
 
 
 def go_on(directory: Path, *kill_when) -> None:
-    """What a job does that is started again and again; in a process of its own."""
+    """A job that is started again after each kill, in its own process."""
     torch.set_num_threads(1)
     trainer = make_trainer(directory, **KILLED)
     if kill_when:
@@ -320,7 +320,7 @@ def go_on(directory: Path, *kill_when) -> None:
 
 @pytest.fixture(scope="module")
 def start():
-    """Start `go_on`; the processes are forked from one that has everything imported."""
+    """Starts `go_on` in processes forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl_vicur.trainer"])
     warm_up = context.Process(target=int)
@@ -337,7 +337,7 @@ def start():
 
 @pytest.fixture(scope="module")
 def uninterrupted(start, tmp_path_factory):
-    """A run that nothing happens to, and its duration in seconds."""
+    """An uninterrupted run, and its duration in seconds."""
     directory = tmp_path_factory.mktemp("uninterrupted")
     began = time.monotonic()
     start(directory).join()
@@ -345,7 +345,7 @@ def uninterrupted(start, tmp_path_factory):
 
 
 def assert_same_end(directory: Path, uninterrupted: Path) -> None:
-    """The last checkpoints have the same losses of all steps, and the same bytes."""
+    """The last checkpoints have the same losses of all steps and the same bytes."""
     ends = [each / "checkpoint-6" for each in (directory, uninterrupted)]
     resumed, whole = (json.loads((end / "trainer_state.json").read_text())["log_history"] for end in ends)
     assert len(whole) == 6 and curve(resumed) == curve(whole)

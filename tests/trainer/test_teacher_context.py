@@ -1,4 +1,4 @@
-"""What the teacher sees: the privilege in the last user turn, and nothing that data could turn into control tokens."""
+"""The teacher's view: the privilege in the last user turn, and no control tokens from data."""
 
 import copy
 import string
@@ -92,7 +92,7 @@ def test_braces_in_data_are_text(prompt, privilege):
         ("{prompt}\n\nLook at the picture first.\n**Hint**:\n\n{privilege}", "Hint"),
         ("{prompt} {{evidence}}: {privilege}", "evidence"),
         ("Say {{prompt}}. {prompt} Clue: {privilege}", "Clue"),
-        # No word, so nothing to be recognized by
+        # Without a word before the privilege, a hint cannot be recognized
         ("{prompt}{privilege}", ""),
         ("{prompt}\n=> {privilege} (a hint)", ""),
     ],
@@ -103,7 +103,7 @@ def test_hint_marker(template, marker):
 
 # --- 10. Data is data ---
 
-# Text that comes near to control tokens, or is one
+# Text that resembles a control token or is one
 nearly_control = st.lists(
     st.one_of(
         st.sampled_from(

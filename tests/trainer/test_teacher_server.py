@@ -1,4 +1,4 @@
-"""A teacher behind a server's API: the same training as with a local one, and errors before it begins."""
+"""A teacher on a server: the same training as with a local one, and errors before training."""
 
 import threading
 
@@ -22,7 +22,7 @@ def teacher():
 
 @pytest.fixture
 def serve(teacher, processor):
-    """Starts a server with options, and returns it."""
+    """Starts a server with options and returns it."""
     servers = []
 
     def serve(**options) -> ScoringServer:
@@ -52,13 +52,13 @@ def short_waits(monkeypatch):
 def test_trains_as_with_a_local_teacher(serve, teacher, processor, tmp_path, options):
     server = serve()
     assert_trains_as_with_local_teacher(server.url, teacher, processor, tmp_path, **options)
-    # Each completion is scored once; before training two requests are, each as often as it takes to see replicas
+    # Each completion is scored once. Before training, two requests are repeated often enough to detect replicas
     num_rollouts = 2 if "num_iterations" in options else 3
     assert len(server.requests) == 2 * NUM_PROBES + 4 * num_rollouts
 
 
-def test_the_very_tokens_are_scored(serve, teacher, processor):
-    """Control tokens, and bytes that are no text, in a completion (invariant 9)."""
+def test_sampled_token_ids_are_scored(serve, teacher, processor):
+    """Also control tokens and invalid UTF-8 in a completion (invariant 9)."""
     images = [make_image(0), make_image(1, (128, 96))]
     conversation = user("Compare.", *images)
     completion_ids = [*processor.tokenizer.encode("<|im_end|><|im_start|>"), *range(180, 200), *range(100, 90, -1)]
@@ -78,7 +78,7 @@ def test_the_very_tokens_are_scored(serve, teacher, processor):
     assert scores.top_ids == expected.topk(3).indices.tolist()
 
 
-def test_the_card_names_the_served_teacher(serve, processor, tmp_path):
+def test_card_names_the_served_teacher(serve, processor, tmp_path):
     trainer = make_trainer(tmp_path, processor, teacher_model_server_url=serve(name="me/large-teacher").url)
     trainer.save_model()
     assert "me/large-teacher" in (tmp_path / "README.md").read_text()
@@ -97,7 +97,7 @@ def test_failing_requests_are_repeated(serve, processor):
     assert len(answers) == 15
 
 
-def test_a_server_that_is_still_being_started_is_waited_for(teacher, processor):
+def test_trainer_waits_for_a_server_that_is_starting(teacher, processor):
     with ScoringServer(teacher, processor) as server:
         port = server._server.server_port
     later = threading.Timer(0.3, lambda: servers.append(ScoringServer(teacher, processor, port=port).__enter__()))
@@ -107,7 +107,7 @@ def test_a_server_that_is_still_being_started_is_waited_for(teacher, processor):
     servers[0].__exit__()
 
 
-def test_a_server_that_is_lost_while_training(serve, processor, tmp_path):
+def test_server_lost_during_training(serve, processor, tmp_path):
     server = serve()
     trainer = make_trainer(tmp_path, processor, teacher_model_server_url=server.url)
     server.__exit__()
@@ -116,7 +116,7 @@ def test_a_server_that_is_lost_while_training(serve, processor, tmp_path):
 
 
 def change(path: str, status: int = 200, **changes):
-    """Changes the status and the fields of the answers at a path."""
+    """Changes the status and fields of the answers at a path."""
 
     def tamper(at, answer):
         return (status, {**answer[1], **changes}) if at == path else answer
@@ -166,14 +166,14 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("case", ANSWERS)
-def test_a_server_that_does_not_fit(serve, processor, tmp_path, case):
+def test_unsuitable_server_is_refused(serve, processor, tmp_path, case):
     server_options, options, message = ANSWERS[case]
     with pytest.raises(ValueError, match=f"(?s){message}"):
         make_trainer(tmp_path, processor, teacher_model_server_url=serve(**server_options).url, **options)
 
 
 def replicas(shift: float):
-    """Every second answer is that of a replica, whose log-probability of one token is another one."""
+    """Every second answer comes from a replica with another log-probability of one token."""
     answers = []
 
     def tamper(path, answer):
@@ -203,8 +203,8 @@ def test_replicas_that_differ_by_rounding_are_accepted(serve, processor, tmp_pat
     assert isinstance(trainer.teacher, ServedTeacher)
 
 
-def test_a_server_that_sees_images_in_another_size(serve, processor, tmp_path):
-    """Its visual tokens would be others than those that the student's processor counts on."""
+def test_server_that_resizes_images_differently(serve, processor, tmp_path):
+    """Its visual tokens would differ from those of the student's processor."""
     other = make_processor()
     other.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
     with pytest.raises(
@@ -235,6 +235,6 @@ def test_options_that_contradict_a_server(tmp_path, options, message):
         ViCuRConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
 
 
-def test_a_loaded_teacher_beside_a_server(teacher, processor, tmp_path):
+def test_loaded_teacher_and_a_server_contradict(teacher, processor, tmp_path):
     with pytest.raises(ValueError, match=r"a loaded `teacher_model` \(Qwen3VLForCond.*\) was passed as well"):
         make_trainer(tmp_path, processor, teacher, teacher_model_server_url="http://localhost:8000")

@@ -13,7 +13,7 @@ from tiny_models import CHAT_TEMPLATE, make_processor, make_qwen3_vl
 from trl_vicur.trainer.checks.thinking import thinking_mode_of_processor
 
 
-# Qwen3-VL-Thinking opens the block; Qwen3 and Qwen3.5 write an empty one where thinking is off
+# Qwen3-VL-Thinking opens the block; Qwen3 and Qwen3.5 write an empty one if thinking is off
 HEADER = "<|im_start|>assistant\n"
 OPENS = CHAT_TEMPLATE.replace(HEADER, HEADER + "<think>\n")
 THINKS_BY_DEFAULT = CHAT_TEMPLATE.replace(
@@ -46,7 +46,7 @@ def thinking_warnings(make) -> list[str]:
         ("gemma4_v5", "off", "on", "off"),
         ("glm4moe", "on", "on", "off"),
         ("nemotron_3_nano", "on", "on", "off"),
-        ("deepseek_r1_distill", None, None, None),  # of text models, which have no blocks
+        ("deepseek_r1_distill", None, None, None),  # for text models, whose messages have no content blocks
         ("qwen3_vl", "none", "none", "none"),
         ("qwen2_5_vl", "none", "none", "none"),
         ("qwen3_instruct_2507", "none", "none", "none"),
@@ -128,7 +128,7 @@ def test_teacher_in_another_thinking_mode_warns(tmp_path, monkeypatch, pair, is_
         assert re.search(expected, messages[0]), messages
 
 
-def test_a_teacher_without_a_processor_is_not_compared(tmp_path):
+def test_teacher_without_a_processor_is_not_compared(tmp_path):
     make_qwen3_vl(num_layers=2, hidden_size=64, seed=5).save_pretrained(tmp_path / "teacher")
     teacher = str(tmp_path / "teacher")
     options = dict(teacher_model=teacher, privilege="none")

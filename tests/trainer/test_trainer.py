@@ -61,7 +61,7 @@ from trl_vicur.trainer.vision.features import get_backbone
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_invariant_11_trl_parity(tmp_path, processor, beta):
-    """Everything of ours switched off is TRL's trainer: same losses, gradients and weights."""
+    """With everything of ours switched off, losses, gradients and weights equal those of TRL's trainer."""
     rows = make_rows(mixed=False)  # TRL itself cannot mix rows with and without images
     arguments = dict(beta=beta, max_steps=3, gradient_checkpointing=True)
     ours = make_trainer(
@@ -73,7 +73,7 @@ def test_invariant_11_trl_parity(tmp_path, processor, beta):
         distillation_mode="full_logits",
         **arguments,
     )
-    ours.train()  # before the other is built, which seeds the random numbers anew
+    ours.train()  # before the other one is built, which resets the seed
     shared = vars(make_config(tmp_path, **arguments))
     fields = DistillationConfig.__dataclass_fields__
     config = {name: value for name, value in shared.items() if name in fields and fields[name].init}
@@ -97,7 +97,7 @@ def test_invariant_11_trl_parity(tmp_path, processor, beta):
 
 @pytest.mark.parametrize("privilege", ["cue", "answer", "none"])
 def test_invariant_9_teacher_and_student_score_the_same_tokens(tmp_path, processor, privilege):
-    """The trainer's hidden states give, for each row, what the row alone gives without padding or batch."""
+    """For each row, the trainer's hidden states give the same scores as the row alone, without padding or batch."""
     teacher_model = make_qwen3_vl(seed=5)
     trainer = make_trainer(tmp_path, processor, teacher_model=teacher_model, privilege=privilege)
     rows = [trainer.train_dataset[i] for i in range(8)]
@@ -128,7 +128,7 @@ def test_invariant_9_teacher_and_student_score_the_same_tokens(tmp_path, process
 
 
 class watch_dtypes:
-    """Notes, while active, what decoder layers compute in: in rollouts, and in the student's and teacher's passes."""
+    """Records, while active, the dtypes of decoder layers in rollouts and in the student's and teacher's passes."""
 
     def __init__(self, trainer):
         self.trainer, self.seen, self.pass_ = trainer, {}, "rollout"
@@ -137,7 +137,7 @@ class watch_dtypes:
     def __enter__(self):
         for model in (self.trainer.model, self.trainer.teacher_model):
             for name, module in model.named_modules() if model is not None else ():
-                # Recovery modules keep the dtype of their weights: they compute for one token, and cast no others
+                # Recovery modules keep the dtype of their weights: they compute for one token only
                 is_in_layer = "language_model.layers" in name and "sink_attention" not in name
                 if isinstance(module, torch.nn.Linear) and is_in_layer:
                     self.handles.append(module.register_forward_hook(self.note))
@@ -172,7 +172,7 @@ class watch_dtypes:
 
 
 def watch_objective(monkeypatch) -> dict[str, set[torch.dtype]]:
-    """Dtypes of the hidden states that the objectives get, and of what they return."""
+    """Dtypes of the hidden states that the objectives receive and of what they return."""
     seen = {"states": set(), "values": set()}
     functions = [(vicur_trainer, name) for name in ("full_divergence", "topk_divergence", "liger_divergence_sum")]
     functions += [(vicur_trainer, "token_logprobs"), (scores, "token_logprobs"), (scores, "topk_logprobs")]
@@ -252,7 +252,7 @@ def test_bf16_objectives_see_bfloat16_states(tmp_path, processor, monkeypatch, m
 
 def test_fp16_layers_compute_in_float16(tmp_path, processor, monkeypatch):
     trainer = make_trainer(tmp_path, processor, peft_config=CueRecoveryConfig(**ADAPTER, r=2))
-    # Accelerate has float16 for GPUs only
+    # Accelerate supports float16 on GPUs only
     monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
     objective = watch_objective(monkeypatch)
     with watch_dtypes(trainer) as layers:
@@ -263,7 +263,7 @@ def test_fp16_layers_compute_in_float16(tmp_path, processor, monkeypatch):
 
 @pytest.mark.parametrize("teacher", ["base", "external"])
 def test_bf16_scores_the_distribution_that_the_model_samples_from(tmp_path, processor, teacher):
-    """The head gets the very states that it gets in `model(...)` under autocast, of student and teacher."""
+    """The heads of student and teacher receive the same states as in `model(...)` under autocast."""
     trainer = make_trainer(
         tmp_path,
         processor,
@@ -298,7 +298,7 @@ def test_bf16_scores_the_distribution_that_the_model_samples_from(tmp_path, proc
 
 
 def test_nothing_is_rounded_on_its_way_through_a_wrapped_forward():
-    """FSDP2 casts arguments of a forward, and hands on copies of dicts."""
+    """FSDP2 casts the arguments of a forward and passes copies of dicts."""
     model = torch.nn.Linear(1, 1)
     model.register_forward_pre_hook(
         lambda _, args, kwargs: _apply_to_tensors(lambda tensor: tensor.bfloat16(), (args, kwargs)), with_kwargs=True
@@ -356,8 +356,8 @@ KEPT_BASE = {
 
 
 @pytest.mark.parametrize("peft_config", [*MOVED_BASE.values(), *KEPT_BASE.values()], ids=[*MOVED_BASE, *KEPT_BASE])
-def test_invariant_2_the_base_teaches_whatever_an_adapter_trains(tmp_path, recwarn, peft_config):
-    """Every trainable weight is moved, as training might do. Of a base that trains, too, a frozen copy is kept."""
+def test_invariant_2_base_teaches_whatever_an_adapter_trains(tmp_path, recwarn, peft_config):
+    """Every trainable weight is changed, as training might. If the base trains, too, a frozen copy is kept."""
     processor = make_qwen2_5_processor()
     trainer = make_trainer(tmp_path, processor, make_qwen2_5_vl(), peft_config=peft_config)
     with torch.no_grad():
@@ -393,12 +393,12 @@ def test_invariant_2_adapters_that_rewrite_the_base_are_refused(tmp_path, proces
     for arguments in (dict(), dict(teacher_model_kind="live")):  # saved, they would fit no other model either
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, processor, peft_config=copy.deepcopy(peft_config), **arguments)
-    # Attached before, the base cannot be compared
+    # If it was attached before, the base cannot be compared
     with pytest.raises(ValueError, match=f"The adapter 'default' of the model changes weights of the base .`{option}"):
         make_trainer(tmp_path, processor, get_peft_model(make_qwen3_vl(), peft_config))
 
 
-def test_invariant_2_a_model_passed_with_trained_biases_is_refused(tmp_path):
+def test_invariant_2_model_with_trained_biases_is_refused(tmp_path):
     model = get_peft_model(make_qwen2_5_vl(), LoraConfig(**LORA, bias="all"))
     with pytest.raises(ValueError, match=r"The adapter 'default' .* \(`bias='all'`\).* or pass the base as"):
         make_trainer(tmp_path, make_qwen2_5_processor(), model)
@@ -407,7 +407,7 @@ def test_invariant_2_a_model_passed_with_trained_biases_is_refused(tmp_path):
 
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 def test_trainable_token_indices(tmp_path, processor, is_tied):
-    """Rows of the embedding, and of a head that is tied to it, train in loss, gradient and rollout as in the model."""
+    """Trained rows of the embedding, and of a tied head, count in loss, gradient and rollout as in the model."""
     base = make_qwen3_vl()
     if not is_tied:
         base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = False
@@ -450,7 +450,7 @@ def test_full_fine_tuning_keeps_a_frozen_copy(tmp_path, processor, peft_config):
 
 @pytest.mark.parametrize("peft_config", [None, CueRecoveryConfig(**ADAPTER)], ids=["full", "peft"])
 def test_live_teacher_with_the_same_prompt_has_no_gap(tmp_path, processor, peft_config):
-    """The student itself, on its own prompt: nothing to learn, at any weights."""
+    """The student teaches itself with its own prompt: with any weights, there is nothing to learn."""
     trainer = make_trainer(
         tmp_path,
         processor,
@@ -487,7 +487,7 @@ def test_ema_teacher_follows_the_student(tmp_path, processor, peft_config):
     for student in (students[1], students[3]):
         expected = {name: 0.75 * tensor + 0.25 * student[name] for name, tensor in expected.items()}
     torch.testing.assert_close(trainer.teacher.average, expected)
-    # Lent and returned
+    # Weights are swapped in and back
     before = weights(trainer.model)
     with trainer.teacher.weights(trainer.model):
         lent = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -497,7 +497,7 @@ def test_ema_teacher_follows_the_student(tmp_path, processor, peft_config):
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_ema_teacher_scores_with_its_own_weights(tmp_path, processor, bf16):
-    """Not with those of the student's pass before it, which autocast had kept as bfloat16."""
+    """Not with the student's weights, whose bfloat16 casts autocast had cached."""
     logs = []
     for kind in ("ema", "external"):
         teacher = make_qwen3_vl(seed=5)
@@ -529,7 +529,7 @@ def test_ema_teacher_has_its_own_head_bias(tmp_path, processor):
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_other_logits_than_those_of_the_losses_are_refused(tmp_path, processor, role):
+def test_model_with_other_logits_than_the_losses_is_refused(tmp_path, processor, role):
     """Before the first rollout."""
 
     class ClipsLogits(Qwen3VLForConditionalGeneration):
@@ -546,7 +546,7 @@ def test_other_logits_than_those_of_the_losses_are_refused(tmp_path, processor, 
 def test_ema_teacher_between_forward_and_backward(tmp_path, processor):
     """Swapping weights in and out does not disturb the student's gradients."""
     logs = []
-    for kind in ("ema", "base"):  # before the first update both teach with the initial weights
+    for kind in ("ema", "base"):  # before the first update, both have the initial weights
         trainer = make_trainer(tmp_path, processor, teacher_model_kind=kind, max_steps=1)
         trainer.train()
         logs.append(train_logs(trainer)[0])
@@ -578,11 +578,11 @@ def test_stronger_teacher(tmp_path, processor):
         ("full_logits", "sequence"),
         ("topk_logits", "token"),
         ("topk_logits", "sequence"),
-        ("liger", "token"),  # with "sequence" it is refused, see test_bad_input
+        ("liger", "token"),  # "sequence" is refused, see test_bad_input
     ],
 )
-def test_the_loss_is_what_it_says(tmp_path, processor, mode, loss_aggregation):
-    """The loss of one micro-batch against the definition, from whole logits."""
+def test_loss_equals_its_definition(tmp_path, processor, mode, loss_aggregation):
+    """The loss of one micro-batch against its definition, from full logits."""
     arguments = dict(distillation_mode="full_logits" if mode == "liger" else mode, distillation_topk=7, beta=0.3)
     trainer = make_trainer(
         tmp_path,
@@ -596,7 +596,7 @@ def test_the_loss_is_what_it_says(tmp_path, processor, mode, loss_aggregation):
     trainer.model.train()
     trainer._prepare_inputs([trainer.train_dataset[i] for i in range(4)])
     inputs = trainer._buffered_inputs[0]
-    # Make one completion shorter, so that the aggregations differ
+    # Shorten one completion, so that the aggregations differ
     inputs["completion_mask"][0, 3:] = 0
     loss = trainer.compute_loss(trainer.model, inputs)
 
@@ -633,7 +633,7 @@ def test_num_iterations_reuses_rollouts(tmp_path, processor, num_iterations):
     trainer.train()
     assert generated == [4] * (6 // num_iterations)
     clip_fractions = [log["clip_fraction"] for log in train_logs(trainer)]
-    # On policy nothing is clipped; the ratio matters from the second step on the same rollouts
+    # On policy nothing is clipped; the ratio matters from the second step with the same rollouts
     assert all(clip_fractions[i] == 0 for i in range(0, 6, num_iterations))
     assert any(clip_fractions) == (num_iterations > 1)
 
@@ -648,7 +648,7 @@ def test_old_logprobs_are_those_of_the_rollout(tmp_path, processor):
     assert (inputs["old_logprobs"][inputs["completion_mask"] == 0] == 0).all()
 
 
-def test_liger_on_a_cpu_says_what_it_leaves_out(tmp_path, processor):
+def test_liger_on_a_cpu_warns_of_missing_metrics(tmp_path, processor):
     with pytest.warns(UserWarning, match="Triton kernels need a GPU and are left out"):
         trainer = make_trainer(tmp_path, processor, use_liger_kernel=True, distillation_mode="full_logits", beta=0.0)
     trainer.train()
@@ -661,7 +661,7 @@ def test_liger_on_a_cpu_says_what_it_leaves_out(tmp_path, processor):
 
 @pytest.mark.parametrize("mode", ["full_logits", "topk_logits"])
 def test_distillation_moves_the_student_to_the_teacher(tmp_path, processor, mode):
-    """Most of the distance to a teacher of other weights is gone after a few steps."""
+    """A few steps remove most of the distance to a teacher with other weights."""
     teacher = make_qwen3_vl(seed=5)
     teacher.model.language_model.norm.weight.data.mul_(5)  # clearer preferences
     trainer = make_trainer(
@@ -692,7 +692,7 @@ def test_image_column(tmp_path, processor):
 
 
 def test_rows_with_blocks_and_text_only_batches(tmp_path, processor):
-    """Prompts of content blocks; and micro-batches, even whole generation batches, without any image."""
+    """Prompts with content blocks, and micro-batches or even generation batches without any image."""
     rows = make_rows()
     for row in rows:
         blocks = [{"type": "image"} for _ in row["images"]]
@@ -765,7 +765,7 @@ def train_on_stream(tmp_path, processor, rows, eval_dataset=None, resume=None, *
 
 @pytest.mark.parametrize("arguments", [{}, {"shuffle_dataset": False}, {"gradient_accumulation_steps": 1}])
 def test_bad_row_of_a_stream_is_named_by_its_number_in_the_stream(tmp_path, processor, arguments):
-    """Though TRL shuffles the stream, repeats its batches, and evaluates in between; in later epochs as well."""
+    """Although TRL shuffles the stream, repeats batches and evaluates in between; in later epochs, too."""
     rows, good = rows_with_bad_one(5), stream_of(make_rows(2))
     arguments = dict(eval_strategy="steps", eval_steps=1, max_steps=4, **arguments)
     with pytest.raises(ValueError, match=r"Streamed row 5 of train_dataset: .*control token '<\|im_end\|>'"):
@@ -780,8 +780,8 @@ def test_bad_row_of_a_stream_is_named_after_a_resume(tmp_path, processor):
         train_on_stream(tmp_path, processor, rows_with_bad_one(5), resume=checkpoint, max_steps=4, **arguments)
 
 
-def test_rows_are_checked_however_they_are_evaluated(tmp_path, processor):
-    """Alone and in dicts, streamed and not, given to the trainer, to `evaluate` and to `predict`."""
+def test_rows_of_every_evaluation_are_checked(tmp_path, processor):
+    """Single datasets and dicts, streamed or not, passed to the trainer, to `evaluate` and to `predict`."""
     bad, good = rows_with_bad_one(1, count=2), Dataset.from_list(make_rows(2))
     stream, dataset = stream_of(bad), Dataset.from_list(bad)
     arguments = dict(args=make_config(tmp_path, dataloader_num_workers=1), processing_class=processor)
@@ -806,7 +806,7 @@ def test_rows_are_checked_however_they_are_evaluated(tmp_path, processor):
 
 @pytest.mark.parametrize("is_list", [True, False])
 def test_unreadable_image_of_a_stream_is_named(tmp_path, processor, is_list):
-    """`datasets` would decode it first, and raise an error that names no row."""
+    """`datasets` would decode it first and raise an error without a row number."""
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
     make_image(0).save(tmp_path / "whole.png")
     rows = []
@@ -845,8 +845,8 @@ def test_images_of_tools_are_refused_with_a_module(tmp_path, processor, monkeypa
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma4"])
-def test_a_pad_token_that_begins_prompts_stays(tmp_path, family):
-    """The bos token that a template writes may be the pad token, too: student and teacher read the processor's ids."""
+def test_pad_token_at_the_start_of_a_prompt_is_kept(tmp_path, family):
+    """A template's bos token may also be the pad token: student and teacher read the processor's ids."""
     model, processor = FAMILIES[family]()
     processor.tokenizer.bos_token = processor.tokenizer.pad_token
     processor.chat_template = "{{ bos_token }}" + processor.chat_template
@@ -923,7 +923,7 @@ def test_logged_metrics(tmp_path, processor):
     expected |= {f"cue_recovery/layers.{i}/update_ratio" for i in (1, 2, 3)}
     assert len(logs) == 2 and all(expected <= log.keys() for log in logs)
     assert logs[0]["advantage/abs_mean"] > abs(logs[0]["advantage/mean"])
-    # Completions of eight tokens: four segments of two, whose mean is the whole's
+    # Completions of eight tokens: the mean of their four segments of two is the mean of all
     segments = [logs[1][f"logprob_gap/segment_{i}"] for i in range(1, 5)]
     assert sum(segments) / 4 == pytest.approx(logs[1]["logprob_gap/mean"], rel=1e-3, abs=1e-6)
 
@@ -1016,7 +1016,7 @@ def test_zero3_is_refused(tmp_path, processor, monkeypatch):
 def test_shards_that_cannot_train_are_refused_before_models_are_loaded(
     tmp_path, processor, monkeypatch, version, arguments, error
 ):
-    """What `accelerate launch` tells its processes."""
+    """With the environment that `accelerate launch` sets."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", version)
     monkeypatch.setattr("trl.DistillationTrainer.__init__", lambda *_, **__: pytest.fail("too late"))

@@ -1,4 +1,4 @@
-"""Rows with videos: trained, scored and generated from as rows with images are, or refused by number."""
+"""Rows with videos are trained, scored and completed like rows with images, or refused by number."""
 
 import math
 from unittest.mock import patch
@@ -30,7 +30,7 @@ def make_video(seed: int, num_frames: int = 8, size: tuple[int, int] = (64, 64))
 
 
 def make_rows(count: int) -> list[dict]:
-    """In turn a video, an image, both and nothing, two videos."""
+    """In turn a video, an image, both, nothing, and two videos."""
     rows = []
     for i in range(count):
         videos = {0: [make_video(i, 8 + i)], 2: [make_video(i, 6, (96, 64))], 4: [make_video(i), make_video(i + 1, 7)]}
@@ -46,7 +46,7 @@ def make_rows(count: int) -> list[dict]:
 
 
 def conversation(row: dict, hint: str | None = None) -> list[dict]:
-    """What is made of a row, written out by hand."""
+    """The inputs of one row, written out by hand."""
     text = row["prompt"][0]["content"] + (f"\n\n[Hint]: {hint}" if hint else "")
     images = [{"type": "image", "image": image} for image in row["images"]]
     videos = [{"type": "video", "video": np.stack(video)} for video in row["videos"]]
@@ -96,7 +96,7 @@ def test_training_saving_reloading_generating(tmp_path, family):
 @every_family
 @pytest.mark.parametrize("share", ["auto", "never"])
 def test_teacher_and_student_score_the_same_tokens(tmp_path, family, share):
-    """What is scored in shuffled, split batches is what each row alone gives (invariants 4 and 9)."""
+    """Scores in shuffled, split batches equal those of each row alone (invariants 4 and 9)."""
     model, processor = FAMILIES[family]()
     rows = make_rows(8)
     trainer = make_trainer(
@@ -130,7 +130,7 @@ def test_teacher_and_student_score_the_same_tokens(tmp_path, family, share):
 
 
 def test_loss_and_gradients_of_one_row(tmp_path, processor):
-    """Of the sampled-token objective (Eq. 6-8), written out."""
+    """The sampled-token objective (Eq. 6-8), written out."""
     [row] = make_rows(1)
     trainer = make_trainer(
         tmp_path,
@@ -161,7 +161,7 @@ def test_loss_and_gradients_of_one_row(tmp_path, processor):
 
 
 @every_family
-def test_the_sink_looks_at_the_video(family):
+def test_sink_attends_to_the_video(family):
     model, processor = FAMILIES[family]()
     trained = randomize(PeftModel(model, recovery()).eval())
     inputs = encode(processor, [conversation(make_rows(1)[0])])
@@ -316,7 +316,7 @@ def test_a_bad_video_names_its_row(tmp_path, processor):
         ("qwen3_vl", {}, True, "Train without `tools`, or give the frames as images."),
     ],
 )
-def test_what_cannot_train_on_videos_says_so(tmp_path, family, arguments, has_tools, error):
+def test_unsupported_uses_of_videos_are_refused(tmp_path, family, arguments, has_tools, error):
     _, processor = FAMILIES[family]()
     checker = RowChecker(make_config(tmp_path, **arguments), processor, 2048, has_tools)
     with pytest.raises(ValueError) as raised:
@@ -324,7 +324,7 @@ def test_what_cannot_train_on_videos_says_so(tmp_path, family, arguments, has_to
     assert error in str(raised.value)
 
 
-def test_a_sharded_vision_tower_says_so(tmp_path, processor, monkeypatch):
+def test_sharded_vision_tower_is_refused(tmp_path, processor, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ValueError, match="would let processes with a sharded vision tower wait for each other"):

@@ -1,4 +1,4 @@
-"""No image is encoded twice where its features would be the same, and sharing them changes nothing."""
+"""No image is encoded twice if its features would be the same, and sharing them changes nothing."""
 
 import weakref
 
@@ -22,7 +22,7 @@ def vision_lora() -> CueRecoveryConfig:
 
 
 def num_images(trainer) -> int:
-    """Images of the generation batches of a run over the whole dataset, each batch counted once."""
+    """Number of images in the generation batches of a run over the whole dataset, each batch counted once."""
     return sum(len(row["images"]) for row in trainer.train_dataset)
 
 
@@ -36,12 +36,12 @@ def num_images(trainer) -> int:
         (recovery, dict(num_iterations=2, max_steps=4), 1),
         (recovery, dict(gradient_checkpointing=True), 1),
         (recovery, dict(share_vision_features="never"), 3),
-        # The tower trains: the student encodes its own, and only a live teacher has the rollout's weights
+        # The tower trains: the student encodes images itself, and only a live teacher has the rollout's weights
         (lambda: recovery(train_base=True), dict(teacher_model_kind="live"), 2),
         (lambda: recovery(train_base=True), dict(teacher_model_kind="ema"), 3),
         (vision_lora, {}, 3),
         (vision_lora, dict(teacher_model_kind="live"), 2),
-        # A frozen copy teaches, with a tower of its own
+        # A frozen copy with its own tower teaches
         (lambda: recovery(train_base=True), {}, 2),
     ],
 )
@@ -61,7 +61,7 @@ def test_encodings_with_a_stronger_teacher(tmp_path, processor):
 
 @pytest.mark.parametrize("arguments", [{}, dict(num_iterations=2, max_steps=4)])
 def test_sharing_is_exact_under_bf16(tmp_path, processor, arguments):
-    """Rollout and losses encode images in the same precision: to the bit where they encode as many at once."""
+    """Rollout and losses encode in the same precision: bit for bit if they encode equally many images at once."""
     runs = []
     for share in ("auto", "never"):
         trainer = make_trainer(
@@ -90,7 +90,7 @@ def test_sharing_changes_nothing(tmp_path, family, peft_config, arguments):
     """
     Rows with none, one and two images, shuffled and split into micro-batches.
 
-    In float64: more images at once may be rounded otherwise, and Adam makes a step of the smallest gradient.
+    In float64: encoding more images at once may round differently, and Adam amplifies the smallest gradient.
     """
     model, processor = family
     make_model = make_qwen3_vl if model.config.model_type == "qwen3_vl" else make_qwen2_5_vl
@@ -122,7 +122,7 @@ def test_evaluation_encodes_once(tmp_path, processor):
 
 
 def test_a_loss_before_the_first_rollout(tmp_path, processor):
-    """Whether features can be shared is known as soon as the trainer is built."""
+    """Whether features can be shared is decided when the trainer is built."""
     losses = []
     for _ in range(2):
         trainer = make_trainer(tmp_path, processor, peft_config=recovery())
@@ -146,7 +146,7 @@ def test_features_of_one_generation_batch_are_kept_at_a_time(tmp_path, processor
     trainer.add_callback(Note())
     trainer.train()
     assert [[sample() is not None for sample in samples] for samples in kept] == [[False] * 4, [True] * 4]
-    # And the model is as it was
+    # And the model is unchanged
     assert "get_image_features" not in vars(get_backbone(trainer.model))
 
 
@@ -160,7 +160,7 @@ def test_frozen_is_what_neither_trains_nor_belongs_to_an_adapter():
 
 
 def test_features_are_cut_by_visual_tokens():
-    """Whatever a model returns: a tensor per image, of several sizes or none, or one tensor of all images."""
+    """Whatever a model returns: one tensor per image, also of different or zero sizes, or one for all images."""
     features = torch.randn(6, 8)
     num_tokens = [2, 0, 4]
     expected = features.split(num_tokens)
@@ -171,6 +171,6 @@ def test_features_are_cut_by_visual_tokens():
     assert all(torch.equal(s["pooler_output"], e) for s, e in zip(samples, expected, strict=True))
 
 
-def test_a_model_without_a_feature_for_each_visual_token_encodes_as_ever():
+def test_model_without_a_feature_per_visual_token_encodes_each_time():
     assert split_by_sample(BaseModelOutputWithPooling(pooler_output=torch.zeros(3, 4, 8)), [4, 0, 9]) is None
     assert split_by_sample(BaseModelOutputWithPooling(), [4, 0, 8]) is None
