@@ -222,7 +222,7 @@ def test_lora_options_apply(tmp_path):
     assert scaling == {16.0}
 
 
-def test_module_follows_device_and_dtype_of_the_backbone(inputs):
+def test_module_follows_dtype_of_the_backbone(inputs):
     model = make_qwen3_vl().to(torch.bfloat16)
     model = get_peft_model(model, CueRecoveryConfig(layer_interval=1), autocast_adapter_dtype=False)
     layers = [module for module in model.modules() if isinstance(module, CueRecoveryLayer)]

@@ -1,4 +1,4 @@
-"""The model `trl_vicur` of lmms-eval, run by lmms-eval itself on a task of its own (`.ci/lmms_eval` has both)."""
+"""The model `trl_vicur` of lmms-eval, run by lmms-eval on a tiny task (`.ci/lmms_eval` installs it)."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def process_results(doc, results):
 
 
 def run_lmms_eval(tmp_path, *options):
-    """Results and samples of lmms-eval's own command."""
+    """Results and samples of lmms-eval's command."""
     command = [sys.executable, "-m", "lmms_eval", "--model", "trl_vicur", "--tasks", "tiny", "--include_path"]
     command += [str(tmp_path / "task"), "--output_path", str(tmp_path / "out"), "--log_samples", *options]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "CUDA_VISIBLE_DEVICES": ""}
@@ -58,7 +58,7 @@ def run_lmms_eval(tmp_path, *options):
 
 def test_lmms_eval_scores_base_and_adapter(tmp_path):
     processor = make_processor()
-    model = make_qwen3_vl(initializer_range=0.3)  # so that each image is told differently
+    model = make_qwen3_vl(initializer_range=0.3)  # so that each image gives another answer
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     model = get_peft_model(model, CueRecoveryConfig(layer_interval=1, r=2)).eval()
@@ -67,7 +67,7 @@ def test_lmms_eval_scores_base_and_adapter(tmp_path):
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "adapter")
 
-    # What plain transformers and PEFT say is the reference answer of every second row
+    # The answer of plain transformers and PEFT is the reference answer of every second row
     images = [make_image(number, (64 + 32 * number, 64)) for number in range(4)]
     completions, greedy = [], {"max_new_tokens": 6, "do_sample": False}
     for number, image in enumerate(images):

@@ -1,9 +1,9 @@
 """
-Fuzzing the path from dataset rows to the tensors that student and teacher are given: a row is refused for a reason
-that it has, or its texts reach both models byte for byte as text (invariant 10), and both score the same completion
-tokens (invariant 9).
+Property tests of the path from dataset rows to the inputs of student and teacher: a row is refused for a true reason,
+or its texts reach both models byte for byte as text (invariant 10), and both score the same completion tokens
+(invariant 9).
 
-Some thousands of examples: `pytest tests/trainer/test_fuzz_rows.py --hypothesis-profile=long`.
+For thousands of examples: `pytest tests/trainer/test_fuzz_rows.py --hypothesis-profile=long`.
 """
 
 import pytest
@@ -41,7 +41,7 @@ BLOCKS = st.one_of(st.just({"type": "image"}), TEXTS.map(lambda text: {"type": "
 
 @st.composite
 def rows(draw) -> dict:
-    """A row that is often a good one."""
+    """A row that is often valid."""
     contents = TEXTS if draw(st.booleans()) else st.lists(BLOCKS, max_size=4)
     roles = draw(st.lists(st.sampled_from(["system", "user", "assistant", "tool"]), max_size=3))
     if draw(MOSTLY):
@@ -62,11 +62,11 @@ def num_places(prompt: list[dict]) -> int:
     return sum(block["type"] == "image" for message in prompt for block in blocks(message))
 
 
-# --- What is promised of them ---
+# --- Properties ---
 
 PROCESSOR = make_processor()
 VOCABULARY = PROCESSOR.tokenizer.get_vocab()
-# A byte-level vocabulary writes printable bytes as themselves, and the others from 256 on
+# A byte-level vocabulary writes printable bytes as themselves and the others as characters from 256 on
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 IDS_OF_BYTES = {byte: VOCABULARY[chr(byte)] for byte in PRINTABLE}
@@ -74,12 +74,12 @@ IDS_OF_BYTES |= {byte: VOCABULARY[chr(256 + number)] for number, byte in enumera
 
 
 def ids_of_text(text: str) -> list[int]:
-    """A token per byte; in this way no text can become a control token."""
+    """One token per byte, so no text can become a control token."""
     return [IDS_OF_BYTES[byte] for byte in text.encode()]
 
 
 def ids_of_prompt(row: dict, hint: str | None) -> list[int]:
-    """What a model has to be given."""
+    """The expected inputs of a model."""
     images = iter(row["images"])
 
     def ids_of_image() -> list[int]:
@@ -87,7 +87,7 @@ def ids_of_prompt(row: dict, hint: str | None) -> list[int]:
         visual = [VOCABULARY["<|image_pad|>"]] * (int(grid.prod()) // 4)
         return [VOCABULARY["<|vision_start|>"], *visual, VOCABULARY["<|vision_end|>"]]
 
-    # Without places of their own, all images stand before the first user turn that is a string
+    # Images without a slot come before the first user turn that is a string
     num_unplaced = len(row["images"]) - num_places(row["prompt"])
     hinted = max(number for number, message in enumerate(row["prompt"]) if message["role"] == "user")
     ids = []
@@ -114,7 +114,7 @@ def is_visible(text: str) -> bool:
 
 
 def has_reason(error: str, row: dict) -> bool:
-    """Whether the row is as its error says."""
+    """Whether the error is true of the row."""
     prompt, cue = row["prompt"], row["cue"]
     texts = [[block["text"] for block in blocks(message) if block["type"] == "text"] for message in prompt]
     if "expected a list of messages" in error:
@@ -140,7 +140,7 @@ def has_reason(error: str, row: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def trainers():
-    """One that is its own teacher and has to have cues, and one of another teacher that need not."""
+    """One that is its own teacher and requires cues, and one with another teacher and optional cues."""
 
     def make_trainer(**arguments) -> ViCuRTrainer:
         return build(
@@ -159,7 +159,7 @@ def trainers():
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(rows=st.lists(rows(), min_size=1, max_size=3), which=st.integers(0, 1))
-def test_rows_are_refused_for_a_reason_or_reach_both_models_as_they_are(trainers, rows, which):
+def test_rows_are_refused_for_a_true_reason_or_reach_both_models_unchanged(trainers, rows, which):
     trainer = trainers[which]
     accepted = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""The image processor works on a batch's images once, and what it returns is what it returns without that."""
+"""A batch's images are processed once, and the pixels are the same as without this."""
 
 from unittest.mock import patch
 
@@ -13,7 +13,7 @@ from trl_vicur.trainer.vision.image_processing import images_processed_once
 
 
 def values(outputs) -> list:
-    """What is in outputs, with its types."""
+    """The contents of outputs, with their types."""
     if isinstance(outputs, torch.Tensor):
         return [outputs.dtype, outputs.tolist()]
     if isinstance(outputs, list | tuple):
@@ -45,7 +45,7 @@ def test_the_same_pixels_with_and_without(family):
     assert work.call_count == (1 if family.startswith(("qwen", "glm")) else 2)
 
 
-def test_other_images_and_other_arguments_have_pixels_of_their_own(processor):
+def test_other_images_and_other_arguments_give_other_pixels(processor):
     image_processor = processor.image_processor
     calls = [
         ([make_image(0)], {}),
@@ -64,7 +64,7 @@ def test_other_images_and_other_arguments_have_pixels_of_their_own(processor):
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
-def test_a_batch_is_processed_once(tmp_path, processor, mode):
+def test_batch_is_processed_once(tmp_path, processor, mode):
     trainer = make_trainer(tmp_path, processor, max_steps=2, per_device_eval_batch_size=4)
     trainer.eval_dataset = trainer.train_dataset
     preprocess = type(processor.image_processor).preprocess

@@ -49,7 +49,7 @@ BETAS = [0.0, 0.3, 0.5, 1.0]
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    """The few tokens and columns of these tests come in chunks, too, the last of them smaller."""
+    """Splits the few tokens and columns of these tests into chunks, too; the last chunk is smaller."""
     monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", 16 * 70)
     monkeypatch.setattr(lm_head, "CPU_WEIGHT_BLOCK", 16 * 20)
     monkeypatch.setattr(losses, "TILE_TOKENS", 16)
@@ -112,7 +112,7 @@ def test_full_divergence(beta, temperature):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_liger_divergence_is_the_same_sum(beta):
+def test_liger_divergence_has_the_same_sum(beta):
     student, student_head, teacher, teacher_head = make_pair()
     arguments = (student, student_head, teacher, teacher_head, beta, 0.7)
     total, expected = liger_divergence_sum(*arguments), full_divergence(*arguments)[0].sum()
@@ -128,10 +128,10 @@ def test_liger_divergence_is_the_same_sum(beta):
 @pytest.mark.parametrize("objective", ["full, beta 0", "full, beta 0.3", "full, beta 1", "topk", "sampled"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("scale, softcapping", [(1.0, None), (0.5, 4.0)])
-def test_a_frozen_head_changes_neither_values_nor_gradients(objective, temperature, scale, softcapping):
+def test_frozen_head_changes_neither_values_nor_gradients(objective, temperature, scale, softcapping):
     """
-    On a CPU, a frozen head has its gradients computed with the values, in torch; one that trains has TRL's kernels (in
-    their torch form), as both have on a GPU.
+    On a CPU, the gradients of a frozen head are computed with the values, in torch. A trainable head uses TRL's
+    kernels (in their torch form), as both do on a GPU.
     """
     results = []
     for trains in (True, False):
@@ -165,7 +165,7 @@ def test_liger_divergence_of_no_token_is_zero():
     assert liger_divergence_sum(student, student_head, teacher, teacher_head, 0.0) == 0
 
 
-def test_liger_refuses_logits_that_it_does_not_know():
+def test_liger_refuses_unsupported_logits():
     student, student_head, teacher, teacher_head = make_pair()
     with pytest.raises(ValueError, match="neither logit scale nor soft-capping"):
         liger_divergence_sum(student, student_head._replace(softcapping=30.0), teacher, teacher_head, 0.0)
@@ -220,7 +220,7 @@ def test_token_logprobs(scale, softcapping):
     torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(-1), rtol=1e-4, atol=1e-5)
     expected = expected.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-4, atol=1e-5)
-    weights = torch.randn(len(student))  # a different weight per token, as advantages are
+    weights = torch.randn(len(student))  # a different weight per token, like advantages
     torch.testing.assert_close(
         gradients((logprobs * weights).sum(), student, student_head),
         gradients((expected * weights).sum(), student, student_head),
@@ -242,8 +242,8 @@ def test_sampled_token_loss_on_policy_is_eq_7():
     assert not is_clipped.any()
 
 
-def test_sampled_token_gradient_is_that_of_the_reverse_kl():
-    """Averaged over all tokens the student could sample, the k1 advantage gives ∇ KL(student ‖ teacher) exactly."""
+def test_sampled_token_gradient_equals_that_of_the_reverse_kl():
+    """Averaged over all tokens that the student may sample, the k1 advantage gives ∇ KL(student ‖ teacher) exactly."""
     torch.manual_seed(0)
     logits = torch.randn(50, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(50, dtype=torch.float64).log_softmax(-1)
@@ -264,7 +264,7 @@ def test_sampled_token_gradient_is_that_of_the_reverse_kl():
         (math.log(0.5), 1.0, 0.5, False),
     ],
 )
-def test_sampled_token_loss_clips_as_ppo(log_ratio, advantage, expected_ratio, clipped):
+def test_sampled_token_loss_clips_like_ppo(log_ratio, advantage, expected_ratio, clipped):
     old = torch.tensor([-2.0])
     logprobs = (old + log_ratio).requires_grad_()
     loss, _, is_clipped = sampled_token_loss(logprobs, old, old + advantage, 0.2, 0.3, 10.0)
@@ -274,8 +274,8 @@ def test_sampled_token_loss_clips_as_ppo(log_ratio, advantage, expected_ratio, c
     assert (logprobs.grad == 0).item() is clipped
 
 
-def test_the_difference_of_log_probabilities_is_clamped():
-    """And not each of them at −10 before, as in the authors' code: tokens that both find unlikely have advantages."""
+def test_difference_of_log_probabilities_is_clamped():
+    """Not each of them at −10, as in the authors' code, so tokens that both find unlikely keep their advantages."""
     student, teacher = torch.tensor([-12.0, -25.0, -1.0]), torch.tensor([-15.0, -2.0, -30.0])
     _, advantages, _ = sampled_token_loss(student, student, teacher, 0.2, 0.2, advantage_clip=10.0)
     assert advantages.tolist() == [-3.0, 10.0, -10.0]
@@ -291,7 +291,7 @@ def test_the_difference_of_log_probabilities_is_clamped():
     ],
 )
 def test_importance_sampling_ratio(mode, expected):
-    """Two completions, of three and two tokens; what vLLM did not tell is not corrected."""
+    """Two completions of three and two tokens. Tokens without vLLM's log-probability are not corrected."""
     mask = torch.tensor([[True, True, True], [True, True, False]])
     ratios = torch.tensor([2.0, 0.1, math.nan, 4.0, 1.0])
     ratio = importance_sampling_ratio(torch.zeros(5), -ratios.log(), mask, mode, clip_min=0.5, clip_max=3.0)
@@ -303,8 +303,8 @@ def test_importance_sampling_ratio(mode, expected):
 
 @pytest.mark.parametrize("mode", ["full", "topk", "sampled"])
 @pytest.mark.parametrize("trains_head", [True, False])
-def test_logits_never_exist_as_a_whole(mode, trains_head):
-    """No tensor of tokens × vocabulary is kept for backward."""
+def test_logits_are_never_materialized(mode, trains_head):
+    """No tensor of tokens × vocabulary is saved for backward."""
     tokens, vocab = 1024, 4000
     student, student_head, teacher, teacher_head = make_pair(tokens, vocab)
     student_head.weight.requires_grad_(trains_head)
@@ -319,11 +319,11 @@ def test_logits_never_exist_as_a_whole(mode, trains_head):
     assert max(saved) < tokens * vocab / 4
 
 
-# --- Half precision: the products of states and heads are float32, and no head is copied to it ---
+# --- Half precision: products of states and heads are float32, and no head is copied to float32 ---
 
 
 def make_half_pair(dtype, trains_head=True, state_dtype=None):
-    """Likely tokens have logits of some 30, where bfloat16 has steps of 0.125."""
+    """Likely tokens have logits of about 30, where bfloat16 has steps of 0.125."""
     student, student_head, teacher, teacher_head = make_pair()
     state_dtype = state_dtype or dtype
     student = (student.detach() * 2).to(state_dtype).requires_grad_()
@@ -369,11 +369,11 @@ def reference_values(objective, pair):
         (torch.bfloat16, torch.bfloat16),
         (torch.float16, torch.float16),
         (torch.bfloat16, torch.float32),
-        (torch.float32, torch.bfloat16),  # as under autocast, which rounds the head, too
+        (torch.float32, torch.bfloat16),  # like autocast, which also rounds the head
     ],
 )
 def test_half_precision_is_exact(objective, trains_head, dtype, state_dtype):
-    """Values as of float64 products of the same operands; gradients to the rounding of what they are returned in."""
+    """Values equal float64 products of the same operands; gradients agree up to the rounding of their dtype."""
     pair = make_half_pair(dtype, trains_head, state_dtype)
     values, gradients = values_and_gradients(objective, pair)
     assert values.dtype == torch.float32
@@ -390,7 +390,7 @@ def test_half_precision_is_exact(objective, trains_head, dtype, state_dtype):
 
 @pytest.mark.parametrize("trains_head", [True, False])
 def test_advantages_of_bfloat16_have_the_right_sign(trains_head):
-    """A teacher that differs by some hundredths of a nat from a student whose likely logits are about 28."""
+    """The teacher differs by a few hundredths of a nat from a student whose likely logits are about 28."""
     torch.manual_seed(0)
     tokens, hidden, vocab = 128, 512, 2000
     weight = (torch.randn(vocab, hidden) * 0.02).bfloat16().requires_grad_(trains_head)
@@ -412,7 +412,7 @@ def test_advantages_of_bfloat16_have_the_right_sign(trains_head):
 
 
 class LargestFloat32(TorchDispatchMode):
-    """Notes the most elements that a float32 tensor has."""
+    """Records the size of the largest float32 tensor."""
 
     def __init__(self):
         super().__init__()
@@ -436,7 +436,7 @@ def test_no_head_is_copied_to_float32(objective, monkeypatch):
 
 
 def test_gpu_kernels_agree_with_their_torch_form():
-    """TRL's Triton kernels on float32 tiles, in Triton's interpreter, which must be asked for before they are made."""
+    """TRL's Triton kernels on float32 tiles, in Triton's interpreter, enabled before they are defined."""
     pytest.importorskip("triton")
     program = """
         import torch
@@ -462,7 +462,7 @@ def test_gpu_kernels_agree_with_their_torch_form():
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, check=True)
 
 
-# --- The head is read as the model uses it, or refused ---
+# --- The head is read correctly or refused ---
 
 
 TEXT = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
@@ -470,7 +470,7 @@ VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_att
 
 
 def in_vlm(model_class, config_class, text_config, vision_class, **image_token):
-    """A vision-language model around the text model of a config that scales logits."""
+    """A vision-language model around the text model of a config with scaled logits."""
     vision_config = vision_class(**VISION, patch_size=14)
     return model_class(config_class(text_config=text_config, vision_config=vision_config, **image_token))
 
@@ -513,7 +513,7 @@ def states_and_logits(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_head_reads_what_models_do_to_logits(name):
+def test_head_reads_how_models_change_logits(name):
     model = MODELS[name]().eval()
     states, logits = states_and_logits(model)
     head = LMHead.from_model(model)
@@ -521,8 +521,8 @@ def test_head_reads_what_models_do_to_logits(name):
     torch.testing.assert_close(head.logits(states, temperature=1.0), logits)
 
 
-def test_reading_a_head_needs_no_weights_and_leaves_nothing():
-    """So it is the same in shards, and on each rank."""
+def test_reading_a_head_needs_no_weights_and_has_no_side_effect():
+    """So the result is the same for sharded weights and on each rank."""
     with torch.device("meta"):
         model = MODELS["Granite"]()
     model.lm_head = torch.nn.Linear(32, 50, bias=False)
@@ -559,7 +559,7 @@ def test_lora_on_the_head_is_refused():
         LMHead.from_model(model)
 
 
-def test_a_head_that_is_offloaded_is_refused():
+def test_offloaded_head_is_refused():
     with torch.device("meta"), pytest.raises(ValueError, match="is offloaded: its weight is on the device 'meta'"):
         LMHead.from_model(MODELS["Granite"]())
 
@@ -588,6 +588,6 @@ class NeedsMore(GraniteForCausalLM):
         (NeedsMore, r"its forward fails with TypeError: .*pixel_values"),
     ],
 )
-def test_a_model_with_other_logits_is_refused(model_class, message):
+def test_model_with_other_logits_is_refused(model_class, message):
     with pytest.raises(ValueError, match=f"cannot compute the logits of {model_class.__name__}.* {message}"):
         LMHead.from_model(model_class(GraniteConfig(**TEXT)))

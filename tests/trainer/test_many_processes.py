@@ -1,4 +1,4 @@
-"""Two processes train as one with twice the batch: real ones on a CPU, over gloo, by DDP, FSDP2 and ZeRO-2."""
+"""Two processes train like one with twice the batch: on a CPU over gloo, with DDP, FSDP2 and ZeRO-2."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "accelerate_configs"
-# On CPUs, transformers before 5.18 has the optimizer's state loaded onto "cpu:0", which torch does not know
+# On CPUs, transformers before 5.18 loads the optimizer's state onto "cpu:0", which torch does not accept
 CAN_RESUME = Version(transformers.__version__) >= Version("5.18")
 DDP = [name for name in RUNS if CAN_RESUME or not name.startswith("resumed")]
 SHARDED = [name for name in RUNS if name not in ("ema_teacher", "videos")]
@@ -38,7 +38,7 @@ def in_both_precisions(runs: Iterable[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, processor):
-    """A folder with two students, whose completions end early and at different lengths, and a teacher."""
+    """A folder with a teacher and two students, whose completions end early and at different lengths."""
     folder = tmp_path_factory.mktemp("models")
     teacher = make_qwen3_vl(num_layers=2, hidden_size=64, seed=5)
     student, tied_student = make_qwen3_vl(), make_qwen3_vl()
@@ -89,12 +89,12 @@ def fsdp2(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zero2(models, tmp_path_factory):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not among what the tests install")
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     return launch("deepspeed_zero2.yaml", models, tmp_path_factory.mktemp("zero2"), SHARDED)
 
 
 def check_same_training(expected: Path, actual: Path) -> None:
-    """Losses, gradients and weights agree up to rounding (float32), which is far below what training changed."""
+    """Losses, gradients and weights agree up to float32 rounding, far below the changes by training."""
     expected_logs, actual_logs = (json.loads((folder / "logs.json").read_text()) for folder in (expected, actual))
     assert len(expected_logs) == len(actual_logs) == 3
     names = {"loss", "grad_norm", "num_tokens", "completions/mean_length"}  # others are means of means

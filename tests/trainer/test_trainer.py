@@ -648,7 +648,7 @@ def test_old_logprobs_are_those_of_the_rollout(tmp_path, processor):
     assert (inputs["old_logprobs"][inputs["completion_mask"] == 0] == 0).all()
 
 
-def test_liger_on_a_cpu_warns_of_missing_metrics(tmp_path, processor):
+def test_liger_on_a_cpu_warns_that_kernels_need_a_gpu(tmp_path, processor):
     with pytest.warns(UserWarning, match="Triton kernels need a GPU and are left out"):
         trainer = make_trainer(tmp_path, processor, use_liger_kernel=True, distillation_mode="full_logits", beta=0.0)
     trainer.train()

@@ -1,4 +1,4 @@
-"""Tiny checkpoints with an adapter, vLLM engines and servers, and what transformers says to the same prompts."""
+"""Tiny checkpoints with an adapter, vLLM engines and servers, and transformers' answers to the same prompts."""
 
 import gc
 import os
@@ -27,7 +27,7 @@ import requests  # noqa: E402
 import torch  # noqa: E402
 
 
-pytest.importorskip("vllm", reason="these tests have an environment of their own, see .ci/vllm")
+pytest.importorskip("vllm", reason="vLLM needs a separate environment, see .ci/vllm")
 
 from openai import OpenAI  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
@@ -40,16 +40,16 @@ from trl_vicur import CueRecoveryConfig  # noqa: E402
 from trl_vicur.generation.openai_generator import to_openai  # noqa: E402
 
 
-# The smallest head that vLLM's attention on a CPU has
+# The smallest head size that vLLM's attention supports on a CPU
 HEAD_DIM = 64
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]}
 NEW_TOKENS = 12
-# `vllm serve`, which the wheel for CPUs cannot start by that name
+# `vllm serve`, which the wheel for CPUs does not install under that name
 OPENAI_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 
 
 class Checkpoint(NamedTuple):
-    """A base model and an adapter in folders, and the two in memory."""
+    """A base model and an adapter in folders, and both in memory."""
 
     base: Path
     adapter: Path
@@ -58,7 +58,7 @@ class Checkpoint(NamedTuple):
 
 
 def make_checkpoint(directory: Path, model, processor, embedding_scale: float = 10, **config) -> Checkpoint:
-    """Save a model, and an adapter for it whose module changes the outputs."""
+    """Save a model and an adapter for it whose module changes the outputs."""
     base, adapter = directory / "base", directory / "adapter"
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(embedding_scale)  # clear winners among the next tokens
@@ -73,7 +73,7 @@ def make_checkpoint(directory: Path, model, processor, embedding_scale: float = 
 
 @contextmanager
 def engine(checkpoint: Checkpoint, adapter: Path | None, **options) -> Iterator[LLM]:
-    """An engine with an adapter, or without."""
+    """An engine with or without an adapter."""
     llm = None
     try:
         llm = LLM(
@@ -97,7 +97,7 @@ def runner(llm: LLM):
 
 @contextmanager
 def server(folder: Path, *arguments: str, program: tuple[str, ...] = OPENAI_SERVER, **environment) -> Iterator[str]:
-    """The address of a server of the model in a folder, which is up."""
+    """The address of a running server for the model in a folder."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, *program, "--model", str(folder), "--port", str(port), *arguments]
@@ -109,7 +109,7 @@ def server(folder: Path, *arguments: str, program: tuple[str, ...] = OPENAI_SERV
     try:
         while process.poll() is None and not _is_up(address):
             time.sleep(1)
-        assert process.poll() is None, "the server has stopped; it says why above"
+        assert process.poll() is None, "the server has stopped, for the reason above"
         yield address
     finally:
         if process.poll() is None:
@@ -138,14 +138,14 @@ def generate(llm: LLM, checkpoint: Checkpoint, conversations: list[list[dict]]) 
 
 
 def _with_metadata(frames: list[Image.Image]) -> tuple[np.ndarray, dict]:
-    # All frames, and what transformers assumes about them where it is told nothing
+    # All frames, with the metadata that transformers assumes by default
     count, fps = len(frames), 24
     metadata = {"fps": fps, "duration": count / fps, "total_num_frames": count, "frames_indices": list(range(count))}
     return np.stack([np.asarray(frame) for frame in frames]), metadata | {"do_sample_frames": False}
 
 
 def expected_completion(checkpoint: Checkpoint, conversation: list[dict]):
-    """Token ids of the prompt, and those of transformers' greedy completion with their log-probabilities."""
+    """Token ids of the prompt and of transformers' greedy completion, and the completion's log-probabilities."""
     all_frames = {"videos_kwargs": {"do_sample_frames": False}}
     inputs = encode(checkpoint.processor, [conversation], processor_kwargs=all_frames)
     with torch.no_grad():

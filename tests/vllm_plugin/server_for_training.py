@@ -1,7 +1,7 @@
 """
-vLLM's server that takes weights from a file, in place of NCCL, which needs GPUs.
+vLLM's server with weight transfer through a file instead of NCCL, which needs GPUs.
 
-All else is vLLM's: the weights go through its layerwise reload in the running engine, in several parts.
+Everything else is vLLM's: its layerwise reload loads the weights into the running engine, in several parts.
 """
 
 import os
@@ -22,7 +22,7 @@ class FileWeightTransferEngine(NCCLWeightTransferEngine):
     def receive_weights(self, update_info):
         file = Path(os.environ["WEIGHTS_FILE"])
         deadline = time.monotonic() + 60
-        while not file.exists() and time.monotonic() < deadline:  # they are announced before they are sent
+        while not file.exists() and time.monotonic() < deadline:  # weights are announced before they are sent
             time.sleep(0.1)
         weights = load_file(file)
         file.unlink()
@@ -31,7 +31,7 @@ class FileWeightTransferEngine(NCCLWeightTransferEngine):
             self.model.load_weights([(name, weights[name]) for name in update_info.names[start : start + 20]])
 
 
-# oneDNN's copies of the weights do not follow those that are loaded later
+# oneDNN keeps copies of the weights that do not follow a later load
 _custom_ops._supports_onednn = False
 WeightTransferEngineFactory.register_engine("file", FileWeightTransferEngine)
 

@@ -1,4 +1,4 @@
-"""Every tensor of an adapter is served as it was trained, or the engine refuses and names it."""
+"""Every tensor of an adapter is served as trained, or the engine refuses it by name."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def make_model(tie_word_embeddings: bool):
 
 
 def train(checkpoint: Checkpoint, adapter: Path, tie_word_embeddings: bool = False, **config) -> Checkpoint:
-    """An adapter of the base, every trainable weight of which has changed."""
+    """An adapter of the base with every trainable weight changed."""
     model = make_model(tie_word_embeddings)
     model.name_or_path = str(checkpoint.base)
     model = get_peft_model(model, CueRecoveryConfig(layer_interval=1, **config)).eval()
@@ -63,14 +63,14 @@ def untied(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llm(untied):
     with pytest.MonkeyPatch.context() as patch:
-        # oneDNN's copies of the weights do not follow those that are loaded later
+        # oneDNN keeps copies of the weights that do not follow a later load
         patch.setattr(_custom_ops, "_supports_onednn", False)
         with engine(untied, untied.adapter) as llm:
             yield llm
 
 
 def load(llm: LLM, base: Path, adapter: Path) -> None:
-    """Load base and adapter into the running engine, as at its start."""
+    """Load base and adapter into the running engine, as at startup."""
     config = CueRecoveryConfig.from_pretrained(adapter)
     engine_config._check_adapter_options(config, str(adapter))
     model = runner(llm).get_model()
@@ -103,7 +103,7 @@ def load(llm: LLM, base: Path, adapter: Path) -> None:
     ],
     ids=lambda config: " ".join(config),
 )
-def test_adapters_are_served_as_they_were_trained(llm, untied, tmp_path, config):
+def test_adapters_are_served_as_trained(llm, untied, tmp_path, config):
     trained = train(untied, tmp_path / "adapter", **config)
     load(llm, untied.base, trained.adapter)
     assert_equals_transformers(generate(llm, untied, CONVERSATIONS), trained, CONVERSATIONS)
@@ -121,7 +121,7 @@ def test_adapters_are_served_as_they_were_trained(llm, untied, tmp_path, config)
     ],
     ids=lambda config: next(iter(config)),
 )
-def test_what_cannot_be_served_is_refused_by_name_until_peft_has_merged_it(llm, untied, tmp_path, config):
+def test_unsupported_adapter_is_refused_by_name_until_peft_merges_it(llm, untied, tmp_path, config):
     trained = train(untied, tmp_path / "adapter", **{"r": 4, "target_modules": ["q_proj"], **config})
     name = next(iter(config))
     with pytest.raises(ValueError, match=f"was trained with {name}=.* Merge it with PEFT"):
@@ -171,7 +171,7 @@ def rewrite(adapter: Path, change, **config) -> None:
     ],
     ids=["unknown tensor", "unknown LoRA", "r", "module lacks a weight", "train_base", "shape"],
 )
-def test_a_tensor_that_is_not_accounted_for_is_refused_by_name(llm, untied, tmp_path, change, config, message):
+def test_unknown_tensor_is_refused_by_name(llm, untied, tmp_path, change, config, message):
     trained = train(untied, tmp_path / "adapter", r=4, target_modules=["q_proj"])
     rewrite(trained.adapter, change, **config)
     with pytest.raises(ValueError, match=f"(?s){message}"):

@@ -1,4 +1,4 @@
-"""A teacher on a real vLLM server: training on its scores is training with the same teacher in this process."""
+"""A teacher on a real vLLM server: training with its scores equals training with the same teacher in this process."""
 
 import pytest
 import torch
@@ -43,12 +43,12 @@ def test_trains_as_with_a_local_teacher(url, teacher, tmp_path, options):
         ),
     ],
 )
-def test_what_the_server_refuses_is_said_before_training(url, tmp_path, options, message):
+def test_refusals_of_the_server_are_reported_before_training(url, tmp_path, options, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         make_trainer(tmp_path, make_processor(), teacher_model_server_url=url, **options)
 
 
-def test_images_in_another_size(url, tmp_path):
+def test_server_that_resizes_images_differently_is_refused(url, tmp_path):
     processor = make_processor()
     processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
     with pytest.raises(

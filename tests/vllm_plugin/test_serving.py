@@ -1,4 +1,4 @@
-"""Serving with the vLLM plugin: what vLLM answers is what transformers answers to each prompt alone."""
+"""Serving with the vLLM plugin: vLLM gives the same answers as transformers gives to each prompt alone."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from trl_vicur.vllm.sinks import find_sinks
 
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
-# Longer than a block of the KV cache, so that prompts have blocks before their images in common
+# Longer than a block of the KV cache, so that prompts share blocks before their images
 SYSTEM = {"role": "system", "content": [{"type": "text", "text": "You look closely at pictures. " * 10}]}
 
 
@@ -41,7 +41,7 @@ SYSTEM = {"role": "system", "content": [{"type": "text", "text": "You look close
 def qwen3_vl(tmp_path_factory):
     model = make_qwen3_vl(hidden_size=64, head_dim=HEAD_DIM, rope_parameters={**MROPE, "mrope_interleaved": True})
     processor = make_processor()
-    # vLLM normalizes videos as it does images; released processors have the same for both, ours has CLIP's for images
+    # vLLM normalizes videos like images. Released processors use the same values for both; ours uses CLIP's for images
     images, videos = processor.image_processor, processor.video_processor
     images.image_mean, images.image_std = videos.image_mean, videos.image_std
     return make_checkpoint(tmp_path_factory.mktemp("qwen3_vl"), model, processor, r=4)
@@ -49,7 +49,7 @@ def qwen3_vl(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(qwen3_vl):
-    """An engine that was asked for everything that would separate the sink from its image."""
+    """An engine started with every option that would separate the sink from its image."""
     wishes = {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 64}
     with engine(qwen3_vl, qwen3_vl.adapter, **wishes) as llm:
         yield llm
@@ -66,7 +66,7 @@ def test_mixed_batch_of_texts_and_images(llm, qwen3_vl):
     assert_equals_transformers(generate(llm, qwen3_vl, conversations), qwen3_vl, conversations)
 
 
-def test_video_beside_an_image_and_a_text(llm, qwen3_vl):
+def test_batch_of_a_video_an_image_and_a_text(llm, qwen3_vl):
     video = {"type": "video", "video": [make_image(seed) for seed in range(4)]}
     conversations = [
         [{"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}],
@@ -77,7 +77,7 @@ def test_video_beside_an_image_and_a_text(llm, qwen3_vl):
 
 
 def test_same_text_with_another_image_is_answered_from_that_image(llm, qwen3_vl):
-    """The trap of prefix caching: everything before the images is the same."""
+    """Prefix caching would fail here: everything before the images is the same."""
     conversations = [[SYSTEM, *user("What is this?", make_image(seed))] for seed in range(3)]
     in_one_batch = generate(llm, qwen3_vl, conversations)
     assert_equals_transformers(in_one_batch, qwen3_vl, conversations)
@@ -87,12 +87,12 @@ def test_same_text_with_another_image_is_answered_from_that_image(llm, qwen3_vl)
     assert len(completions) == 3
 
 
-def test_sink_behind_the_question_in_preempted_requests(tmp_path):
-    """Qwen2.5-VL with a sink that closes the question, and a KV cache that is too small for all requests at once."""
+def test_sink_after_the_question_in_preempted_requests(tmp_path):
+    """Qwen2.5-VL with a sink at the end of the question, and a KV cache too small for all requests at once."""
     model = make_qwen2_5_vl(hidden_size=4 * HEAD_DIM, rope_parameters=MROPE)
     options = {"sink_token": "<|im_end|>", "bottleneck_size": 32}
     checkpoint = make_checkpoint(tmp_path, model, make_qwen2_5_processor(), **options)
-    # Prompts of two blocks that grow into a third, where two of them leave room for one more block (and one is unused)
+    # Prompts of two blocks that grow into a third; two of them leave room for one more block (and one is unused)
     conversations = [user("x" * (32 + seed), make_image(seed, (56, 56))) for seed in range(4)]
     blocks = {"block_size": 32, "num_gpu_blocks_override": 6, "max_model_len": 128}
     with engine(checkpoint, checkpoint.adapter, disable_log_stats=False, **blocks) as llm:
@@ -106,7 +106,7 @@ def test_sink_behind_the_question_in_preempted_requests(tmp_path):
 
 
 def test_asynchronous_scheduling(qwen3_vl, monkeypatch):
-    """vLLM's default on GPUs: the next step is scheduled while this one runs. On CPUs vLLM switches it off."""
+    """vLLM's default on GPUs: the next step is scheduled while this one runs. vLLM disables it on CPUs."""
     check = CpuPlatform.check_and_update_config
 
     def check_and_leave_on(vllm_config):
@@ -120,13 +120,13 @@ def test_asynchronous_scheduling(qwen3_vl, monkeypatch):
         assert_equals_transformers(generate(llm, qwen3_vl, conversations), qwen3_vl, conversations)
 
 
-def test_the_model_runner_is_the_one_that_was_asked_for(llm):
-    """.ci/vllm runs all tests with both."""
+def test_model_runner_is_the_requested_one(llm):
+    """.ci/vllm runs all tests with both runners."""
     package = "vllm.v1.worker.cpu." if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else "vllm.v1.worker.cpu_"
     assert type(runner(llm)).__module__ == f"{package}model_runner"
 
 
-def test_without_an_adapter_the_model_is_vllms(qwen3_vl):
+def test_model_without_an_adapter_is_vllms(qwen3_vl):
     conversations = [user("What is this?", make_image(0)), user("Hello.")]
     with engine(qwen3_vl, None) as llm:
         outputs = generate(llm, qwen3_vl, conversations)
@@ -164,7 +164,7 @@ FORWARD = CueRecoveryMixin.forward
     ],
     ids=["images do not arrive", "also in decode steps", "hooks do not run"],
 )
-def test_invariant_14_an_engine_that_does_not_run_the_module_does_not_start(
+def test_invariant_14_engine_that_does_not_run_the_module_does_not_start(
     qwen3_vl, monkeypatch, target, name, replacement, message
 ):
     """Served is trained."""
@@ -173,10 +173,10 @@ def test_invariant_14_an_engine_that_does_not_run_the_module_does_not_start(
         pass
 
 
-def test_invariant_14_an_engine_whose_model_was_replaced_does_not_start(qwen3_vl, monkeypatch):
-    """As by another plugin that registers the architecture later."""
+def test_invariant_14_engine_whose_model_was_replaced_does_not_start(qwen3_vl, monkeypatch):
+    """Another plugin may register the architecture later."""
     monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
-    monkeypatch.setattr(utils, "_MODEL_ARCH_BY_HASH", {})  # vLLM's memory of what it has resolved
+    monkeypatch.setattr(utils, "_MODEL_ARCH_BY_HASH", {})  # vLLM's cache of resolved architectures
     ModelRegistry.register_model(ARCHITECTURE, f"vllm.model_executor.models.qwen3_vl:{ARCHITECTURE}")
     with pytest.raises(RuntimeError, match="qwen3_vl.Qwen3VLForConditionalGeneration, which has no recovery module"):
         with engine(qwen3_vl, qwen3_vl.adapter):
@@ -184,7 +184,7 @@ def test_invariant_14_an_engine_whose_model_was_replaced_does_not_start(qwen3_vl
 
 
 def test_server_with_an_adapter_that_holds_the_backbone(tmp_path):
-    """As `vllm serve` does, by way of the chat API; with `train_base=True`, and weights that have trained."""
+    """Like `vllm serve`, through the chat API, with `train_base=True` and trained weights."""
     model = make_qwen3_vl(hidden_size=64, head_dim=HEAD_DIM, rope_parameters={**MROPE, "mrope_interleaved": True})
     checkpoint = make_checkpoint(tmp_path, model, make_processor(), train_base=True)
     with torch.no_grad():
@@ -208,8 +208,8 @@ def test_server_with_two_workers(qwen3_vl, option):
             assert_server_equals_transformers(address, qwen3_vl, conversations, **{"X-data-parallel-rank": rank})
 
 
-def test_server_that_speculates_by_ngrams(qwen3_vl):
-    """Several tokens per decode step, in which the module does nothing."""
+def test_server_with_ngram_speculation(qwen3_vl):
+    """Several tokens per decode step; the module does nothing in them."""
     conversations = [user("aaaaaaaa", make_image(0)), user("Hello."), user("ababababab", make_image(1))]
     overrides = json.dumps({"cue_recovery": str(qwen3_vl.adapter)})
     ngrams = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
@@ -222,7 +222,7 @@ def test_server_that_speculates_by_ngrams(qwen3_vl):
 
 @pytest.fixture
 def start(qwen3_vl, tmp_path):
-    """Makes vLLM's configuration of an engine with an adapter, without starting it."""
+    """Creates vLLM's configuration of an engine with an adapter without starting it."""
 
     def start(adapter_config: dict | None = None, **options):
         adapter = tmp_path / "adapter"
@@ -238,7 +238,7 @@ def start(qwen3_vl, tmp_path):
     return start
 
 
-def test_what_would_separate_sink_and_image_is_switched_off(start, monkeypatch):
+def test_options_that_separate_sink_and_image_are_disabled(start, monkeypatch):
     warnings = []
     monkeypatch.setattr(engine_config.logger, "warning", lambda message, *args: warnings.append(message % args))
     config = start(enable_prefix_caching=True, enable_chunked_prefill=True, max_num_batched_tokens=64)
@@ -264,7 +264,7 @@ def test_what_would_separate_sink_and_image_is_switched_off(start, monkeypatch):
         ),
     ],
 )
-def test_engine_options_under_which_the_module_would_be_left_out_or_is_untested(start, options, message):
+def test_engine_options_that_skip_the_module_or_are_untested_are_refused(start, options, message):
     with pytest.raises(ValueError, match=message):
         start(**options)
 
@@ -284,17 +284,17 @@ def test_adapters_that_cannot_be_served(start, adapter_config, message):
 
 def test_an_adapter_of_another_base_model(start):
     config = start({"base_model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct"})
-    config.model_config.model = "Qwen/Qwen3-VL-2B-Thinking"  # not here; its config would be the same
+    config.model_config.model = "Qwen/Qwen3-VL-2B-Thinking"  # does not exist here; its config would be the same
     with pytest.raises(ValueError, match="was trained on 'Qwen/Qwen3-VL-2B-Instruct', but .*Thinking' is served"):
         engine_config.CueRecoveryEngineConfig.verify_and_update_config(config)
 
 
-def test_a_step_in_micro_batches_is_refused():
+def test_steps_in_micro_batches_are_refused():
     with pytest.raises(RuntimeError, match="one micro-batch, but vLLM split a step into 2"):
         find_sinks(None, None, None, [{}, {}], None)
 
 
-def test_an_architecture_that_has_no_module(start):
+def test_unsupported_architecture_is_refused(start):
     with pytest.raises(ValueError, match="cannot be served with Qwen2VLForConditionalGeneration"):
         start(hf_overrides={"architectures": ["Qwen2VLForConditionalGeneration"]})
 

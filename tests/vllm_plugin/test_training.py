@@ -1,4 +1,4 @@
-"""Training with rollouts by vLLM: the module's weights go there before each rollout."""
+"""Training with rollouts by vLLM, which receives the module's weights before each rollout."""
 
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ def make_trainer(checkpoint, output_dir: Path, adapter: dict, **options) -> ViCu
 
 
 def assert_samples_with_trained_weights(trainer: ViCuRTrainer) -> None:
-    """In each step, vLLM's probabilities of what it sampled are the trainer's."""
+    """In each step, vLLM's probabilities of the sampled tokens equal the trainer's."""
     logs = [log for log in trainer.state.log_history if "loss" in log]
     # vLLM is not to sample image tokens, which have between 0.2 and 0.6 % of the probability here. Any other weights,
     # prompts or image features would be off by far more
@@ -82,7 +82,7 @@ def test_colocated_engine_follows_training(checkpoint, tmp_path, monkeypatch, ad
     trainer.train()
     assert_samples_with_trained_weights(trainer)
 
-    # What is served after the last step
+    # The served weights after the last step
     llm, conversations = trainer.vllm_generation.llm, [user("What is this?", make_image(7)), user("Bye.")]
     before = generate(llm, checkpoint, conversations)
     trainer.vllm_generation.sync_weights()
@@ -95,12 +95,12 @@ def test_colocated_engine_follows_training(checkpoint, tmp_path, monkeypatch, ad
 
 @pytest.fixture
 def serve(checkpoint, tmp_path, monkeypatch):
-    """Starts a server as training needs it; weights go there in a file, since NCCL needs GPUs."""
+    """Starts a server for training; weights are sent in a file, since NCCL needs GPUs."""
     weights_file = tmp_path / "weights.safetensors"
 
     def send(iterator, **kwargs):
         part = weights_file.with_suffix(".part")
-        # Merged weights are the merged ones only until the iterator ends
+        # Weights are merged only until the iterator ends
         save_file({name: weight.clone(memory_format=torch.contiguous_format) for name, weight in iterator}, part)
         part.rename(weights_file)
 
@@ -152,6 +152,6 @@ def test_server_follows_training(checkpoint, tmp_path, serve, adapter, learning_
         ('{"layer_interval": 1}', "raw_logprobs", "with `--logprobs-mode processed_logprobs`"),
     ],
 )
-def test_server_that_rolls_out_otherwise_is_refused(checkpoint, tmp_path, serve, module, logprobs_mode, message):
+def test_server_with_other_rollouts_is_refused(checkpoint, tmp_path, serve, module, logprobs_mode, message):
     with serve(module, logprobs_mode) as address, pytest.raises(ValueError, match=message):
         make_trainer(checkpoint, tmp_path / "output", {}, vllm_mode="server", vllm_server_base_url=address)

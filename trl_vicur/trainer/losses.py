@@ -399,7 +399,7 @@ class _TokenLogprobs(torch.autograd.Function):
     TRL's `ChunkedLogProbFunction` with float32 tiles of logits; TRL's tiles have the hidden states' dtype.
 
     bfloat16 has steps of 0.125 at a logit of 28, which gave 27 % of the small advantages the wrong sign. The kernels
-    that reduce the tiles are TRL's; `test_a_frozen_head_changes_neither_values_nor_gradients` compares the result with
+    that reduce the tiles are TRL's; `test_frozen_head_changes_neither_values_nor_gradients` compares the result with
     the plain form.
     """
 
