@@ -60,8 +60,8 @@ def make_trainer(checkpoint, output_dir: Path, adapter: dict, **options) -> ViCu
 def assert_samples_with_trained_weights(trainer: ViCuRTrainer) -> None:
     """In each step, vLLM's probabilities of the sampled tokens equal the trainer's."""
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    # vLLM is not to sample image tokens, which have between 0.2 and 0.6 % of the probability here. Any other weights,
-    # prompts or image features would be off by far more
+    # vLLM must not sample image tokens, which have 0.2 to 0.6 % of the probability here. Wrong weights, prompts or
+    # image features would differ by far more
     assert [log["sampling/sampling_logp_difference/mean"] < 0.01 for log in logs] == 3 * [True]
     assert all(abs(log["sampling/importance_sampling_ratio/mean"] - 1) < 0.01 for log in logs)
     assert logs[-1]["cue_recovery/layers.1/update_ratio"] > 0
