@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from trl.kernels import chunked_logprob
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction, _project
@@ -112,6 +113,36 @@ def sampled_token_loss(
     loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
     is_clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon_high) & (advantages > 0))
     return loss, advantages, is_clipped
+
+
+def before_rejection(
+    gap: torch.Tensor, mask: torch.Tensor, threshold: float, ends: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Which tokens come no later than the first one that the teacher rejects. After that, the teacher scores a prefix
+    that it would not have written, and its advice on how to continue is unreliable (TRD, arXiv 2606.08432).
+
+    Args:
+        gap (`torch.Tensor` of shape `(tokens,)`):
+            Teacher's minus student's log-probability of the sampled tokens, in nats; without gradient.
+        mask (`torch.Tensor` of shape `(batch, completion)`):
+            `True` at these tokens.
+        threshold (`float`):
+            A token is rejected if its gap is below the negative threshold, in nats.
+        ends (`torch.Tensor` of shape `(batch, completion)`, *optional*):
+            `True` at the last token of each sentence. After it, tokens count again. By default none do.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, completion)`: `True` at the tokens of `mask` up to and including a rejected
+        one.
+    """
+    rejected = torch.zeros_like(mask).masked_scatter(mask, gap < -threshold)
+    earlier = rejected.cumsum(dim=1) - rejected.long()  # rejections before each token
+    if ends is not None:
+        is_first = F.pad(ends, (1, -1), value=True)
+        # What was rejected before the token's own sentence; the counts only grow
+        earlier = earlier - (earlier * is_first).cummax(dim=1).values
+    return mask & (earlier == 0)
 
 
 def importance_sampling_ratio(

@@ -12,6 +12,7 @@ from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE
 
 Privilege = Literal["cue", "answer", "none"]
 TeacherModelKind = Literal["base", "live", "ema"]
+PrefixRejection = Literal["none", "completion", "sentence"]
 DistillationMode = Literal["sampled_token", "full_logits", "topk_logits"]
 ImportanceSamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -84,6 +85,14 @@ class ViCuRConfig(DistillationConfig):
             Largest absolute advantage in `"sampled_token"`, in nats: the difference of the two log-probabilities is
             clamped. The authors' code also clamps each log-probability at −10 before the difference, so that a token
             that both models find unlikely gets zero advantage; here it keeps its advantage.
+        prefix_rejection (`str`, *optional*, defaults to `"none"`):
+            Which tokens after one that the teacher rejects are left out of the loss, because the teacher scores them
+            after a prefix that it would not have written: `"completion"`, all of them; `"sentence"`, those up to the
+            end of the sentence (a token that ends in `.`, `!`, `?`, `;` or a line break). Left-out tokens still count
+            in the mean that `loss_aggregation` takes. In `"full_logits"` and `"topk_logits"` it costs a projection of
+            student and teacher to the vocabulary.
+        prefix_rejection_threshold (`float`, *optional*, defaults to `3.0`):
+            The teacher rejects a token whose log-probability is lower than the student's by more than this, in nats.
         loss_aggregation (`str`, *optional*, defaults to `"token"`):
             `"token"` is the mean over all completion tokens of the batch, `"sequence"` the mean over completions of
             each completion's mean (as Eq. 7 is written).
@@ -172,6 +181,19 @@ class ViCuRConfig(DistillationConfig):
     advantage_clip: float = field(
         default=10.0, metadata={"help": "Largest absolute advantage in 'sampled_token', in nats."}
     )
+    prefix_rejection: PrefixRejection = field(
+        default="none",
+        metadata={
+            "help": "Which tokens after one that the teacher rejects are left out of the loss: 'none', 'sentence' "
+            "(up to the end of the sentence) or 'completion' (all)."
+        },
+    )
+    prefix_rejection_threshold: float = field(
+        default=3.0,
+        metadata={
+            "help": "The teacher rejects a token whose log-probability is lower than the student's by more than this."
+        },
+    )
     loss_aggregation: Literal["token", "sequence"] = field(
         default="token",
         metadata={
@@ -216,6 +238,7 @@ class ViCuRConfig(DistillationConfig):
             "missing_privilege": ("error", "none"),
             "teacher_model_kind": get_args(TeacherModelKind),
             "distillation_mode": get_args(DistillationMode),
+            "prefix_rejection": get_args(PrefixRejection),
             "loss_aggregation": ("token", "sequence"),
             "vllm_importance_sampling_mode": get_args(ImportanceSamplingMode),
             "share_vision_features": ("auto", "never"),
@@ -238,6 +261,7 @@ class ViCuRConfig(DistillationConfig):
             "epsilon": ("in (0, 1)", lambda value: 0.0 < value < 1.0),
             "epsilon_high": ("positive", lambda value: value > 0.0),
             "advantage_clip": ("positive", lambda value: value > 0.0),
+            "prefix_rejection_threshold": ("positive", lambda value: value > 0.0),
             "vllm_importance_sampling_clip_max": ("positive", lambda value: value > 0.0),
             "vllm_importance_sampling_clip_min": ("positive", lambda value: value > 0.0),
         }

@@ -65,6 +65,7 @@ from .checks.sharding import find_sharding
 from .collapse import CollapseCallback
 from .lm_head import LMHead
 from .losses import (
+    before_rejection,
     full_divergence,
     importance_sampling_ratio,
     liger_divergence_sum,
@@ -74,6 +75,7 @@ from .losses import (
 )
 from .mixed_precision import ForwardRedirection, autocast, compute_dtype
 from .privilege import get_privilege
+from .sentences import sentence_end_tokens
 from .teachers.building import build_teacher
 from .teachers.scores import StateScores, TeacherScores
 from .teachers.separate_teacher import SeparateTeacher
@@ -298,6 +300,11 @@ class ViCuRTrainer(DistillationTrainer):
         )
         self._vision_is_frozen = is_vision_frozen(self.model)
         self._hint_marker = hint_marker(args.teacher_prompt_template)
+        # Whether a token ends a sentence, `(vocabulary,)`
+        self._ends_sentence = None
+        if args.prefix_rejection == "sentence":
+            vocab_size = self.model.config.get_text_config().vocab_size
+            self._ends_sentence = sentence_end_tokens(self._tokenizer, vocab_size)
         # What `_get_last_hidden_state` takes beside the tokens, e.g. `pixel_values`
         self._multimodal_keys = [*inspect.signature(super()._get_last_hidden_state).parameters][4:] + [*VIDEO_KEYS]
         # Sums and counts of the current `compute_loss` call
@@ -673,7 +680,7 @@ class ViCuRTrainer(DistillationTrainer):
 
         with record_update_ratios(unwrapped_student) if diagnose else nullcontext({}) as update_ratios:
             student_states = self._student_hidden_states(unwrapped_student, inputs)
-        teacher = self.teacher.score(unwrapped_student, inputs)
+        teacher_scores = self.teacher.score(unwrapped_student, inputs)
         student_head = LMHead.from_model(unwrapped_student)
 
         loss_mask = inputs["completion_mask"]
@@ -681,14 +688,17 @@ class ViCuRTrainer(DistillationTrainer):
             loss_mask = loss_mask * inputs["tool_mask"]
         # With the model split across devices, the backbone can end on another device than the head
         mask = loss_mask.bool().to(student_head.weight.device)
-        token_ids = inputs["completion_ids"].to(mask.device)[mask]
-        student_states, teacher = student_states.to(mask.device)[mask], teacher.at(mask)
+        student_states, token_ids = student_states.to(mask.device), inputs["completion_ids"].to(mask.device)
+        gap, kept = None, mask
+        if self.args.prefix_rejection != "none":
+            gap, kept = self._before_rejection(student_states, student_head, teacher_scores, token_ids, mask)
+        student_states, token_ids, teacher = student_states[kept], token_ids[kept], teacher_scores.at(kept)
 
-        gap = None
         if self.args.distillation_mode == "sampled_token":
-            per_token_loss, entropy, gap = self._sampled_token_loss(
-                student_states, student_head, teacher, token_ids, inputs, mask
+            per_token_loss, entropy, kept_gap = self._sampled_token_loss(
+                student_states, student_head, teacher, token_ids, inputs, kept
             )
+            gap = kept_gap if gap is None else gap
         elif self.args.distillation_mode == "topk_logits":
             top = teacher.top_logprobs(self.args.distillation_topk)
             per_token_loss, entropy = topk_divergence(student_states, student_head, *top, self.beta, self.temperature)
@@ -714,8 +724,34 @@ class ViCuRTrainer(DistillationTrainer):
                     ratios = ratios[:0]  # of a blank image
                 self._diagnose(f"cue_recovery/{layer}/update_ratio", ratios)
 
-        loss = self._aggregate(per_token_loss, mask, num_items_in_batch)
-        return loss, entropy.sum(), mask.sum()
+        loss = self._aggregate(per_token_loss, mask, kept, num_items_in_batch)
+        return loss, entropy.sum(), kept.sum()
+
+    @torch.no_grad()
+    def _before_rejection(
+        self,
+        student_states: torch.Tensor,
+        student_head: LMHead,
+        teacher_scores: TeacherScores,
+        token_ids: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The teacher's minus the student's log-probabilities, `(tokens,)`, and which tokens come no later than the
+        first one that the teacher rejects, `(batch, completion)`.
+        """
+        logprobs, _ = token_logprobs(student_states[mask], student_head, token_ids[mask], self.temperature)
+        gap = teacher_scores.at(mask).token_logprobs(token_ids[mask]) - logprobs
+        threshold = self.args.prefix_rejection_threshold
+        ends = self._ends_sentence.to(token_ids.device)[token_ids] if self._ends_sentence is not None else None
+        kept = before_rejection(gap, mask, threshold, ends)
+        self._diagnose("prefix_rejection/kept", kept[mask].float())
+        rejected = torch.zeros_like(mask).masked_scatter(mask, gap < -threshold)
+        has_rejection = rejected.any(dim=1)
+        position = rejected.long().argmax(dim=1) / mask.sum(dim=1).clamp(min=1)
+        self._diagnose("prefix_rejection/completions", has_rejection.float())
+        self._diagnose("prefix_rejection/position", position[has_rejection])
+        return gap, kept
 
     def _sampled_token_loss(
         self,
@@ -757,11 +793,18 @@ class ViCuRTrainer(DistillationTrainer):
         return per_token_loss, entropy, teacher_logprobs - logprobs.detach()
 
     def _aggregate(
-        self, per_token_loss: torch.Tensor, mask: torch.Tensor, num_items_in_batch: torch.Tensor | float | None
+        self,
+        per_token_loss: torch.Tensor,
+        mask: torch.Tensor,
+        kept: torch.Tensor,
+        num_items_in_batch: torch.Tensor | float | None,
     ) -> torch.Tensor:
-        """The loss of a micro-batch: its share of the mean over all tokens, or over all completions' means."""
+        """
+        The loss of a micro-batch: its share of the mean over all tokens of `mask`, or over all completions' means, of
+        which only the tokens of `kept` have a loss.
+        """
         if self.args.loss_aggregation == "sequence":
-            sequence_loss = per_token_loss.new_zeros(mask.shape).masked_scatter(mask, per_token_loss).sum(dim=1)
+            sequence_loss = per_token_loss.new_zeros(mask.shape).masked_scatter(kept, per_token_loss).sum(dim=1)
             sequence_loss = sequence_loss / mask.sum(dim=1).clamp(min=1)
             num_sequences = len(sequence_loss)
             if self.model.training:
