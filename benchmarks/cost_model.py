@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLTextConfig
 
 from trl_vicur import CueRecoveryConfig
-from trl_vicur.cue_recovery.model import carrying_layers
+from trl_vicur.cue_recovery.positions import carrying_layers
 
 
 class GPU(NamedTuple):

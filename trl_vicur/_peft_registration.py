@@ -1,4 +1,4 @@
-"""Registers the PEFT method as soon as PEFT is imported, so that `import trl_vicur` itself need not import it."""
+"""Registers the PEFT method as soon as PEFT is imported, so that `import trl_vicur` itself does not import PEFT."""
 
 import importlib
 import importlib.abc
@@ -8,16 +8,22 @@ from types import ModuleType
 
 
 class _RegisterAfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds PEFT as Python would, runs its import, and then imports `trl_vicur.cue_recovery`, which registers."""
+    """
+    Finds PEFT as Python would, runs its import, and then imports `trl_vicur.cue_recovery`, which registers.
+
+    PEFT has no entry points for methods of other packages (PEFT#2273); with them this class would be superfluous.
+    """
+
+    _loader: importlib.abc.Loader
 
     def find_spec(self, name: str, path=None, target=None):
         if name != "peft":
             return None
-        # Many only ask whether PEFT is there, and import it later or never: the finder stays
+        # Many libraries only look whether PEFT is installed, and import it later or never: the finder stays
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         sys.meta_path.insert(0, self)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             self._loader, spec.loader = spec.loader, self
         return spec
 
@@ -25,6 +31,7 @@ class _RegisterAfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None  # Python sets it before it calls a loader
         module.__spec__.loader = module.__loader__ = self._loader
         sys.meta_path.remove(self)
         self._loader.exec_module(module)

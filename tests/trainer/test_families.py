@@ -23,7 +23,7 @@ from transformers import (
 
 from trl_vicur import CueRecoveryConfig
 from trl_vicur.cue_recovery import CueRecoveryContext, CueRecoveryLayer
-from trl_vicur.cue_recovery.model import last_reading_layer
+from trl_vicur.cue_recovery.positions import last_reading_layer
 from trl_vicur.trainer.checks.rows import RowChecker
 from trl_vicur.trainer.lm_head import LMHead
 from trl_vicur.trainer.losses import token_logprobs
@@ -289,7 +289,7 @@ def test_decoder_that_drops_keyword_arguments_is_refused_at_the_first_call():
     expected = logits(model, inputs)
     model.get_decoder().__class__ = KeywordsAreDropped
     model = attach(model)
-    with pytest.raises(ValueError, match="Qwen3VLModel does not hand its keyword arguments on to its decoder layers"):
+    with pytest.raises(ValueError, match="Qwen3VLModel does not pass its keyword arguments on to its decoder layers"):
         model(**inputs)
     with pytest.raises(ValueError, match="This model family is not supported"):
         model.generate(**inputs, max_new_tokens=1)

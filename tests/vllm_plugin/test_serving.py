@@ -274,6 +274,7 @@ def test_engine_options_that_skip_the_module_or_are_untested_are_refused(start, 
     [
         ({"hidden_size": 2048}, "was made for a model with `hidden_size` 2048, but .* has `hidden_size` 64"),
         ({"num_hidden_layers": 28}, "was made for a model with `num_hidden_layers` 28"),
+        ({"peft_type": "LORA"}, "is an adapter of type .*LORA, not a cue recovery adapter"),
         ({"use_dora": True, "r": 4}, "was trained with use_dora=True, which vLLM cannot serve .* Merge it with PEFT"),
     ],
 )

@@ -2,7 +2,8 @@ from peft.utils import PeftType, register_peft_method
 
 
 def _add_peft_type(name: str) -> None:
-    # PEFT asks a method to have a member in its enum and offers no way to add one from outside
+    # `register_peft_method` (PEFT#2282) wants a member of the enum `PeftType`, and a method of another package cannot
+    # add one (PEFT#2273 asks for it)
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
@@ -12,9 +13,10 @@ def _add_peft_type(name: str) -> None:
 
 _add_peft_type("CUE_RECOVERY")
 
+from .attention import SinkCrossAttention  # noqa: E402
 from .config import CueRecoveryConfig  # noqa: E402  (the config names the new PeftType)
 from .inspection import record_update_ratios, sink_attention  # noqa: E402
-from .layer import CueRecoveryContext, CueRecoveryLayer, SinkCrossAttention  # noqa: E402
+from .layer import CueRecoveryContext, CueRecoveryLayer  # noqa: E402
 from .model import CueRecoveryModel  # noqa: E402
 
 

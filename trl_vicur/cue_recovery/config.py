@@ -5,7 +5,7 @@ from peft import LoraConfig, PeftType
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 
-# What the recovery module computes, apart from its weights
+# Options that define what the recovery module computes
 MODULE_OPTIONS = ("layer_interval", "sink_token", "num_heads", "bottleneck_size", "sink_token_ids")
 
 
@@ -21,40 +21,38 @@ class CueRecoveryConfig(LoraConfig):
         > Parameters that control the recovery module
 
         layer_interval (`int`, *optional*, defaults to `5`):
-            Decoder layers whose output is updated: 0, `layer_interval`, 2 · `layer_interval`, … The last decoder layer
-            is left out, because an update of its output could not reach any other token.
+            Decoder layers whose output is updated: 0, `layer_interval`, 2 · `layer_interval`, … but never the last
+            one, because an update of its output cannot reach any other token.
         sink_token (`str`, *optional*, defaults to `"first"`):
-            The token that gathers the evidence. `"first"` is the first real (not padding) token of the sample, the
-            paper's choice. A token string is that token's first occurrence: `"<|im_start|>"` begins Qwen's prompts,
-            and `"<|im_end|>"` ends their first turn: it has seen the question if the prompt has no system turn.
-            A token string needs [`CueRecoveryConfig.resolve_sink_token`], which [`ViCuRTrainer`] calls by itself, and
-            a prompt with an image that lacks the token is an error.
+            The token that gathers the evidence: `"first"`, the sample's first token that is not padding (the paper's
+            choice), or a token string, for that token's first occurrence. `"<|im_end|>"` ends the first turn of Qwen's
+            prompts, so it has seen the question if there is no system turn. A token string needs
+            [`CueRecoveryConfig.resolve_sink_token`], which [`ViCuRTrainer`] calls, and a prompt with an image that
+            lacks the token is an error.
         num_heads (`int`, *optional*):
             Number of attention heads; must divide the width of queries, keys and values. Defaults to the text
-            model's. A small `bottleneck_size` wants fewer, so that each is not too narrow.
+            model's. Choose fewer for a small `bottleneck_size`, so that each is not too narrow.
         bottleneck_size (`int`, *optional*):
-            Width of queries, keys and values, over all heads, for a smaller module: it has `4 * bottleneck_size *
-            hidden_size` parameters per layer. Defaults to the hidden size (the paper's setting).
+            Width of queries, keys and values, over all heads: a module has `4 * bottleneck_size * hidden_size`
+            parameters. Defaults to the hidden size (the paper's setting).
 
         > Parameters that control what else is trained
 
         r (`int`, *optional*, defaults to `0`):
             Rank of LoRA on the backbone. `0` trains the recovery module alone.
         train_base (`bool`, *optional*, defaults to `False`):
-            Whether the backbone's own weights train as well (the paper's setting). They are then saved with the
-            adapter, and the adapter must be the model's only one.
+            Whether the backbone's own weights train as well (the paper's setting) and are saved with the adapter,
+            which must then be the model's only one.
 
         > Parameters that are filled in, and stored so that an adapter loads without a tokenizer
 
         sink_token_ids (`list[int]`, *optional*):
             The sink token's id, as a list of one. Filled in by [`CueRecoveryConfig.resolve_sink_token`].
-        hidden_size (`int`, *optional*):
-            Hidden size of the text model that the adapter was made for.
-        num_hidden_layers (`int`, *optional*):
-            Number of decoder layers of the text model that the adapter was made for.
+        hidden_size (`int`, *optional*), num_hidden_layers (`int`, *optional*):
+            Hidden size and number of decoder layers of the text model that the adapter was trained on.
 
     Raises:
-        `ValueError`: If an option has none of its allowed values.
+        `ValueError`: If an option has a value that is not allowed.
     """
 
     r: int = field(default=0, metadata={"help": "LoRA rank on the backbone. 0 trains the recovery module alone."})
@@ -64,10 +62,7 @@ class CueRecoveryConfig(LoraConfig):
     )
     sink_token: str = field(
         default="first",
-        metadata={
-            "help": "Token that gathers the evidence: 'first' (first real token of the sample) or a token string (its "
-            "first occurrence)."
-        },
+        metadata={"help": "Token that gathers the evidence: 'first' or a token string (its first occurrence)."},
     )
     num_heads: int | None = field(
         default=None, metadata={"help": "Number of attention heads. Defaults to the text model's."}
@@ -91,7 +86,7 @@ class CueRecoveryConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.CUE_RECOVERY
+        self.peft_type = PeftType("CUE_RECOVERY")
         if type(self.layer_interval) is not int or self.layer_interval < 1:
             raise ValueError(f"`layer_interval` must be an integer of at least 1, got {self.layer_interval!r}.")
         for name in ("num_heads", "bottleneck_size"):
@@ -118,23 +113,20 @@ class CueRecoveryConfig(LoraConfig):
                 "`resolve_sink_token` fills it in."
             )
 
+    @property
+    def sink_token_id(self) -> int | None:
+        """Id of the sink token; `None` for the first token of the sample."""
+        if self.sink_token == "first":
+            return None
+        assert self.sink_token_ids is not None, "see `resolve_sink_token`"
+        return self.sink_token_ids[0]
+
     def module_options(self) -> dict[str, Any]:
-        """The options that say what the recovery module computes, apart from its weights."""
+        """The options that define what the recovery module computes, apart from its weights."""
         return {name: getattr(self, name) for name in MODULE_OPTIONS}
 
     def check_size(self, text_config: PreTrainedConfig, model_name: str) -> None:
-        """
-        Check that the adapter fits a model.
-
-        Args:
-            text_config ([`~transformers.PreTrainedConfig`]):
-                Configuration of the text model.
-            model_name (`str`):
-                What the error calls the model.
-
-        Raises:
-            `ValueError`: If the adapter was made for a text model of another size.
-        """
+        """Raise a `ValueError` that names the model if the adapter was made for a text model of another size."""
         for size in ("hidden_size", "num_hidden_layers"):
             expected, actual = getattr(self, size), getattr(text_config, size)
             if expected not in (None, actual):
@@ -146,7 +138,7 @@ class CueRecoveryConfig(LoraConfig):
 
     def resolve_sink_token(self, processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> "CueRecoveryConfig":
         """
-        Look up the token id of `sink_token`, once, so that the model can find the sink without a tokenizer.
+        Look up the token id of `sink_token`, so that the model can find the sink without a tokenizer.
 
         Args:
             processing_class ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
@@ -162,7 +154,7 @@ class CueRecoveryConfig(LoraConfig):
             return self
         tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
         token_id = tokenizer.convert_tokens_to_ids(self.sink_token)
-        if token_id is None or token_id == tokenizer.unk_token_id:
+        if not isinstance(token_id, int) or token_id == tokenizer.unk_token_id:
             raise ValueError(
                 f"`sink_token` must be 'first' or a token of the tokenizer, got {self.sink_token!r}, which the "
                 f"tokenizer does not know. Its special tokens are {tokenizer.all_special_tokens}."

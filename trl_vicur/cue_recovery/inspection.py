@@ -4,11 +4,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .attention import SinkCrossAttention
 from .layer import CueRecoveryContext, CueRecoveryLayer
 
 
 def _recovery_layers(model: nn.Module) -> dict[str, CueRecoveryLayer]:
-    # Named by the decoder layer they stand in, e.g. "layers.1"
+    # By the name of their decoder layer, e.g. "layers.1"
     return {
         ".".join(name.split(".")[-3:-1]): module
         for name, module in model.named_modules()
@@ -29,10 +30,10 @@ def record_update_ratios(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         `dict[str, torch.Tensor]`: Filled by the model's forward calls: for each decoder layer (`"layers.1"`) the ratio
             per sample that has a sink and visual tokens, of shape `(samples,)`; of the last call.
     """
-    ratios = {}
+    ratios: dict[str, torch.Tensor] = {}
 
     def record(name: str):
-        # Without gradient, or a gradient checkpoint around the layer would miss in its second run what it saved here
+        # Without gradient: a gradient checkpoint compares what its two runs save, and the second has no hook
         @torch.no_grad()
         def hook(layer: CueRecoveryLayer, args: tuple[torch.Tensor, CueRecoveryContext], output: torch.Tensor) -> None:
             hidden_states, context = args
@@ -56,7 +57,7 @@ def record_update_ratios(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 @torch.no_grad()
 def sink_attention(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    What the sink token looks at: its attention over the visual tokens, per layer (ViCuR, Fig. 11).
+    Attention of the sink token over the visual tokens, per layer (ViCuR, Fig. 11).
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -82,7 +83,9 @@ def sink_attention(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.
                     continue
                 positions = positions.to(hidden_states.device)
                 sink = hidden_states[samples, positions.clamp(min=0)]
-                attended = layer.sink_attention[adapter_name].attention_weights(sink, hidden_states, visual_mask)
+                attention = layer.sink_attention[adapter_name]
+                assert isinstance(attention, SinkCrossAttention)
+                attended = attention.attention_weights(sink, hidden_states, visual_mask)
                 is_seen = visual_mask & (positions >= 0).unsqueeze(1)
                 weights[name] = attended.masked_fill(~is_seen.unsqueeze(1), 0.0)
 

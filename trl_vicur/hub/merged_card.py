@@ -1,13 +1,13 @@
-"""The card of a merged model, which says how to load it with its recovery module."""
+"""The card of a merged model: how to load it with its recovery module."""
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from .names import hub_model_name
 
 
-FORM = "[More Information Needed]"  # in what transformers leaves to be filled in
+PLACEHOLDER = "[More Information Needed]"  # in transformers' card template
 
 INTRODUCTION = """
 # Model Card for {name}
@@ -24,7 +24,7 @@ an adapter, in the folder `{subfolder}`. Without it the model is the backbone al
 `pip install trl-vicur`:
 
 ```python
-import trl_vicur  # tells PEFT what this adapter is
+import trl_vicur  # registers the PEFT method
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
@@ -36,7 +36,7 @@ model = PeftModel.from_pretrained(model, "{model_id}", subfolder="{subfolder}")
 
 def complete_merged_card(path: Path, model_id: str, base_model: str | None, subfolder: str) -> None:
     """
-    Say in a card where the recovery module is. A form that nobody has filled in is replaced.
+    Add to a card where the recovery module is and how to load it. An unfilled template is replaced.
 
     Args:
         path (`Path`):
@@ -44,13 +44,14 @@ def complete_merged_card(path: Path, model_id: str, base_model: str | None, subf
         model_id (`str`):
             Id of the model on the Hub.
         base_model (`str`, *optional*):
-            Name of the model that was trained; a path on this machine is not told.
+            Name of the model that was trained; a path on this machine is left out.
         subfolder (`str`):
             Folder of the module within the model's.
     """
     card = ModelCard.load(path)
+    assert isinstance(card.data, ModelCardData)
     section = SECTION.format(model_id=model_id, subfolder=subfolder)
-    if FORM in card.text:
+    if PLACEHOLDER in card.text:
         base_model = hub_model_name(base_model)
         base = "a model" if base_model is None else f"[{base_model}](https://huggingface.co/{base_model})"
         card.text = INTRODUCTION.format(name=Path(model_id).name, base=base)
@@ -58,5 +59,6 @@ def complete_merged_card(path: Path, model_id: str, base_model: str | None, subf
         card.data.pipeline_tag = "image-text-to-text"
     if section not in card.text:
         card.text += section
-    card.data.tags = sorted({*(card.data.tags or []), "vicur"})
+    tags: set[str] = {*(card.data.tags or []), "vicur"}
+    card.data.tags = sorted(tags)
     card.save(path)

@@ -35,7 +35,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import get_config_model_id, pad
 
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
-from ..cue_recovery.model import visual_token_ids
+from ..cue_recovery.positions import visual_token_ids
 from ..data.images import read_image, read_video
 from ..data.rows import row_images, row_videos
 from ..data.teacher_prompt import add_privilege, hint_marker

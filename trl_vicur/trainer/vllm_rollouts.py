@@ -13,7 +13,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ..cue_recovery import CueRecoveryConfig
-from ..cue_recovery.model import visual_token_ids
+from ..cue_recovery.positions import visual_token_ids
 
 
 @contextmanager

@@ -1,14 +1,14 @@
 """
 vLLM plugin: serves and rolls out vision-language models with cue recovery.
 
-vLLM finds [`register`] by the entry point `vllm.general_plugins`; nothing here is imported without vLLM. An adapter is
-named in vLLM's `hf_overrides`:
+vLLM finds [`register`] through the entry point `vllm.general_plugins`; nothing here is imported without vLLM. Name the
+adapter in vLLM's `hf_overrides`:
 
 ```bash
 vllm serve Qwen/Qwen3-VL-2B-Instruct --hf-overrides '{"cue_recovery": "me/Qwen3-VL-2B-ViCuR"}'
 ```
 
-Rollouts begin with a new module, by its options in the adapter's place; its weights come from training.
+For rollouts, give the options of a new module instead of an adapter; its weights come from training.
 """
 
 from typing import Any
@@ -19,8 +19,8 @@ SUPPORTED_ARCHITECTURES = ("Qwen3VLForConditionalGeneration", "Qwen2_5_VLForCond
 
 def register() -> None:
     """
-    Replace the supported architectures in vLLM's registry by subclasses, which behave as before where no adapter is
-    named. For an engine with an adapter, check its options, and run a prompt with an image to check the module.
+    Replace the supported architectures in vLLM's registry with subclasses, which change nothing unless an adapter is
+    named. An engine with an adapter has its options checked, and runs a prompt with an image to check the module.
     """
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -29,7 +29,7 @@ def register() -> None:
 
     for architecture in SUPPORTED_ARCHITECTURES:
         ModelRegistry.register_model(architecture, f"{__name__}.model:CueRecovery{architecture}")
-    # The other architectures too, which would leave the module out without a word
+    # The other architectures too, which would silently leave the module out
     for architecture in ModelRegistry.get_supported_archs():
         MODELS_CONFIG_MAP.setdefault(architecture, CueRecoveryEngineConfig)
     _prove_at_startup()
@@ -37,10 +37,10 @@ def register() -> None:
 
 def _prove_at_startup() -> None:
     """
-    Make every worker of this process check at the end of its start-up that the module runs.
+    Make every worker of this process check at the end of its startup that the module runs.
 
     All executors (one process, several, Ray) call their workers through vLLM's wrapper, which loads this plugin before
-    it creates the worker. Warm-up is the last step of a start-up: after it the KV cache is allocated, the model is
+    it creates the worker. Warm-up is the last step of a startup: by then the KV cache is allocated, the model is
     compiled, and its CUDA graphs are captured.
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -53,5 +53,5 @@ def _prove_at_startup() -> None:
             prove_module_runs(wrapper.worker, wrapper.vllm_config)
         return times
 
-    # By default the wrapper's `__getattr__` forwards this call to its worker
+    # The wrapper has no such method of its own: its `__getattr__` forwards the call to its worker
     WorkerWrapperBase.compile_or_warm_up_model = compile_or_warm_up_model

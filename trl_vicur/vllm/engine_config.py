@@ -1,4 +1,4 @@
-"""What an engine with cue recovery must look like: the module reads a prompt's image in one piece, and by itself."""
+"""Checks of an engine with cue recovery: each prompt and its images must be prefilled whole, by one engine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from . import SUPPORTED_ARCHITECTURES
 if TYPE_CHECKING:
     from ..cue_recovery import CueRecoveryConfig
 
-# LoRA options that affect only training, or only the weights that are merged
+# LoRA options that affect only training, or only weights that are merged
 SERVED_LORA_OPTIONS = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "eva_config"),
     *("bias", "modules_to_save"),  # their weights are in the adapter's file and replace the base's
@@ -32,16 +32,15 @@ logger = init_logger(f"vllm.{__name__}")
 
 class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
     """
-    Checks and completes vLLM's configuration of an engine whose `hf_overrides` name an adapter as `cue_recovery`, or
-    hold the options of a new module there, whose weights come from training.
+    Checks and completes vLLM's configuration of an engine whose `hf_overrides` have, as `cue_recovery`, an adapter's
+    name, or the options of a new module whose weights come from training.
 
-    The sink's hidden state depends on the image behind it, and with it the keys and values of every token. So prefix
-    caching, which would share them between prompts with different images, and chunked prefill, which would compute
-    the sink before its image, are switched off. CUDA graphs replay decode steps only, in which the module does
-    nothing.
+    The sink's hidden state depends on the image after it, and so do the keys and values of every token. Prefix
+    caching would share them between prompts with different images, and chunked prefill would compute the sink before
+    its image, so both are switched off. CUDA graphs replay decode steps only, in which the module does nothing.
 
     Raises:
-        `ValueError`: If the architecture is not supported, if the adapter cannot be served or was made for another
+        `ValueError`: If the architecture is not supported, if the adapter cannot be served or was trained on another
             model, if an option of a new module is unknown or wrong, or if an option of the engine splits a prompt's
             hidden states or has not been tested with the module.
     """
@@ -63,9 +62,9 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
             config = _load_adapter_config(adapter, model_config)
         else:
             config = _make_module_config(adapter, model_config)
-            # Whoever trains the module asks the server which one it has (`/server_info`)
+            # A trainer reads here which module the server has (`/server_info`)
             model_config.hf_config.cue_recovery = model_config.hf_overrides["cue_recovery"] = config.module_options()
-        # A part of this config for the sake of vLLM's cache of compiled models, which goes by it
+        # vLLM's cache of compiled models is keyed by this config, and the layers with modules are compiled differently
         model_config.hf_config.cue_recovery_layer_interval = config.layer_interval
 
         scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
@@ -80,8 +79,8 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
         scheduler.long_prefill_token_threshold = 0
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, model_config.max_model_len)
         scheduler.max_num_scheduled_tokens = None
-        # Without room for an image the scheduler would split the prompt before it. There may be images of this step,
-        # of the one in flight (asynchronous scheduling), and of a prompt that waits for KV blocks.
+        # vLLM#9871: without room for an image, the scheduler splits the prompt before it. The cache may hold images of
+        # this step, of the one in flight (asynchronous scheduling), and of a prompt that waits for KV blocks
         scheduler.max_num_encoder_input_tokens = scheduler.max_num_batched_tokens
         scheduler.encoder_cache_size = 3 * scheduler.max_num_batched_tokens
         compilation = vllm_config.compilation_config
@@ -127,6 +126,11 @@ def _load_adapter_config(adapter: str, model_config: ModelConfig) -> "CueRecover
     from ..cue_recovery import CueRecoveryConfig
 
     config = CueRecoveryConfig.from_pretrained(adapter)
+    if not isinstance(config, CueRecoveryConfig):  # PEFT returns the config of the type that the file names
+        raise ValueError(
+            f"{adapter!r} is an adapter of type {config.peft_type}, not a cue recovery adapter. Serve it with "
+            "`--enable-lora`, or name an adapter trained by trl-vicur."
+        )
     config.check_size(model_config.hf_config.get_text_config(), model_config.model)
     base = config.base_model_name_or_path
     are_ids = base and not Path(base).is_absolute() and not Path(model_config.model).is_dir()
@@ -181,7 +185,7 @@ def _make_module_config(options: dict[str, Any], model_config: ModelConfig) -> "
     if not isinstance(options, dict) or not options.keys() <= set(MODULE_OPTIONS):
         raise ValueError(
             "`cue_recovery` in `hf_overrides` must be an adapter (a folder or an id on the Hub), or the options of a "
-            f"new module, of {', '.join(MODULE_OPTIONS)}; got {options!r}."
+            f"new module ({', '.join(MODULE_OPTIONS)}); got {options!r}."
         )
     config = CueRecoveryConfig(**options)
     if config.sink_token != "first" and config.sink_token_ids is None:

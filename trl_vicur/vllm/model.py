@@ -1,9 +1,10 @@
-"""Qwen3-VL and Qwen2.5-VL of vLLM with cue recovery in prefill."""
+"""vLLM's Qwen3-VL and Qwen2.5-VL with cue recovery in prefill."""
 
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from peft.utils import load_peft_weights
@@ -17,7 +18,7 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 from ..cue_recovery import CueRecoveryConfig, SinkCrossAttention
-from ..cue_recovery.model import carrying_layers
+from ..cue_recovery.positions import carrying_layers
 from .engine_config import MERGE_FIRST
 from .sinks import find_sinks
 
@@ -25,16 +26,18 @@ from .sinks import find_sinks
 PEFT_PREFIX = "base_model.model."
 _MODULE = ".cue_recovery.sink_attention."
 
+# A mixin of either model; type checkers need one of them
+_Base = Qwen3VLForConditionalGeneration if TYPE_CHECKING else object
 
-class CueRecoveryMixin:
+
+class CueRecoveryMixin(_Base):
     """
-    A vision-language model of vLLM that updates each prompt's sink token in prefill (ViCuR, Eq. 3-5), in a model whose
-    config names an adapter as `cue_recovery`, or has the options of a new module there; every other model stays as it
-    is.
+    A vision-language model of vLLM that updates each prompt's sink token in prefill (ViCuR, Eq. 3-5) if its config has
+    `cue_recovery`, an adapter's name or the options of a new module. Otherwise it changes nothing.
 
-    Recovery modules stand at the same decoder layers as in [`CueRecoveryModel`] and are the same
+    The recovery modules are at the same decoder layers as in [`CueRecoveryModel`] and are the same
     [`SinkCrossAttention`], whole on every tensor-parallel rank. LoRA of the adapter is merged while weights are
-    loaded; an adapter with `train_base=True` replaces the backbone's weights. A new module changes nothing, until
+    loaded; an adapter with `train_base=True` replaces the backbone's weights. A new module changes nothing until
     training sends weights.
 
     Every prefill with an image is checked to have run all modules: vLLM runs no Python of the model while it replays a
@@ -60,11 +63,13 @@ class CueRecoveryMixin:
                 "`--no-enable-prefix-caching --no-enable-chunked-prefill -cc.cudagraph_mode=FULL_DECODE_ONLY`."
             )
         if isinstance(self._adapter, str):
-            self._recovery_config = CueRecoveryConfig.from_pretrained(self._adapter)
+            config = CueRecoveryConfig.from_pretrained(self._adapter)
+            assert isinstance(config, CueRecoveryConfig)  # see `CueRecoveryEngineConfig`
+            self._recovery_config = config
             self.secondary_weights = [DefaultModelLoader.Source(self._adapter, revision=None, fall_back_to_pt=False)]
         else:
             self._recovery_config = CueRecoveryConfig(**self._adapter)
-        # Of the step that is being prepared: token ids, and which of them are visual
+        # Token ids of the step that is being prepared, and which of them are visual
         self._prefill: tuple[torch.Tensor, torch.Tensor] | None = None
         self.recovery_modules: dict[str, SinkCrossAttention] = {}
 
@@ -91,8 +96,9 @@ class CueRecoveryMixin:
                     "Cue recovery: vLLM answered a prompt with an image without calling the model's forward, perhaps "
                     "because it replayed a CUDA graph. Start vLLM with `--enforce-eager`."
                 )
-            # Empty in a step that only decodes
-            self._prefill = (input_ids, is_multimodal) if multimodal_embeddings else None
+            if multimodal_embeddings:  # none in a step that only decodes
+                assert is_multimodal is not None  # vLLM passes both
+                self._prefill = input_ids, is_multimodal
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
@@ -119,38 +125,17 @@ class CueRecoveryMixin:
         backbone weight that replaces the checkpoint's.
 
         Returns:
-            `set[str]`: Names of the weights that need no other value; vLLM misses what is not among them.
+            `set[str]`: Names of the weights that have their values; vLLM reports all others as missing.
 
         Raises:
             `ValueError`: If a tensor of the adapter cannot be served as it was trained, or if one is missing.
         """
         if self._adapter is None:
             return super().load_weights(weights)
+        read = _ReadWeights(set(), set(), set(), {})
         lora = self._lora_updates()
-        merged, module_weights = set(), {}
-        from_base, from_adapter = set(), set()
-
-        def backbone_weights() -> Iterator[tuple[str, torch.Tensor]]:
-            for source_name, source in weights:
-                is_adapters = isinstance(self._adapter, str) and source_name.startswith(PEFT_PREFIX)
-                if ".lora_" in source_name:
-                    if is_adapters and self._recovery_config.r == 0:
-                        raise self._cannot_serve(source_name, "the adapter's config has `r=0`")
-                    continue  # `_lora_updates` has read it, or training has merged it
-                for name, weight in self.hf_to_vllm_mapper.apply([(_without_peft(source_name), source)]):
-                    if _MODULE in name:
-                        module_weights[name] = weight
-                        continue
-                    if is_adapters and name not in from_base:
-                        raise self._cannot_serve(source_name, "the served checkpoint has no such weight")
-                    (from_adapter if is_adapters else from_base).add(name)
-                    if name in lora:
-                        merged.add(name)
-                        weight = self._merge(name, weight, lora[name]())
-                    yield name, weight
-
-        loaded = super().load_weights(backbone_weights())
-        if missing := lora.keys() - merged:
+        loaded = super().load_weights(self._backbone_weights(weights, lora, read))
+        if missing := lora.keys() - read.merged:
             raise ValueError(
                 f"The cue recovery adapter {self._adapter!r} has LoRA for {sorted(missing)[0]} and "
                 f"{len(missing) - 1} other weight(s) that are not among those to be loaded. Serve the model that it "
@@ -158,12 +143,37 @@ class CueRecoveryMixin:
             )
         if isinstance(self._adapter, str) and self._recovery_config.train_base:
             tied = {"language_model.lm_head.weight"} if self.config.tie_word_embeddings else set()
-            if kept := sorted(from_base - from_adapter - tied):
+            if kept := sorted(read.from_base - read.from_adapter - tied):
                 raise ValueError(
                     f"The cue recovery adapter {self._adapter!r} has `train_base=True`, but lacks {len(kept)} "
                     f"weight(s) of the backbone, among them {kept[0]!r}. Save or download it again."
                 )
-        return loaded | self._load_modules(module_weights)
+        return loaded | self._load_modules(read.of_modules)
+
+    def _backbone_weights(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        lora: dict[str, Callable[[], torch.Tensor]],
+        read: "_ReadWeights",
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The backbone's weights, LoRA merged, by their names in vLLM; `read` takes down what each tensor is for."""
+        for source_name, source in weights:
+            is_adapters = isinstance(self._adapter, str) and source_name.startswith(PEFT_PREFIX)
+            if ".lora_" in source_name:
+                if is_adapters and self._recovery_config.r == 0:
+                    raise self._cannot_serve(source_name, "the adapter's config has `r=0`")
+                continue  # `_lora_updates` has read it, or training has merged it
+            for name, weight in self.hf_to_vllm_mapper.apply([(_without_peft(source_name), source)]):
+                if _MODULE in name:
+                    read.of_modules[name] = weight
+                    continue
+                if is_adapters and name not in read.from_base:
+                    raise self._cannot_serve(source_name, "the served checkpoint has no such weight")
+                (read.from_adapter if is_adapters else read.from_base).add(name)
+                if name in lora:
+                    read.merged.add(name)
+                    weight = self._merge(name, weight, lora[name]())
+                yield name, weight
 
     def _load_modules(self, weights: dict[str, torch.Tensor]) -> set[str]:
         parameters = {name: parameter for name, parameter in self.named_parameters() if _MODULE in name}
@@ -176,7 +186,7 @@ class CueRecoveryMixin:
         with torch.no_grad():
             for name, weight in weights.items():
                 parameter = parameters[name]
-                # While weights are exchanged in a running engine, vLLM puts loaders of its own there
+                # `weight_loader` is set while vLLM exchanges the weights of a running engine
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
         return set(parameters)  # a new module keeps its initial weights until training sends others
 
@@ -185,6 +195,7 @@ class CueRecoveryMixin:
         config = self._recovery_config
         if config.r == 0:
             return {}
+        assert self._adapter is not None  # a new module has no LoRA
         factors = load_peft_weights(self._adapter, device="cpu")
         updates = {}
         for name, a in factors.items():
@@ -199,7 +210,8 @@ class CueRecoveryMixin:
 
     def _scaling(self, module: str, rank: int) -> float:
         config = self._recovery_config
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+        patterns = config.alpha_pattern or {}
+        alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
         return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
     def _merge(self, name: str, weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
@@ -218,6 +230,25 @@ class CueRecoveryMixin:
         )
 
 
+class _ReadWeights(NamedTuple):
+    """
+    What has been read of the tensors to be loaded, by their names in vLLM.
+
+    Args:
+        from_base (`set[str]`), from_adapter (`set[str]`):
+            Backbone weights of the checkpoint, and those that the adapter replaces.
+        merged (`set[str]`):
+            Backbone weights into which LoRA was merged.
+        of_modules (`dict[str, torch.Tensor]`):
+            Weights of recovery modules.
+    """
+
+    from_base: set[str]
+    from_adapter: set[str]
+    merged: set[str]
+    of_modules: dict[str, torch.Tensor]
+
+
 class CueRecoveryQwen3VLForConditionalGeneration(CueRecoveryMixin, Qwen3VLForConditionalGeneration):
     """Qwen3-VL (dense) with cue recovery."""
 
@@ -233,7 +264,7 @@ def _lora_update(a: torch.Tensor, b: torch.Tensor, scaling: float, is_embedding:
 
 def _without_peft(name: str) -> str:
     name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-    # In training, the adapter's name stands in those of its weights
+    # Weights that training sends have the adapter's name in their own
     return re.sub(r"(\.sink_attention)\.[^.]+(\.[^.]+\.weight)$", r"\1\2", name)
 
 
@@ -247,13 +278,13 @@ def update_sinks(hidden_states: torch.Tensor, residual: torch.Tensor, name: str)
     """
     Add the module's update to the sinks of this step's prompts; does nothing in steps that only decode.
 
-    An operator, because a compiled model must not look inside: what it does differs from step to step.
+    A custom operator, so that `torch.compile` does not trace it: what it does differs from step to step.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(tokens, hidden)`):
-            What the decoder layer gets; changed in place.
+            Input of the decoder layer; changed in place.
         residual (`torch.Tensor` of shape `(tokens, hidden)`):
-            What vLLM adds to it.
+            Residual stream that vLLM keeps apart and adds to it.
         name (`str`):
             Name of the module in the forward context.
     """

@@ -9,7 +9,7 @@ from ..cue_recovery.positions import find_token
 
 class SinkBatch(NamedTuple):
     """
-    Where sinks and visual tokens stand among the tokens of one step, in which vLLM lines up those of all requests.
+    Positions of sinks and visual tokens among the tokens of one step, which vLLM concatenates over all requests.
 
     Args:
         sinks (`torch.Tensor` of shape `(prompts,)`):
@@ -38,13 +38,13 @@ def find_sinks(
     """
     Find the sinks of the prompts that are prefilled in this step, once for all layers.
 
-    A request that was preempted comes again with its prompt and what it had generated, and is found like any other.
+    A preempted request is prefilled again, with its prompt and what it had generated, and is treated like any other.
 
     Args:
         input_ids (`torch.Tensor` of shape `(tokens,)`):
             Token ids of the step.
         is_visual (`torch.Tensor` of shape `(tokens,)`):
-            `True` where vLLM puts a visual embedding.
+            `True` where vLLM inserts a visual embedding.
         positions (`torch.Tensor` of shape `(3, padded tokens)`):
             Positions for the rotary embedding; zero in all three rows at the first token of a prompt.
         attention_metadata (`dict`):
@@ -57,22 +57,10 @@ def find_sinks(
         [`SinkBatch`] or `None`: `None` if no prompt has visual tokens.
 
     Raises:
-        `RuntimeError`: If the step is split into micro-batches, if the attention backend does not say where requests
-            begin, or if a prompt with visual tokens was started in an earlier step or has no sink.
+        `RuntimeError`: If the step is split into micro-batches, if the attention backend does not report where
+            requests begin, or if a prompt with visual tokens was started in an earlier step or has no sink.
     """
-    if isinstance(attention_metadata, list):
-        raise RuntimeError(
-            "Cue recovery needs every prompt in one micro-batch, but vLLM split a step into "
-            f"{len(attention_metadata)}. Start it without `--enable-dbo` and `--ubatch-size`."
-        )
-    metadata = next(iter(attention_metadata.values()))
-    try:
-        bounds = metadata.query_start_loc.tolist()
-    except AttributeError:
-        raise RuntimeError(
-            f"Cue recovery cannot tell requests apart in {type(metadata).__name__}, which has no `query_start_loc`. "
-            "Start vLLM with another attention backend, such as `--attention-backend FLASH_ATTN` or `TRITON_ATTN`."
-        ) from None
+    bounds = _request_bounds(attention_metadata)
     device = input_ids.device
     input_ids, is_visual, positions = input_ids.cpu(), is_visual.cpu(), positions.cpu()
     sinks, visual = [], []
@@ -86,17 +74,10 @@ def find_sinks(
                 "images in one step. Its images may not fit into vLLM's encoder cache, or its KV cache came from "
                 "elsewhere."
             )
-        sink = 0
-        if config.sink_token != "first":
-            sink = find_token(input_ids[None, begin:end], config.sink_token_ids[0]).item()
-            if sink < 0:
-                raise RuntimeError(
-                    f"A prompt has an image, but not the adapter's sink token {config.sink_token!r}, so the module "
-                    "would do nothing. Serve with the chat template that the adapter was trained with."
-                )
-        indices = indices[indices != begin + sink]
+        sink = begin + _find_sink(input_ids[begin:end], config)
+        indices = indices[indices != sink]
         if indices.numel() > 0:
-            sinks.append(begin + sink)
+            sinks.append(sink)
             visual.append(indices)
     if not sinks:
         return None
@@ -104,3 +85,33 @@ def find_sinks(
     return SinkBatch(
         torch.tensor(sinks, device=device), padded.clamp(min=0).to(device), (padded >= 0).to(device), set()
     )
+
+
+def _request_bounds(attention_metadata: dict | list) -> list[int]:
+    """Offsets at which the tokens of each request begin, and the end of the last one."""
+    if isinstance(attention_metadata, list):
+        raise RuntimeError(
+            "Cue recovery needs every prompt in one micro-batch, but vLLM split a step into "
+            f"{len(attention_metadata)}. Start it without `--enable-dbo` and `--ubatch-size`."
+        )
+    metadata = next(iter(attention_metadata.values()))
+    try:
+        return metadata.query_start_loc.tolist()
+    except AttributeError:
+        raise RuntimeError(
+            f"Cue recovery cannot tell requests apart in {type(metadata).__name__}, which has no `query_start_loc`. "
+            "Start vLLM with another attention backend, such as `--attention-backend FLASH_ATTN` or `TRITON_ATTN`."
+        ) from None
+
+
+def _find_sink(input_ids: torch.Tensor, config: CueRecoveryConfig) -> int:
+    """Index of a prompt's sink."""
+    if config.sink_token_id is None:
+        return 0
+    sink = int(find_token(input_ids[None], config.sink_token_id))
+    if sink < 0:
+        raise RuntimeError(
+            f"A prompt has an image, but not the adapter's sink token {config.sink_token!r}, so the module would do "
+            "nothing. Serve with the chat template that the adapter was trained with."
+        )
+    return sink

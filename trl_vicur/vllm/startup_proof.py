@@ -1,8 +1,10 @@
-"""Each worker runs a small prompt with an image at start-up; the engine does not start if the module does not run."""
+"""At startup each worker runs a small prompt with an image; the engine does not start if the module does not run."""
 
 from collections import Counter
+from functools import partial
 
 from PIL import Image
+from torch import nn
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -33,10 +35,11 @@ def prove_module_runs(worker: WorkerBase, vllm_config: VllmConfig) -> None:
         )
     modules = model.recovery_modules
     calls: Counter[str] = Counter()
-    hooks = [
-        module.register_forward_pre_hook(lambda _module, _args, name=name: calls.update([name]))
-        for name, module in modules.items()
-    ]
+
+    def count(name: str, module: nn.Module, args: tuple) -> None:
+        calls[name] += 1
+
+    hooks = [module.register_forward_pre_hook(partial(count, name)) for name, module in modules.items()]
     prefill, decode, cleanup = _steps(worker, vllm_config, model._recovery_config.sink_token_ids)
     _run(worker, prefill)
     in_prefill = Counter(calls)
@@ -110,7 +113,7 @@ def _steps(
 
 
 def _prompt_with_image(vllm_config: VllmConfig, sink_ids: list[int] | None) -> tuple[list[int], MultiModalFeatureSpec]:
-    """Token ids of a prompt with the sink and a small image, and the image as vLLM's processor makes it."""
+    """Token ids of a prompt with the sink and a small image, and the image, processed by vLLM."""
     model_config = vllm_config.model_config
     config = model_config.hf_config
     image_ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]

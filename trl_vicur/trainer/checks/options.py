@@ -13,7 +13,7 @@ from trl.import_utils import is_vllm_available
 from trl.trainer.utils import get_config_model_id
 
 from ...cue_recovery import CueRecoveryConfig
-from ...cue_recovery.model import visual_token_ids
+from ...cue_recovery.positions import visual_token_ids
 from ...data.teacher_prompt import hint_marker
 from ...hub.names import naming_model
 from ..vicur_config import ViCuRConfig
