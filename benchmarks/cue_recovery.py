@@ -14,6 +14,7 @@ On a GPU, kernel launches dominate its cost, so the kernels of the module and of
 from collections.abc import Callable
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from trl_vicur import CueRecoveryConfig
-from trl_vicur.cue_recovery import CueRecoveryContext, CueRecoveryLayer
+from trl_vicur.cue_recovery import CueRecoveryContext, CueRecoveryLayer, attention
 
 
 DTYPE = torch.bfloat16 if IS_CUDA else torch.float32
@@ -155,7 +156,9 @@ def kernels(model: PeftModel, call: ModuleCall) -> dict[str, int]:
     with torch.no_grad(), CountKernels() as counter:
         call.layer(call.hidden_states, context)
     counts["module"] = len(counter.kernels)
-    with CountKernels() as counter:
+    # As on a GPU: in float32 a CPU computes gradients another way
+    as_on_gpu = patch.object(attention, "_low_rank_gradients", attention._recomputed_gradients)
+    with as_on_gpu, CountKernels() as counter:
         output = call.layer(call.hidden_states, context)
         forward_kernels = len(counter.kernels)
         output.backward(torch.ones_like(output))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.distributed.utils import _apply_to_tensors
 
 from trl_vicur.cue_recovery import CueRecoveryConfig, CueRecoveryContext, CueRecoveryLayer, SinkCrossAttention
+from trl_vicur.cue_recovery.attention import _average, _low_rank_gradients, _recomputed_gradients, additive_mask
 
 
 def make_attention(
@@ -53,6 +54,26 @@ def test_folded_equals_plain_forward_and_backward(batch, seq, num_heads, head_di
     folded_grads = torch.autograd.grad((folded * direction).sum(), wanted)
     plain_grads = torch.autograd.grad((plain * direction).sum(), wanted)
     torch.testing.assert_close(folded_grads, plain_grads, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("has_weight", [True, False])
+@pytest.mark.parametrize("gradients", [_recomputed_gradients, _low_rank_gradients])
+def test_both_backward_passes_equal_autograd(gradients, has_weight):
+    """A CPU computes gradients in float32 another way than a GPU, and than in low precision."""
+    torch.manual_seed(0)
+    query, grad = torch.randn(2, 2, 4, 24, dtype=torch.float64)
+    _, hidden_states, visual_mask = make_inputs(2, 30, 24, dtype=torch.float64)
+    visual_mask[1] = False
+    weight = torch.rand(24, dtype=torch.float64, requires_grad=True) if has_weight else None
+    mask = additive_mask(visual_mask, hidden_states)
+    inputs = [query.requires_grad_(), hidden_states, *[weight] * has_weight]
+
+    expected = torch.autograd.grad(_average(query, hidden_states, weight, mask, 0.3, 1e-2), inputs, grad)
+    arguments = (grad, query.detach(), hidden_states.detach(), weight, mask, 0.3, 1e-2)
+    found = gradients(*arguments, (True, True, has_weight))
+    torch.testing.assert_close(found[: len(inputs)], expected)
+    assert has_weight or found[2] is None
+    assert gradients(*arguments, (True, False, has_weight))[1] is None
 
 
 def test_folded_equals_plain_at_the_real_width():

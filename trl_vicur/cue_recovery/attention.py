@@ -2,8 +2,8 @@
 Cross-attention from the sink to the visual tokens (ViCuR, Eq. 3-4): first as the paper writes it, then the folded form
 that runs, and what its backward pass saves.
 
-Figures are of one module at Qwen3-VL-2B's widths in float32, for one sample of 1,782 visual and 64 text tokens. Tests
-named here are in tests/cue_recovery/test_sink_cross_attention.py.
+Figures are of one module at Qwen3-VL-2B's widths in float32, for one sample of 1,782 visual and 64 text tokens, on one
+thread of a CPU (benchmarks/README.md has more). Tests are in tests/cue_recovery/test_sink_cross_attention.py.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -81,7 +81,8 @@ class SinkCrossAttention(nn.Module):
 
     def forward(self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
         """
-        The same update in the folded form, O(seq · hidden · heads) instead of O(seq · hidden²): FOLDED_FIGURES.
+        The same update in the folded form, O(seq · hidden · heads) instead of O(seq · hidden²): 16 instead of 241
+        ms, with backward 50 instead of 674 ms, and 0.3 instead of 60.7 MB saved for backward.
         `test_folded_equals_plain_forward_and_backward` holds it to the plain form.
 
         There is one query, so W_K is applied to the query and W_V to each head's average of the tokens; keys and
@@ -233,8 +234,9 @@ def _float32_at_least(tensor: torch.Tensor) -> torch.dtype:
 
 class _RecomputedAverage(torch.autograd.Function):
     """
-    [`_average`] that saves only its inputs for backward: autograd would also save the normalized hidden states,
-    `(batch, seq, hidden)`, which one kernel recomputes.
+    [`_average`] that saves only its inputs: 0.3 MB instead of 30.7 MB, of which half are the normalized hidden states,
+    `(batch, seq, hidden)`, which one kernel recomputes. `test_keys_and_values_do_not_materialize` and
+    `test_folded_equals_plain_forward_and_backward` hold it to that.
     """
 
     @staticmethod
@@ -257,33 +259,85 @@ class _RecomputedAverage(torch.autograd.Function):
     def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         [grad] = grad_outputs
         folded_query, hidden_states, weight, mask = ctx.saved_tensors
-        needs_query, needs_states, needs_weight, *_ = ctx.needs_input_grad
-        with torch.enable_grad():
-            folded_query = folded_query.detach().requires_grad_(needs_query)
-            hidden_states = hidden_states.detach().requires_grad_(needs_states)
-            weight = None if weight is None else weight.detach().requires_grad_(needs_weight)
-            # Scale the query: a scale on the product would be applied to the gradient of all hidden states
-            scaled_query, dtype = folded_query * ctx.scale, _float32_at_least(hidden_states)
-            weights, normed = _attend(scaled_query, hidden_states, weight, mask, 1.0, ctx.eps, dtype)
-            weights = weights.to(normed.dtype)
-        grads = iter(
-            torch.autograd.grad(
-                (weights, normed),
-                [
-                    tensor
-                    for tensor in (folded_query, hidden_states, weight)
-                    if tensor is not None and tensor.requires_grad
-                ],
-                (torch.bmm(grad, normed.detach().mT), torch.bmm(weights.detach().mT, grad)),
-            )
-        )
-        return *(next(grads) if needs_grad else None for needs_grad in ctx.needs_input_grad[:3]), None, None, None
+        is_low_rank = hidden_states.device.type == "cpu" and hidden_states.dtype in (torch.float32, torch.float64)
+        gradients = _low_rank_gradients if is_low_rank else _recomputed_gradients
+        args = (grad, folded_query, hidden_states, weight, mask, ctx.scale, ctx.eps)
+        return *gradients(*args, ctx.needs_input_grad), None, None, None
+
+
+def _recomputed_gradients(
+    grad: torch.Tensor,
+    folded_query: torch.Tensor,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor | None,
+    mask: torch.Tensor,
+    scale: float,
+    eps: float,
+    needs_grad: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of [`_average`] for query, hidden states and weight, by autograd."""
+    with torch.enable_grad():
+        folded_query = folded_query.detach().requires_grad_(needs_grad[0])
+        hidden_states = hidden_states.detach().requires_grad_(needs_grad[1])
+        weight = None if weight is None else weight.detach().requires_grad_(needs_grad[2])
+        # Scale the query: a scale on the product would be applied to the gradient of all hidden states
+        scaled_query, dtype = folded_query * scale, _float32_at_least(hidden_states)
+        weights, normed = _attend(scaled_query, hidden_states, weight, mask, 1.0, eps, dtype)
+        weights = weights.to(normed.dtype)
+    inputs = (folded_query, hidden_states, weight)
+    wanted = [each for each in inputs if each is not None and each.requires_grad]
+    grads_of_outputs = torch.bmm(grad, normed.detach().mT), torch.bmm(weights.detach().mT, grad)
+    grads = iter(torch.autograd.grad((weights, normed), wanted, grads_of_outputs))
+    return tuple(next(grads) if needed else None for needed in needs_grad[:3])
+
+
+def _low_rank_gradients(
+    grad: torch.Tensor,
+    folded_query: torch.Tensor,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor | None,
+    mask: torch.Tensor,
+    scale: float,
+    eps: float,
+    needs_grad: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """
+    The same gradients on a CPU, which has no fused `rms_norm` (pytorch#153666 added one for GPUs): with the forward
+    pass, 50 instead of 115 ms.
+    `test_both_backward_passes_equal_autograd` holds the two together.
+
+    The gradient of the normalized states is a sum of 2 · heads outer products: coefficients of the tokens times
+    directions in the hidden size. So only the gradient of the hidden states is as large as they are. Not for low
+    precision, in which products with states that are not normalized could overflow.
+    """
+    directions = torch.cat([grad, folded_query * scale], dim=1)
+    weighted = directions if weight is None else directions * weight
+    mean_square = torch.linalg.vector_norm(hidden_states, dim=-1).square() / hidden_states.shape[-1]
+    inverse_rms = (mean_square + eps).rsqrt().unsqueeze(1)
+    products = torch.bmm(weighted, hidden_states.mT) * inverse_rms
+    grad_weights, scores = products.chunk(2, dim=1)
+    weights = (scores + mask.unsqueeze(1)).softmax(dim=-1)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True))
+    coefficients = torch.cat([weights, grad_scores], dim=1)
+    # The norm undoes what only changes the length of a state
+    along_state = (coefficients * products).sum(dim=1, keepdim=True) / hidden_states.shape[-1] * inverse_rms.square()
+    coefficients = coefficients * inverse_rms
+    sums = torch.bmm(coefficients, hidden_states)
+    grad_query = sums[:, grad.shape[1] :] * scale
+    return (
+        grad_query if weight is None else grad_query * weight,
+        torch.baddbmm(hidden_states * -along_state.mT, coefficients.mT, weighted) if needs_grad[1] else None,
+        None if weight is None else (directions * sums).sum(dim=(0, 1)),
+    )
 
 
 class _HeadwiseLinear(torch.autograd.Function):
     """
-    Each head's own projection: inputs `(batch, heads, hidden)`, weights `(heads, head_dim, hidden)`, outputs `(batch,
-    heads, head_dim)`. Autograd would make the gradient of the weights transposed and copy all of it.
+    Each head's own projection, in 50 instead of the 59 ms that the module needs with an `einsum`, forward and
+    backward: autograd would compute the gradient of the weights transposed and copy all of it.
+    `test_folded_equals_plain_forward_and_backward` holds it to the plain form.
+
+    Inputs are `(batch, heads, hidden)`, weights `(heads, head_dim, hidden)`, outputs `(batch, heads, head_dim)`.
     """
 
     @staticmethod
@@ -304,7 +358,7 @@ class _HeadwiseLinear(torch.autograd.Function):
 
 class SavedOutput:
     """
-    Makes autograd save the output of a recovery layer instead of its input: KEPT_FIGURES.
+    Makes autograd save the output of a recovery layer instead of its input, which saves 15.1 MB of hidden states.
     `test_layer_keeps_no_hidden_states_of_its_own` and `test_layer_equals_plain_forward_and_backward` hold it to that.
 
     The two differ in the sinks only, and the sinks are no visual tokens: their attention weight is exactly zero, so
