@@ -124,6 +124,14 @@ def test_bfloat16_stays_near_float32():
         assert torch.nn.functional.cosine_similarity(update.float(), expected, dim=-1).min() > 0.999
 
 
+def test_a_float32_module_trains_on_frozen_bfloat16_states():
+    """Nothing below the first module requires a gradient, unless gradient checkpointing asks for it."""
+    attention = make_attention(num_heads=2, head_dim=8)
+    sink, hidden_states, visual_mask = make_inputs(2, 5, 16)
+    attention(sink.detach().bfloat16(), hidden_states.detach().bfloat16(), visual_mask).sum().backward()
+    assert all(parameter.grad.any() for parameter in attention.parameters())
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),

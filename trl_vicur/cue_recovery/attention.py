@@ -286,8 +286,11 @@ def _recomputed_gradients(
         weights = weights.to(normed.dtype)
     inputs = (folded_query, hidden_states, weight)
     wanted = [each for each in inputs if each is not None and each.requires_grad]
-    grads_of_outputs = torch.bmm(grad, normed.detach().mT), torch.bmm(weights.detach().mT, grad)
-    grads = iter(torch.autograd.grad((weights, normed), wanted, grads_of_outputs))
+    outputs, grads_of_outputs = [weights], [torch.bmm(grad, normed.detach().mT)]
+    if normed.requires_grad:  # not in the first module, above a frozen backbone
+        outputs.append(normed)
+        grads_of_outputs.append(torch.bmm(weights.detach().mT, grad))
+    grads = iter(torch.autograd.grad(outputs, wanted, grads_of_outputs))
     return tuple(next(grads) if needed else None for needed in needs_grad[:3])
 
 
