@@ -9,19 +9,19 @@ from typing import NamedTuple
 
 class Command(NamedTuple):
     """
-    One of the commands. Its module, which takes long to import, has a parser that tells about its arguments.
+    One of the commands. Its module, which is slow to import, has the parser of its arguments.
 
     Args:
         name (`str`):
             What follows `trl-vicur` on the command line, one word or several.
         summary (`str`):
-            What it does, in a line.
+            One line of help.
         example (`str`):
             Arguments of a typical call.
         function (`str`):
             The function that runs it, as `"module:name"` within this package. It takes the list of arguments.
         resumes (`bool`, *optional*, defaults to `False`):
-            Whether the same command goes on where it was interrupted.
+            Whether the same command resumes an interrupted run.
     """
 
     name: str
@@ -40,7 +40,7 @@ COMMANDS = [
     ),
     Command(
         "doctor",
-        "tell what this machine can do, and check model, adapter and every row before a GPU is rented",
+        "report what this machine can run, and check model, adapter and every row before you rent a GPU",
         "--model Qwen/Qwen3-VL-2B-Instruct --dataset me/geometry-with-cues",
         "doctor.command:doctor",
     ),
@@ -53,7 +53,7 @@ COMMANDS = [
     ),
     Command(
         "cues audit",
-        "check whether cues may be used: leaks, control text, recoverability, usefulness",
+        "check whether cues are safe to train on: leaks, control text, recoverability, usefulness",
         "geometry-cues --html report.html",
         "cues.commands:audit",
         resumes=True,
@@ -77,13 +77,15 @@ COMMANDS = [
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the first words, whose help lists all commands."""
+    """The parser of the command's name. Its help lists all commands."""
     lines = [f"  {each.name:<15}{each.summary}\n{'':17}trl-vicur {each.name} {each.example}" for each in COMMANDS]
     parser = argparse.ArgumentParser(
         prog="trl-vicur",
         usage="%(prog)s COMMAND …",
         description="Visual-cue-recovery distillation (ViCuR) of vision-language models.",
-        epilog="\n".join(["commands, each with a typical call:", *lines, "", "trl-vicur COMMAND --help tells more."]),
+        epilog="\n".join(
+            ["commands, each with a typical call:", *lines, "", "trl-vicur COMMAND --help lists its options."]
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", help=argparse.SUPPRESS)
@@ -97,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Args:
         arguments (`list[str]`, *optional*):
-            What stands behind `trl-vicur` on the command line.
+            Arguments after `trl-vicur`; by default those of the command line.
 
     Returns:
         `int`: The exit status: 0, 1 after an error, or 130 when interrupted.
@@ -107,17 +109,19 @@ def main(arguments: list[str] | None = None) -> int:
     command = next((each for each in COMMANDS if arguments[: len(words[each])] == words[each]), None)
     if command is None:
         parser = make_parser()
-        parser.parse_known_args(arguments)  # --help, --version and nothing at all end here
+        parser.parse_known_args(arguments)  # exits for --help, --version and missing arguments
         begun = [each.name for each in COMMANDS if each.name.startswith(f"{arguments[0]} ")]
         written = " ".join(arguments[: 2 if begun else 1])
-        parser.error(f"there is no command {written!r}, only {', '.join(begun or [each.name for each in COMMANDS])}")
+        parser.error(
+            f"unknown command {written!r}, expected one of {', '.join(begun or [each.name for each in COMMANDS])}"
+        )
 
     try:
         module, _, function = command.function.partition(":")
         run = getattr(importlib.import_module(f".{module}", __package__), function)
         run(arguments[len(words[command]) :])
     except KeyboardInterrupt:
-        kept = " What is done is kept; the same command goes on from there." if command.resumes else ""
+        kept = " Finished work is kept; run the same command to resume." if command.resumes else ""
         print(f"\nInterrupted.{kept}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
@@ -132,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(error: Exception) -> int:
-    """Prints an error that a user can mend, which needs no traceback, and returns the exit status."""
+    """Print an error that the user can fix, without a traceback, and return the exit status."""
     print(f"trl-vicur: {error}", file=sys.stderr)
     return 1
 

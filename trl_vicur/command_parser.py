@@ -10,23 +10,23 @@ from itertools import pairwise
 from typing import Any
 
 import yaml
-from trl import TrlParser
+from trl.scripts.utils import TrlParser
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of examples, tells defaults where there are some, and names each option once."""
+    """Keeps the line breaks of examples, shows defaults that are not `None`, and lists each option once."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
     def _expand_help(self, action: argparse.Action) -> str:
-        if isinstance(action.default, str):  # lines are filled anew, and a default's own would be lost
+        if isinstance(action.default, str):  # argparse would reflow line breaks within a default
             action = copy.copy(action)
             action.default = action.default.replace("\n", "\\n")
         return super()._expand_help(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        # The parser takes every name with dashes as well, and argparse would write the value behind each of them
+        # The parser also accepts every name with dashes, and argparse would repeat the metavar after each of them
         if action.option_strings:
             names = [name for name in action.option_strings if "-" not in name.removeprefix("--")]
             action = copy.copy(action)
@@ -38,24 +38,24 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 class CommandParser(TrlParser):
     """
-    A [`~trl.TrlParser`] whose help has examples and tells of `--config`.
+    A [`~trl.TrlParser`] whose help has examples and documents `--config`.
 
     Args:
         dataclass_types (iterable of dataclass types):
-            The arguments.
+            Dataclasses whose fields are the options.
         prog (`str`):
             The command, e.g. `"trl-vicur heatmap"`.
         usage (`str`):
-            What follows it, in short.
+            Short form of its arguments.
         description (`str`):
-            What it does.
+            What the command does, in a few sentences.
         examples (`str`):
-            Calls and what they do, as they are to be shown.
+            Calls, shown line by line.
     """
 
     def __init__(self, dataclass_types: Iterable[type], prog: str, usage: str, description: str, examples: str):
         super().__init__(
-            dataclass_types,
+            dataclass_types,  # pyright: ignore[reportArgumentType]  (TRL declares these classes as a NewType of Any)
             prog=prog,
             usage=f"%(prog)s {usage}",
             description=textwrap.fill(description, min(100, shutil.get_terminal_size().columns - 2)),
@@ -63,20 +63,20 @@ class CommandParser(TrlParser):
             formatter_class=HelpFormatter,
         )
         for action in self._actions:
-            # The opposites of options that are true by default, with their help; `--option false` does the same
+            # Hide `--no_option`, which TRL adds to options that are true by default: `--option false` does the same
             if isinstance(action, argparse._StoreFalseAction):
                 action.help = argparse.SUPPRESS
-        # Only for its help; `parse_args_and_config` takes it away before the arguments are parsed
+        # For the help only; `parse_args_and_config` removes it from the arguments before parsing
         self.add_argument(
             "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with any of these options."
         )
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *flags: Any, **kwargs: Any) -> tuple:
         """
-        As TRL's.
+        Parse the command line and the file of `--config`, as TRL's parser does.
 
         Raises:
-            `ValueError`: If the file is no YAML, or if it has options that there are not.
+            `ValueError`: If the file is not valid YAML, or contains unknown options.
         """
         args = sys.argv[1:] if args is None else list(args)
         if any(flag == "--config" and value.startswith("-") for flag, value in pairwise([*args, "-"])):
@@ -84,10 +84,10 @@ class CommandParser(TrlParser):
         try:
             return super().parse_args_and_config(args, *flags, **kwargs)
         except yaml.YAMLError as error:
-            raise ValueError(f"The file of `--config` is no YAML: {error}") from error
+            raise ValueError(f"The file of `--config` is not valid YAML: {error}") from error
 
     def show_first(self, title: str, names: Iterable[str]) -> None:
-        """Lets the help show these options under a title of their own, before those that have none."""
+        """Show options in a group of their own at the top of the help."""
         actions = {action.dest: action for action in self._optionals._group_actions}
         group = self.add_argument_group(title)
         for name in names:

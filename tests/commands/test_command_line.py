@@ -77,9 +77,12 @@ def test_help_keeps_the_lines_of_a_default(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["cues"], "there is no command 'cues', only cues generate, cues audit\n"),
-        (["cues", "make"], "there is no command 'cues make', only cues generate, cues audit\n"),
-        (["cue", "audit"], "there is no command 'cue', only train, doctor, cues generate, cues audit, heatmap, comp"),
+        (["cues"], "unknown command 'cues', expected one of cues generate, cues audit\n"),
+        (["cues", "make"], "unknown command 'cues make', expected one of cues generate, cues audit\n"),
+        (
+            ["cue", "audit"],
+            "unknown command 'cue', expected one of train, doctor, cues generate, cues audit, heat",
+        ),
         (["train"], "the following arguments are required: --dataset_name/--dataset-name, --model_name_or_path"),
         (["doctor", "--config"], "argument --config: expected one argument"),
         (["train", "--config", "--use_cpu"], "argument --config: expected one argument"),
@@ -99,7 +102,7 @@ def test_options_file_that_is_not_valid_yaml(tmp_path, capsys, command):
     (tmp_path / "config.yaml").write_text("learning_rate: [1\nepsilon: }")
     assert main([*command.split(), "--config", str(tmp_path / "config.yaml")]) == 1
     printed = capsys.readouterr().err
-    assert "The file of `--config` is no YAML: while parsing" in printed and "config.yaml" in printed
+    assert "The file of `--config` is not valid YAML: while parsing" in printed and "config.yaml" in printed
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_dataset_of_another_source_is_not_changed(tmp_path, capsys):
     "arguments, message",
     [
         (["generate", "--dataset", "{dataset}", "--output", "{out}"], "`--model` is missing"),
-        (["generate", "--dataset", "{dataset}", "--output", "{dataset}", "--model", "m"], "something else"),
+        (["generate", "--dataset", "{dataset}", "--output", "{dataset}", "--model", "m"], "contains other files"),
         (["generate", "--dataset", "{tmp}/no.txt", "--output", "{out}", "--model", "m"], "no.txt"),
         (
             ["generate", "--dataset", "{dataset}", "--output", "{out}", "--model", "m", "--question_column", "ask"],
@@ -194,7 +194,7 @@ def test_interruption_says_how_to_continue(tmp_path, dataset_folder, capsys, mon
     monkeypatch.setattr(OpenAIGenerator, "generate", interrupt)
     with OpenAIServer(one_of_each_kind) as server:
         assert generate(dataset_folder, server, tmp_path / "out") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command to resume" in capsys.readouterr().err
 
 
 def test_help_is_quick_and_errors_show_usage():

@@ -280,7 +280,7 @@ def test_unknown_output_folder_is_refused(tmp_path):
         ("file", "is a file"),
         ("folder", "thesis.tex"),
         ("sqlite", "another program"),
-        ("damaged", "no file of ours or is damaged"),
+        ("damaged", "is not a trl-vicur response store, or is corrupt"),
     ]:
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         generator = ScriptedCueGenerator()

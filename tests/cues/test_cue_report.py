@@ -301,14 +301,14 @@ def test_kinds_of_images(tmp_path, mode, image_format):
 @pytest.mark.parametrize(
     "image, reason",
     [
-        ({"bytes": b"nothing", "path": None}, "it is no image, or of an unknown format"),
+        ({"bytes": b"nothing", "path": None}, "it is not an image, or has an unknown format"),
         (
             {"bytes": image_bytes((64, 64), image_format="JPEG")[:300], "path": None},
             "300 bytes) cannot be read: Trunc",
         ),
         ({"bytes": None, "path": "/nowhere/a<b>.png"}, "'/nowhere/a<b>.png') cannot be read: there is no such file"),
         ({"bytes": None, "path": "https://nowhere.invalid/a.png"}, "a report downloads nothing"),
-        ({"bytes": b"", "path": None}, "it is no image, or of an unknown format"),
+        ({"bytes": b"", "path": None}, "it is not an image, or has an unknown format"),
     ],
 )
 def test_image_that_cannot_be_read(tmp_path, image, reason):
@@ -389,7 +389,7 @@ def test_page_size_is_bounded(tmp_path):
 
 def test_dataset_with_a_transform(tmp_path):
     dataset = make_dataset({"images": [{"bytes": b"nothing", "path": None}]}).with_transform(lambda rows: 1 / 0)
-    assert "it is no image, or of an unknown format" in write(tmp_path, dataset).cards[0]
+    assert "it is not an image, or has an unknown format" in write(tmp_path, dataset).cards[0]
 
 
 # --- The file ---

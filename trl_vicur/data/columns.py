@@ -1,4 +1,4 @@
-"""Which columns of a dataset hold the question, the images and what else cues are made and audited from."""
+"""Find and check the columns of a dataset that cues are generated and audited from."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ from datasets import Dataset, DatasetDict, IterableDataset
 def check_dataset(dataset: Dataset) -> None:
     """
     Raises:
-        `TypeError`: If it is no map-style dataset of one split.
+        `TypeError`: If it is not a map-style dataset of one split.
         `ValueError`: If it has no rows.
     """
     if isinstance(dataset, DatasetDict):
         raise TypeError(f"Expected one split, got a DatasetDict with the splits {list(dataset)}. Choose one of them.")
     if isinstance(dataset, IterableDataset):
         raise TypeError(
-            "Expected a `Dataset`, got an `IterableDataset`: an interrupted run finds its rows again by number. "
-            "Load it without `streaming=True`; it is read from disk row by row."
+            "Expected a `Dataset`, got an `IterableDataset`, but resuming needs row numbers. Load it without "
+            "`streaming=True`; a `Dataset` is read from disk row by row, too."
         )
     if not isinstance(dataset, Dataset):
         raise TypeError(f"Expected a `datasets.Dataset`, got {type(dataset).__name__}.")
@@ -26,10 +26,10 @@ def check_dataset(dataset: Dataset) -> None:
 
 def find_question_column(dataset: Dataset, question_column: str | None) -> str:
     """
-    The column with the questions: the given one, or else `prompt` or `question`.
+    The column of questions: the given one, by default `prompt` or `question`.
 
     Raises:
-        `ValueError`: If there is no such column.
+        `ValueError`: If the dataset has no such column.
     """
     candidates = ["prompt", "question"] if question_column is None else [question_column]
     for column in candidates:
@@ -43,10 +43,10 @@ def find_question_column(dataset: Dataset, question_column: str | None) -> str:
 
 def find_image_column(dataset: Dataset) -> str:
     """
-    The column with the images, `images` or `image`.
+    The column of images, `images` or `image`.
 
     Raises:
-        `ValueError`: If there is no such column.
+        `ValueError`: If the dataset has no such column.
     """
     for column in ("images", "image"):
         if column in dataset.column_names:
@@ -60,7 +60,7 @@ def find_image_column(dataset: Dataset) -> str:
 def check_columns(dataset: Dataset, **columns: str) -> None:
     """
     Raises:
-        `ValueError`: If one of the columns is missing; names the argument that asks for it.
+        `ValueError`: If a column is missing. The error names the argument that requires it.
     """
     for argument, column in columns.items():
         if column not in dataset.column_names:
@@ -68,7 +68,7 @@ def check_columns(dataset: Dataset, **columns: str) -> None:
 
 
 def set_column(dataset: Dataset, name: str, values: list[Any], feature: Any) -> Dataset:
-    """The dataset with a column of the given values and feature, in place of the one of that name, if there is one."""
+    """Add a column, or replace the one of that name."""
     if name in dataset.column_names:
         dataset = dataset.remove_columns([name])
     return dataset.add_column(name, values, feature=feature)

@@ -1,26 +1,32 @@
-"""A folder that holds a dataset and what the next run needs beside it. The dataset appears whole or not at all."""
+"""A folder with a dataset and the files that the next run needs. The dataset is written completely or not at all."""
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets
 
 from .full_disk import explain_full_disk
 
 
-UNFINISHED = "unfinished"  # folder within the folder, where a dataset is before it is whole
-CUE_STORE = "cues.sqlite"  # responses of the cue generator, beside the dataset made from them
-STATE = "state.json"  # without it, `load_from_disk` sees no dataset
+UNFINISHED = "unfinished"  # subfolder that a dataset is first written to
+CUE_STORE = "cues.sqlite"  # responses of the cue generator
+STATE = "state.json"  # `load_from_disk` needs it to recognize a dataset
 
 
 def prepare_folder(folder: Path, *markers: str) -> None:
     """
-    Make the folder, or check that it is one that a run may go on in, which one of the files `markers` tells.
+    Create the folder, or check that an earlier run can be resumed in it.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        markers (`str`):
+            Names of files; the folder of an earlier run has at least one of them.
 
     Raises:
-        `ValueError`: If it holds files of somebody else.
+        `ValueError`: If the folder contains other files.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"The output {str(folder)!r} is a file. Name a folder.")
@@ -28,8 +34,8 @@ def prepare_folder(folder: Path, *markers: str) -> None:
     is_ours = any((folder / marker).exists() for marker in markers)
     if not is_ours and (files := sorted(path.name for path in folder.iterdir())):
         raise ValueError(
-            f"The output {str(folder)!r} holds files of something else ({', '.join(files[:5])}). Name a new folder, "
-            "or one that an earlier run began."
+            f"The output {str(folder)!r} contains other files ({', '.join(files[:5])}). Name a new folder, or "
+            "one that an earlier run created."
         )
 
 
@@ -37,7 +43,7 @@ def save_dataset(
     dataset: Dataset, folder: Path, columns: Iterator[pa.RecordBatch] | None = None, schema: pa.Schema | None = None
 ) -> Dataset:
     """
-    Save a dataset in the folder, in place of the one that is there.
+    Save a dataset in the folder, replacing an earlier one.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -45,23 +51,24 @@ def save_dataset(
         folder (`Path`):
             The folder.
         columns (`Iterator[pyarrow.RecordBatch]`, *optional*):
-            Columns to add, in batches of rows; they replace those of the same names. They pass through a file, not
-            through memory.
+            Columns to add, in batches of rows; they replace columns of the same names. They are written to a file
+            batch by batch, not collected in memory.
         schema (`pyarrow.Schema`, *optional*):
-            Their names and types.
+            Names and types of `columns`.
 
     Returns:
         [`~datasets.Dataset`]: The dataset, loaded from the folder.
 
     Raises:
-        `OSError`: If the disk is full. The dataset that was there before is still whole.
+        `OSError`: If the disk is full. The earlier dataset is then unchanged.
     """
     unfinished = folder / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
     try:
         with explain_full_disk(folder):
             unfinished.mkdir(parents=True)
             if columns is not None:
+                assert schema is not None  # given with `columns`
                 with (
                     pa.OSFile(str(unfinished / "columns.arrow"), "wb") as sink,
                     pa.ipc.new_stream(sink, schema) as writer,
@@ -72,14 +79,14 @@ def save_dataset(
                 added = Dataset.from_file(str(unfinished / "columns.arrow"))
                 dataset = concatenate_datasets([dataset.with_format(None), added], axis=1)
             dataset.save_to_disk(str(unfinished / "dataset"))
-        # From here on the new files are whole, and renaming them needs no space. Of a process that is killed in
-        # between, no dataset is left to be seen, but the next run makes it again from what is stored beside it.
+        # The new files are complete, and renaming them needs no disk space. If the process is killed while it renames
+        # them, the folder has no valid dataset, but the next run writes it again from the stored responses.
         (folder / STATE).unlink(missing_ok=True)
         for path in folder.glob("data-*.arrow"):
             path.unlink()
-        files = sorted((unfinished / "dataset").iterdir(), key=lambda path: path.name == STATE)  # the state comes last
+        files = sorted((unfinished / "dataset").iterdir(), key=lambda path: path.name == STATE)  # the state last
         for path in files:
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return load_from_disk(str(folder))
+    return Dataset.load_from_disk(str(folder))

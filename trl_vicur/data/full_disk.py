@@ -1,4 +1,4 @@
-"""What is said when the disk gets full."""
+"""Clear errors for a full disk."""
 
 import errno
 from collections.abc import Iterator
@@ -9,8 +9,10 @@ from pathlib import Path
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
     """
+    Add to errors of a full disk what to do.
+
     Raises:
-        `OSError`: If the disk gets full; says what to do.
+        `OSError`: If the disk is full.
     """
     try:
         yield

@@ -20,21 +20,21 @@ DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 @contextmanager
 def open_image(image: Image.Image | dict | str) -> Iterator[Image.Image]:
     """
-    An image, opened if it is not one yet; it is checked not to be larger than Pillow allows.
+    Open an image, and check its size against Pillow's limit.
 
     Args:
         image (`PIL.Image.Image`, `dict` or `str`):
             An image, a `datasets` image that is not decoded (`bytes` or `path`), a path or a URL.
 
     Raises:
-        `ValueError`: If the image cannot be read, be it here or while the context is open.
+        `ValueError`: If the image cannot be read, now or while the context is open.
     """
     try:
         with nullcontext(image) if isinstance(image, Image.Image) else Image.open(_image_source(image)) as opened:
             width, height = opened.size
             if not width * height:
                 raise ValueError(f"it has {width}×{height} pixels")
-            # Pillow checks files; what is in memory already would still be copied, several times
+            # Pillow checks only files, but an image in memory would be copied several times, too
             if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:
                 raise ValueError(
                     f"its {width}×{height} pixels exceed the limit of {2 * Image.MAX_IMAGE_PIXELS} "
@@ -49,8 +49,8 @@ def open_image(image: Image.Image | dict | str) -> Iterator[Image.Image]:
     except Exception as error:
         problem = str(error)
         if isinstance(error, UnidentifiedImageError):
-            problem = "it is no image, or of an unknown format"
-        elif isinstance(error, OSError) and error.strerror:  # the name has been said
+            problem = "it is not an image, or has an unknown format"
+        elif isinstance(error, OSError) and error.strerror:  # without the file name, which the message already has
             problem = error.strerror
         raise ValueError(
             f"An image ({_describe_image(image)}) cannot be read: {problem.rstrip('.')}. Replace it, or leave it out."
@@ -66,7 +66,7 @@ def _describe_image(image: Any) -> str:
 
 
 def _image_source(image: Any) -> str | BytesIO:
-    """What Pillow opens: a file's path, or bytes."""
+    """The image's file, as a path or as bytes."""
     if isinstance(image, str):
         image = {"path": image}
     if not isinstance(image, dict) or (image.get("bytes") is None and image.get("path") is None):
@@ -83,14 +83,14 @@ def _image_source(image: Any) -> str | BytesIO:
     if "://" in path:
         with fsspec.open(path, "rb") as file:
             return BytesIO(file.read())
-    if not Path(path).is_file():  # what is none, such as a pipe, might be waited for
+    if not Path(path).is_file():  # opening a pipe could wait forever
         raise ValueError("there is no such file")
     return path
 
 
 def image_size(image: Image.Image | dict | str) -> tuple[int, int]:
     """
-    Width and height of an image in pixels, as it is seen (upright), after checking that it can be read.
+    Width and height of an image in pixels once it is turned upright, after checking that it can be read.
 
     Args:
         image (`PIL.Image.Image`, `dict` or `str`):
@@ -101,7 +101,7 @@ def image_size(image: Image.Image | dict | str) -> tuple[int, int]:
     """
     with open_image(image) as opened:
         width, height = opened.size
-        # All of the data is decoded, because a header says nothing about its end; a JPEG at an eighth of its size
+        # Decode everything, because a truncated file has an intact header; a JPEG at an eighth of its size, for speed
         if opened is not image:
             opened.draft("L", (1, 1))
         opened.load()
@@ -111,8 +111,8 @@ def image_size(image: Image.Image | dict | str) -> tuple[int, int]:
 
 def read_image(image: Image.Image | dict | str) -> Image.Image:
     """
-    An image as it is seen, in RGB: upright, on white where it is transparent, the first frame of an animation; with
-    the `format` of its file.
+    Read an image as RGB: upright, on white where it is transparent, the first frame of an animation. Its `format` is
+    that of the file.
 
     Args:
         image (`PIL.Image.Image`, `dict` or `str`):
@@ -124,7 +124,7 @@ def read_image(image: Image.Image | dict | str) -> Image.Image:
     with open_image(image) as opened:
         upright = ImageOps.exif_transpose(opened)
         if upright.mode.startswith("I;16"):
-            # Pillow would clip, so that all but the darkest pixels are white
+            # Pillow would clip to 255, which makes all but the darkest pixels white
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         if upright.has_transparency_data:
             upright = upright.convert("RGBA")
@@ -140,21 +140,21 @@ def read_video(video: Sequence | np.ndarray) -> np.ndarray:
 
     Args:
         video (list or `numpy.ndarray`):
-            Its frames: a list of images as [`read_image`] takes them, or an array (also as nested lists) of integers
-            from 0 to 255, of shape `(frames, height, width, 3)` or `(frames, 3, height, width)`.
+            Its frames: a list of images, each in a form that [`read_image`] accepts, or an array (or nested lists) of
+            integers from 0 to 255, of shape `(frames, height, width, 3)` or `(frames, 3, height, width)`.
 
     Raises:
-        `ValueError`: If a frame cannot be read, or if these are no frames of one size.
+        `ValueError`: If a frame cannot be read, or if the frames differ in size.
     """
     if isinstance(video, (list, tuple)) and video and isinstance(video[0], (Image.Image, dict, str)):
         frames = [read_image(frame) for frame in video]
         if len(sizes := {frame.size for frame in frames}) > 1:
             raise ValueError(f"The frames of a video have the sizes {sorted(sizes)}, expected one. Resize them.")
-        return np.stack(frames)
+        return np.stack([np.asarray(frame) for frame in frames])
     try:
         array = np.asarray(video)
-    except ValueError:  # nested lists of several lengths
-        array = np.empty(0)
+    except ValueError:  # nested lists of different lengths
+        array = np.empty((0, 0, 0, 0))
     if array.ndim == 4 and array.shape[1] == 3 != array.shape[3]:
         array = array.transpose(0, 2, 3, 1)
     is_video = array.ndim == 4 and array.shape[3] == 3 and array.size and np.issubdtype(array.dtype, np.integer)

@@ -1,4 +1,4 @@
-"""Datasets by their name: an id on the Hub, a folder, or a file."""
+"""Load a dataset by name: an id on the Hub, a folder, or a file."""
 
 from pathlib import Path
 
@@ -15,40 +15,47 @@ def load_split(
     name: str, config_name: str | None = None, split: str = "train", streaming: bool = False
 ) -> Dataset | IterableDataset:
     """
-    Load a split of a dataset from the Hub, from a folder of `save_to_disk`, or from a file, which is its only split.
+    Load a split of a dataset from the Hub, from a folder that `save_to_disk` wrote, or from a file.
 
     Args:
         name (`str`):
-            Id on the Hub, folder, or file of JSON lines, CSV, Parquet or Arrow.
+            Id on the Hub, folder, or file in JSON lines, CSV, Parquet or Arrow format.
         config_name (`str`, *optional*):
             Configuration of a dataset on the Hub.
         split (`str`, *optional*, defaults to `"train"`):
-            Split, where the dataset has some.
+            Name of the split; files have only one.
         streaming (`bool`, *optional*, defaults to `False`):
-            Whether rows are read when they are asked for. What `save_to_disk` left is read so in any case.
+            Whether to read rows on demand, without downloading the whole dataset. Folders that `save_to_disk` wrote
+            are always read on demand.
 
     Raises:
-        `ValueError`: If there is no such dataset or split, or if a file is damaged.
+        `ValueError`: If the dataset or split does not exist, or a file is corrupt.
     """
     path = Path(name)
     if (path / CUE_STORE).exists() and not (path / STATE).exists():
         raise ValueError(f"The generation of cues in {name!r} has not finished. Run its command again to finish it.")
     if (path / STATE).exists() or (path / "dataset_dict.json").exists():
         dataset = load_from_disk(name)
-    else:
-        source = {"path": name, "name": config_name, "split": split}
-        if path.is_file():
-            if path.suffix not in FORMATS:
-                raise ValueError(f"{name!r} is none of the kinds of files that can be read: {', '.join(FORMATS)}.")
-            if path.stat().st_size == 0:
-                raise ValueError(f"{name!r} is empty. Write it again.")
-            source = {"path": FORMATS[path.suffix], "data_files": name, "split": "train"}
-        try:
-            return load_dataset(**source, streaming=streaming)
-        except (DatasetGenerationError, ValueError) as error:
-            raise ValueError(f"{name!r} cannot be read: {error.__cause__ or error}") from error
-    if isinstance(dataset, DatasetDict):
+        if not isinstance(dataset, DatasetDict):
+            return dataset
         if split not in dataset:
             raise ValueError(f"{name!r} has no split {split!r}, only {list(dataset)}. Choose one of them.")
-        dataset = dataset[split]
-    return dataset
+        return dataset[split]
+    source, data_files = name, None
+    if path.is_file():
+        if path.suffix not in FORMATS:
+            raise ValueError(f"{name!r} cannot be read. Supported files: {', '.join(FORMATS)}.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{name!r} is empty. Write it again.")
+        source, config_name, data_files, split = FORMATS[path.suffix], None, name, "train"
+    try:
+        # The overloads of `load_dataset` lack a `streaming` that is not a literal
+        return load_dataset(  # pyright: ignore[reportCallIssue]
+            source,
+            config_name,
+            data_files=data_files,
+            split=split,
+            streaming=streaming,  # pyright: ignore[reportArgumentType]
+        )
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"{name!r} cannot be read: {error.__cause__ or error}") from error

@@ -18,8 +18,8 @@ PLACEHOLDER = re.compile(r"<(image|video)(?:[ _-]?\d{1,3})?>", re.IGNORECASE)
 def check_messages(messages: Any) -> None:
     """
     Raises:
-        `ValueError`: If these are no messages of a conversation, with contents that are strings or lists of blocks of
-            text, images and videos; names the message by its number.
+        `ValueError`: If the value is not a list of messages whose contents are strings or lists of text, image and
+            video blocks. The error gives the message's number.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"expected a list of messages, each with 'role' and 'content', got {shorten(messages)}.")
@@ -46,7 +46,7 @@ def check_messages(messages: Any) -> None:
 def check_placeholders(column: str, value: Any) -> None:
     """
     Raises:
-        `ValueError`: If a string in the value has a placeholder of another format, which a model would read as text.
+        `ValueError`: If a string in the value contains another format's placeholder, which a model would read as text.
     """
     for text in all_strings(value):
         if placeholder := PLACEHOLDER.search(text):
@@ -68,7 +68,7 @@ def message_texts(messages: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def question_text(prompt: str | list[dict[str, Any]]) -> str:
-    """What a prompt asks: the text itself, or the texts of its user turns."""
+    """The question of a prompt: the text itself, or the texts of its user turns."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(message_texts([message for message in prompt if message["role"] == "user"]))
@@ -88,11 +88,11 @@ def all_strings(value: Any) -> Iterator[str]:
 
 
 def control_token_pattern(processing_class: ProcessorMixin) -> re.Pattern:
-    """A pattern that finds the tokens which a processor would read out of plain text: special ones, placeholders."""
+    """A pattern of all strings that a processor reads as control tokens: special tokens and image placeholders."""
     tokens = {token.content for token in processing_class.tokenizer.added_tokens_decoder.values() if token.special}
-    # Processors replace `image_token` and the like by text, whatever the tokenizer calls them
+    # A processor replaces its `image_token`, `video_token` etc. in texts, even if they are not special tokens
     tokens |= {
         value for name, value in vars(processing_class).items() if name.endswith("_token") and isinstance(value, str)
     }
-    # Without such tokens, a pattern that never matches
+    # Without control tokens, a pattern that never matches
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")

@@ -10,20 +10,20 @@ VISUAL_COLUMNS = ("images", "image", "videos", "video")
 
 def row_images(row: dict[str, Any]) -> list:
     """
-    The images of a row, from its column `images` or `image`; an empty list for a row without any.
+    The images of a row, from its column `images` or `image`; an empty list for a row without images.
 
     Raises:
-        `ValueError`: If `images` is no list.
+        `ValueError`: If `images` is not a list.
     """
     return _list_of(row, "image")
 
 
 def row_videos(row: dict[str, Any]) -> list:
     """
-    The videos of a row, from its column `videos` or `video`; an empty list for a row without any.
+    The videos of a row, from its column `videos` or `video`; an empty list for a row without videos.
 
     Raises:
-        `ValueError`: If `videos` is no list.
+        `ValueError`: If `videos` is not a list.
     """
     return _list_of(row, "video")
 
@@ -43,7 +43,7 @@ def _list_of(row: dict[str, Any], kind: str) -> list:
 
 class RowReader:
     """
-    Read rows without decoding their images, which is most of the work; `image_size` checks the images instead.
+    Read rows without decoding their images, which takes most of the time; [`image_size`] checks images instead.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -51,7 +51,7 @@ class RowReader:
     """
 
     def __init__(self, dataset: Dataset):
-        # A user's transform or format expects whole rows
+        # A user's transform or format expects complete rows
         is_formatted = dataset.format["type"] is not None
         columns = [] if is_formatted else [column for column in VISUAL_COLUMNS if column in dataset.column_names]
         self.visuals = dataset.select_columns(columns).with_format("arrow") if columns else None
@@ -63,6 +63,6 @@ class RowReader:
 
 
 def shorten(value: Any) -> str:
-    """The value as an error quotes it."""
+    """The value as error messages quote it: its `repr`, cut after 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"

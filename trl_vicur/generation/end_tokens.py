@@ -1,4 +1,4 @@
-"""The tokens that end a generated text."""
+"""Find the tokens that end a generated text."""
 
 from typing import TYPE_CHECKING
 
@@ -9,12 +9,13 @@ if TYPE_CHECKING:
 
 def end_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """
-    Ids of the tokens that end a generated text, from the model's generation config or else from the tokenizer.
+    Ids of the tokens that end a generated text, from the model's generation config or, by default, the tokenizer.
 
     Raises:
-        `ValueError`: If neither has one.
+        `ValueError`: If neither has an end token.
     """
-    end_ids = model.generation_config.eos_token_id
+    config = model.generation_config
+    end_ids: int | list[int] | None = None if config is None else config.eos_token_id
     if end_ids is None:
         end_ids = tokenizer.eos_token_id
     if end_ids is None:

@@ -1,4 +1,4 @@
-"""A vision-language model behind an OpenAI-compatible endpoint that answers chat requests."""
+"""Generate with a vision-language model behind an OpenAI-compatible endpoint."""
 
 import base64
 import os
@@ -25,19 +25,18 @@ from .requests import (
 
 
 if TYPE_CHECKING:
-    from openai.types.chat import ChatCompletion
+    from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
 
 class OpenAIGenerator:
     """
-    Generates with a model behind an OpenAI-compatible chat endpoint (vLLM, SGLang, a hosted API), many requests at a
-    time. Requests that meet 408, 409, 429, 5xx or a lost connection are repeated with exponential back-off.
+    Generates with a model behind an OpenAI-compatible chat endpoint (vLLM, SGLang, a hosted API), with many concurrent
+    requests. Requests that fail with 408, 409, 429, 5xx or a lost connection are repeated with exponential back-off.
 
-    What is no option here stays the endpoint's: vLLM takes `top_k` and `repetition_penalty` from the model's
-    `generation_config.json`, unless it is started with `--generation-config vllm`.
+    The endpoint's defaults apply to all other sampling options: vLLM reads `top_k` and `repetition_penalty` from the
+    model's `generation_config.json`, unless it is started with `--generation-config vllm`.
 
-    The key is read from the environment variable `OPENAI_API_KEY`, and from nowhere else; endpoints without keys need
-    none.
+    The key is read only from the environment variable `OPENAI_API_KEY`. Endpoints without keys do not need it.
 
     Args:
         model (`str`):
@@ -45,20 +44,21 @@ class OpenAIGenerator:
         base_url (`str`, *optional*):
             Address of the endpoint, e.g. `"http://localhost:8000/v1"`; OpenAI's own by default.
         concurrency (`int`, *optional*, defaults to `16`):
-            Requests under way at a time.
+            Number of concurrent requests.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds to wait for the endpoint before a request counts as lost.
+            Seconds to wait for a response before a request counts as lost.
         max_retries (`int`, *optional*, defaults to `5`):
-            Repetitions of a request.
+            How often to repeat a request.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest text, in tokens. A text that reaches it is a failure, since its end is missing.
+            Maximum length of a text, in tokens. A request whose text is cut at this length fails.
         temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature.
         top_p (`float`, *optional*, defaults to `1.0`):
             Nucleus sampling.
 
     Raises:
-        `ValueError`: If an option is out of its range, or OpenAI's own endpoint is asked for without a key.
+        `ValueError`: If an option is out of range, or OpenAI's own endpoint is used without a key.
+        `ModuleNotFoundError`: If the extra `cues` is not installed.
     """
 
     def __init__(
@@ -82,12 +82,11 @@ class OpenAIGenerator:
         if not self._key and base_url is None:
             raise ValueError(
                 "Neither the environment variable OPENAI_API_KEY nor `base_url` is set. Export the key of OpenAI's "
-                "endpoint, or name the address of your own, e.g. `base_url='http://localhost:8000/v1'`."
+                "endpoint, or give the address of your own, e.g. `base_url='http://localhost:8000/v1'`."
             )
-        # The client insists on a key; endpoints without keys ignore it
+        # The client requires a key; endpoints without keys ignore it
         self._client = OpenAI(api_key=self._key or "none", base_url=base_url, timeout=timeout, max_retries=max_retries)
         self.concurrency = concurrency
-        self._sampling = {"max_completion_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         self.settings = {
             "generator": "openai",
             "model": public_name(model),
@@ -101,7 +100,7 @@ class OpenAIGenerator:
 
     def generate(self, requests: Iterable[ChatRequest]) -> Iterator[ChatResponse]:
         """See [`Generator.generate`]."""
-        # An endpoint that has died, or that understands no request, would fail all rows that are left
+        # A dead or misconfigured endpoint would fail all remaining rows
         patience = max(32, 2 * self.concurrency)
         num_failed, num_running, unavailable = 0, 0, None
         requests = iter(requests)
@@ -114,10 +113,10 @@ class OpenAIGenerator:
                 outcomes.put((None, True, error))
 
         while True:
-            # What is still under way at an error is waited for, because it may have been paid for
+            # After an error, wait for running requests, because they may have been paid for
             if unavailable is None:
                 for request in islice(requests, self.concurrency - num_running):
-                    # Daemons, because at Ctrl-C nobody wants to wait for an endpoint that hangs
+                    # Daemon threads, so that Ctrl-C does not wait for an endpoint that hangs
                     Thread(target=run, args=(request,), name="cues", daemon=True).start()
                     num_running += 1
             if num_running == 0:
@@ -137,7 +136,7 @@ class OpenAIGenerator:
             raise unavailable
 
     def _complete(self, request: ChatRequest) -> tuple[ChatResponse, bool]:
-        """The response, and whether it is the endpoint that failed."""
+        """The response, and whether the endpoint failed."""
         import openai
 
         try:
@@ -146,17 +145,22 @@ class OpenAIGenerator:
             return ChatResponse(request.number, None, describe_error(error)), False
         try:
             completion = self._client.chat.completions.create(
-                model=self._model, messages=messages, seed=request.seed, **self._sampling
+                model=self._model,
+                messages=messages,
+                seed=request.seed,
+                max_completion_tokens=self.settings["max_new_tokens"],
+                temperature=self.settings["temperature"],
+                top_p=self.settings["top_p"],
             )
             return self._read(request.number, completion), False
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise GeneratorUnavailableError(
                 f"The endpoint refuses the key ({self._describe(error)}). Set the environment variable OPENAI_API_KEY."
-            ) from None  # the client's own error may quote the key
+            ) from None  # the client's error may quote the key
         except openai.NotFoundError as error:
             raise GeneratorUnavailableError(
-                f"The endpoint has no model {self._model!r}, or is no chat endpoint ({self._describe(error)}). Check "
-                "`model` and `base_url`, which mostly ends in /v1."
+                f"The endpoint has no model {self._model!r}, or is not a chat endpoint ({self._describe(error)}). "
+                "Check `model` and `base_url`, which usually ends in /v1."
             ) from None
         except openai.APIConnectionError as error:
             if not isinstance(error, openai.APITimeoutError):
@@ -168,14 +172,14 @@ class OpenAIGenerator:
         except Exception as error:
             return ChatResponse(request.number, None, self._describe(error)), True
 
-    def _read(self, number: int, completion: "ChatCompletion | str") -> ChatResponse:
+    def _read(self, number: int, completion: "ChatCompletion") -> ChatResponse:
         try:
             choice = completion.choices[0]
             text, refusal = choice.message.content or "", choice.message.refusal
             is_cut = choice.finish_reason == "length"
             num_tokens = getattr(completion.usage, "completion_tokens", None)
             text.strip()
-        except (AttributeError, IndexError, TypeError):  # the client does not check what an endpoint sends
+        except (AttributeError, IndexError, TypeError):  # the client does not validate responses
             raise ValueError(f"The endpoint answered without a chat completion: {shorten(completion)}.") from None
         if refusal:
             return ChatResponse(number, None, f"The model refused: {shorten(refusal)}.")
@@ -193,9 +197,9 @@ class OpenAIGenerator:
         return describe_error(error, secret=self._key)
 
 
-def to_openai(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same messages with images as data URLs."""
-    return [
+def to_openai(messages: list[dict[str, Any]]) -> "list[ChatCompletionMessageParam]":
+    """The messages in OpenAI's format, with images as data URLs."""
+    converted: list[Any] = [
         {
             "role": message["role"],
             "content": [
@@ -207,10 +211,11 @@ def to_openai(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for message in messages
     ]
+    return converted
 
 
 def _data_url(image: Image.Image) -> str:
-    # A photograph as PNG would be several times as large as the file that it came from
+    # A photograph as PNG would be several times as large as its JPEG file
     image_format = "JPEG" if image.format == "JPEG" else "PNG"
     buffer = BytesIO()
     image.convert("RGB").save(buffer, image_format, quality=95)

@@ -1,4 +1,4 @@
-"""What a vision-language model is asked and answers, and the interface of what asks it."""
+"""Requests to a vision-language model, its responses, and the interface of a generator."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from typing import Any, NamedTuple, Protocol
 @dataclass(frozen=True)
 class ChatRequest:
     """
-    A conversation to be continued.
+    A conversation for the model to continue.
 
     Args:
         number (`int`):
-            What the response is filed under, as a rule the dataset row's number.
+            Number that the response is stored under, usually the number of the dataset row.
         messages (`Callable[[], list[dict]]`):
             Returns the conversation, in blocks of `{"type": "text", "text": str}` and
-            `{"type": "image", "image": PIL.Image.Image}`. It is called where and when the generator needs it, so that
-            images are decoded side by side and only a few are in memory; an error that it raises fails this request
-            only.
+            `{"type": "image", "image": PIL.Image.Image}`. The generator calls it when it sends the request, maybe in
+            another thread, so that images are decoded in parallel and only a few are in memory. If it raises, only
+            this request fails.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling.
+            Seed for sampling.
     """
 
     number: int
@@ -29,7 +29,7 @@ class ChatRequest:
 
 
 class ChatResponse(NamedTuple):
-    """The text that continues the conversation, or the error why there is none."""
+    """The text that continues the conversation, or the error that prevented it."""
 
     number: int
     text: str | None
@@ -38,18 +38,18 @@ class ChatResponse(NamedTuple):
 
 class Generator(Protocol):
     """
-    What generates cues.
+    Interface of a generator: a model that answers chat requests.
 
     Attributes:
         settings (`dict[str, Any]`):
-            What its texts depend on, without secrets, hosts and paths: recorded with every text.
+            Everything that its texts depend on, without secrets, hosts and paths; recorded with every text.
     """
 
     settings: dict[str, Any]
 
     def generate(self, requests: Iterable[ChatRequest]) -> Iterator[ChatResponse]:
         """
-        Answer requests, in whatever order they get done. Requests are drawn as they are needed.
+        Answer requests, in the order in which they finish. Requests are taken from the iterable on demand.
 
         Raises:
             [`GeneratorUnavailableError`]: If no request can succeed.
@@ -58,7 +58,7 @@ class Generator(Protocol):
 
 
 class GeneratorUnavailableError(RuntimeError):
-    """The generator cannot answer any request, so that going on would only fail one row after the other."""
+    """The generator cannot answer any request, so continuing would only fail row after row."""
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -76,8 +76,8 @@ def cut_response(number: int, settings: dict[str, Any]) -> ChatResponse:
 
 def public_name(name: str) -> str:
     """
-    An id on the Hub as it is; of a folder only its name, because paths are nobody else's business. vLLM names a model
-    that it loads from a folder by the whole path, on its own machine.
+    A model's name without local paths: an id on the Hub is unchanged, of a folder only the last part is kept. The
+    folder may be on another machine, because vLLM by default serves a model under the path that it was loaded from.
     """
     path = Path(name)
     return path.resolve().name if path.exists() or path.is_absolute() else name

@@ -1,4 +1,4 @@
-"""A file that responses are written to as they come, so that a run can be killed at any moment and resumed."""
+"""A file that stores each response as it arrives, so that a run can be killed at any moment and resumed."""
 
 import errno
 import json
@@ -17,23 +17,24 @@ APPLICATION_ID = 0x56694352  # "ViCR": marks SQLite files of this module
 
 class ResponseStore:
     """
-    Responses by number in a SQLite file. Each response is on disk, whole, when `add` returns; a killed process loses
-    none of them. Only one process can have a store open.
+    Responses by number in a SQLite file. When `add` returns, the response is on disk; a killed process loses none.
+    Only one process can have a store open.
 
     Args:
         path (`str` or `Path`):
-            The file; made if there is none.
+            The file; created if it does not exist.
         settings (`dict[str, Any]`):
-            What the responses depend on, JSON-serializable.
+            Everything that the responses depend on, JSON-serializable.
 
     Raises:
-        `ValueError`: If the file holds responses made with other settings (names them), or is no such file.
-        `BlockingIOError`: If another process has it open.
+        `ValueError`: If the file contains responses for other settings (the error names them), or is not a response
+            store.
+        `BlockingIOError`: If another process has the file open.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any]):
         self.path = Path(path)
-        # Requests come from the thread that the store is used in; only closing may happen in another one
+        # One thread uses the store, but another one may close it
         self._connection = sqlite3.connect(self.path, isolation_level=None, timeout=1.0, check_same_thread=False)
         try:
             with self._explain_errors():
@@ -44,8 +45,8 @@ class ResponseStore:
 
     def _open(self, settings: dict[str, Any]) -> None:
         execute = self._connection.execute
-        # Exclusive: a second process fails instead of doing all work again, and no shared memory is needed, which
-        # network file systems lack. The write-ahead log makes a commit one write at the end of a file.
+        # Exclusive: a second process fails instead of repeating all work, and SQLite needs no shared memory, which
+        # network file systems lack. With the write-ahead log, a commit is one write at the end of a file.
         execute("PRAGMA locking_mode = EXCLUSIVE")
         (application_id,) = execute("PRAGMA application_id").fetchone()
         is_new = application_id == 0 and not execute("SELECT name FROM sqlite_master").fetchall()
@@ -61,7 +62,7 @@ class ResponseStore:
             rows = [(name, json.dumps(value)) for name, value in settings.items()]
             self._connection.executemany("INSERT INTO settings VALUES (?, ?)", rows)
         execute("COMMIT")
-        # As JSON gives them back: tuples are lists, for example
+        # Through JSON, which turns tuples into lists, for example
         expected = json.loads(json.dumps(settings))
         found = {name: json.loads(value) for name, value in execute("SELECT name, value FROM settings")}
         if found != expected:
@@ -71,16 +72,16 @@ class ResponseStore:
                 if found.get(name) != expected.get(name)
             ]
             raise ValueError(
-                f"{str(self.path.parent)!r} was begun with other settings: {'; '.join(differences)}. Its texts would "
-                "not be of one kind. Use the same settings to go on, or choose another output."
+                f"{str(self.path.parent)!r} was begun with other settings: {'; '.join(differences)}. Texts of "
+                "both would be mixed. Use the same settings to resume, or choose another output."
             )
 
     def add(self, responses: list[ChatResponse], seed: int | None = None) -> None:
         """
-        Write responses, all or none of them; they replace those of the same numbers.
+        Write responses in one transaction; they replace earlier responses of the same numbers.
 
         Raises:
-            `OSError`: If the disk is full. What was written before stays.
+            `OSError`: If the disk is full. Responses that were written before are kept.
         """
         rows = [(*response, seed) for response in responses]
         with self._explain_errors():
@@ -94,19 +95,19 @@ class ResponseStore:
                 raise
 
     def pending(self, count: int, retry_failed: bool = False) -> Iterator[int]:
-        """The numbers below `count` without a response, in order; with `retry_failed` also those with an error."""
-        done = bytearray(count)  # one byte per row, where a set of numbers would take sixty
+        """Numbers below `count` without a response, ascending; with `retry_failed`, also those with an error."""
+        done = bytearray(count)  # one byte per row; a set would need about sixty
         condition = "WHERE error IS NULL" if retry_failed else ""
         for (number,) in self._connection.execute(f"SELECT number FROM responses {condition}"):
             done[number] = 1
         return (number for number in range(count) if not done[number])
 
     def count(self) -> tuple[int, int]:
-        """Number of responses and, of these, of errors."""
+        """Number of all responses, and of those with an error."""
         return self._connection.execute("SELECT count(*), count(error) FROM responses").fetchone()
 
     def __iter__(self) -> Iterator[tuple[int, str | None, str | None, int | None]]:
-        """All `(number, text, error, seed)`, by number."""
+        """All responses as `(number, text, error, seed)`, sorted by number."""
         yield from self._connection.execute("SELECT number, text, error, seed FROM responses ORDER BY number")
 
     def close(self) -> None:
@@ -123,7 +124,7 @@ class ResponseStore:
         try:
             yield
         except sqlite3.OperationalError as error:
-            code = error.sqlite_errorcode & 0xFF  # without SQLite's details
+            code = error.sqlite_errorcode & 0xFF  # SQLite's primary code, without the extended part
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise BlockingIOError(
                     errno.EAGAIN, "Another process is writing to the file. Wait for it, or stop it", str(self.path)
@@ -137,12 +138,14 @@ class ResponseStore:
                 ) from error
             raise
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{str(self.path)!r} is no file of ours or is damaged: {error}.") from error
+            raise ValueError(
+                f"{str(self.path)!r} is not a trl-vicur response store, or is corrupt: {error}."
+            ) from error
 
 
 @contextmanager
 def open_store(folder: str | Path | None, name: str, settings: dict[str, Any]) -> Iterator[ResponseStore]:
-    """The store `name` in a folder, which is made if there is none; without a folder, one that is not kept."""
+    """Open the store `name` in a folder, which is created if needed; without a folder, in a temporary one."""
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         Path(place).mkdir(parents=True, exist_ok=True)
         with ResponseStore(Path(place) / name, settings) as store:
@@ -150,7 +153,7 @@ def open_store(folder: str | Path | None, name: str, settings: dict[str, Any]) -
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """What the responses in a store were made with."""
+    """The settings that the responses in a store were generated with."""
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     try:
         return {name: json.loads(value) for name, value in connection.execute("SELECT name, value FROM settings")}

@@ -1,4 +1,4 @@
-"""A vision-language model in this process that answers chat requests, in batches."""
+"""Generate with a vision-language model in this process, in batches."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -21,6 +21,7 @@ from .requests import (
 
 
 if TYPE_CHECKING:
+    import torch
     from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 
@@ -32,27 +33,27 @@ class TransformersGenerator:
         model (`str` or [`~transformers.PreTrainedModel`]):
             An image-text-to-text model, or its id or folder.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
-            Its processor; loaded with the model if that is given by name.
+            Its processor; required with a loaded model, and loaded with a model that is given by name.
         adapter (`str`, *optional*):
             A PEFT adapter of the model, by id or folder.
         revision (`str`, *optional*):
             Revision of the model on the Hub.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Data type that the model is loaded in.
+            Data type to load the model in.
         batch_size (`int`, *optional*, defaults to `8`):
             Requests per batch.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest text, in tokens. A text that reaches it is a failure, since its end is missing.
+            Maximum length of a text, in tokens. A request whose text is cut at this length fails.
         temperature (`float`, *optional*, defaults to `0.0`):
-            Sampling temperature; `0.0` is greedy. Each batch is sampled with its first request's seed, so samples
-            depend on the batch size.
+            Sampling temperature; `0.0` is greedy. Each batch is sampled with the seed of its first request, so
+            samples depend on the batch size.
         top_p (`float`, *optional*, defaults to `1.0`):
             Nucleus sampling.
 
     Raises:
-        `ValueError`: If an option is out of its range, if a loaded model comes without its processor, or if neither
-            the model nor its tokenizer has an end token.
-        `OSError`: If there is no such model.
+        `ValueError`: If an option is out of range, if a loaded model is given without its processor, or if neither the
+            model nor its tokenizer has an end token.
+        `OSError`: If the model cannot be loaded.
     """
 
     def __init__(
@@ -74,23 +75,26 @@ class TransformersGenerator:
         check_sampling(max_new_tokens, temperature, top_p)
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        name = model if isinstance(model, str) else model.config._name_or_path
         if isinstance(model, str):
+            name = model
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
             with naming_model(name):
-                processing_class = processing_class or AutoProcessor.from_pretrained(model, revision=revision)
-                model = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype=dtype).to(device)
-        elif processing_class is None:
+                processing_class = processing_class or AutoProcessor.from_pretrained(name, revision=revision)
+                model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=dtype)
+            # pyright does not bind methods that transformers decorates
+            model = model.to(device)  # pyright: ignore[reportArgumentType]
+        else:
+            name = model.config._name_or_path
+        if processing_class is None:
             raise ValueError(
-                "`processing_class` must be given with a loaded model; only with a name it is loaded too."
+                "`processing_class` must be given with a loaded model; only a model given by name loads its own."
             )
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter)
-        self.model = model.eval()
+        self.end_ids = end_token_ids(model, processing_class.tokenizer)
+        commit = getattr(model.config, "_commit_hash", None)
+        self.model = (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
         self.processing_class = processing_class
         self.batch_size = batch_size
         self._control_token = control_token_pattern(processing_class)
-        self.end_ids = end_token_ids(model, processing_class.tokenizer)
         self._generation = {
             "max_new_tokens": max_new_tokens,
             "do_sample": temperature > 0.0,
@@ -102,15 +106,15 @@ class TransformersGenerator:
             "generator": "transformers",
             "model": public_name(name),
             "adapter": None if adapter is None else public_name(adapter),
-            "revision": getattr(model.config, "_commit_hash", None) or revision,
-            "weights": _weights_digest(model),
+            "revision": commit or revision,
+            "weights": _weights_digest(self.model),
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "top_p": top_p,
         }
 
     def generate(self, requests: Iterable[ChatRequest]) -> Iterator[ChatResponse]:
-        """See [`Generator.generate`]. A batch that fails is tried again request by request."""
+        """See [`Generator.generate`]. If a batch fails, each of its requests is tried alone."""
         import torch
 
         requests = iter(requests)
@@ -143,14 +147,14 @@ class TransformersGenerator:
     def refuse_control_tokens(self, texts: Iterable[str]) -> None:
         """
         Raises:
-            `ValueError`: If the tokenizer would read a special token out of a text.
+            `ValueError`: If a text contains a string that the tokenizer would read as a special token.
         """
         for text in texts:
             if found := self._control_token.search(text):
                 raise ValueError(f"The text contains the control token {found.group()!r}: {shorten(text)}.")
 
     def encode(self, conversations: list[list[dict[str, Any]]]) -> "BatchFeature":
-        """Model inputs of conversations, left-padded, on the model's device and in its data type."""
+        """Tokenize conversations: left-padded model inputs, on the model's device and in its data type."""
         return self.processing_class.apply_chat_template(
             conversations,
             add_generation_prompt=True,
@@ -182,8 +186,8 @@ class TransformersGenerator:
         ]
 
 
-def _weights_digest(model: "PreTrainedModel") -> str:
-    """A digest of some elements of every weight: a model that was trained on keeps its name, but is another one."""
+def _weights_digest(model: "torch.nn.Module") -> str:
+    """A digest of some elements of every weight, because a model keeps its name when it is trained further."""
     import torch
 
     hasher = hashlib.blake2b(digest_size=8)

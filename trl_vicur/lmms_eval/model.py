@@ -1,3 +1,5 @@
+"""The model `trl_vicur` for lmms-eval."""
+
 from typing import Any
 
 import torch
@@ -19,20 +21,21 @@ from ..generation.end_tokens import end_token_ids
 
 class PresencePenalty(LogitsProcessor):
     """
-    Lowers the logits of tokens that the completion has already, whatever the prompt has, as vLLM and OpenAI do.
+    Lowers the logits of tokens that occur in the completion so far; the prompt does not count, as in vLLM and OpenAI's
+    API.
 
     Args:
         penalty (`float`):
-            What is taken off, once per token.
+            Subtracted once from the logit of each such token.
         prompt_length (`int`):
-            Tokens of the prompt, with its padding.
+            Length of the prompt in tokens, padding included.
     """
 
     def __init__(self, penalty: float, prompt_length: int):
         self.penalty = penalty
         self.prompt_length = prompt_length
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`input_ids` are `(batch, seq)`, `scores` `(batch, vocabulary)`."""
         is_present = torch.zeros_like(scores, dtype=torch.bool)
         is_present.scatter_(1, input_ids[:, self.prompt_length :], True)
@@ -41,11 +44,11 @@ class PresencePenalty(LogitsProcessor):
 
 class ViCuRModel(lmms):
     """
-    A base model with a cue recovery adapter, any other PEFT adapter, or none, for lmms-eval's tasks of images and
-    videos: `lmms_eval --model trl_vicur --model_args pretrained=…,adapter=…`.
+    A base model with a cue recovery adapter, another PEFT adapter, or no adapter, for lmms-eval's image and video
+    tasks: `lmms_eval --model trl_vicur --model_args pretrained=…,adapter=…`.
 
-    Decoding is that of the paper's evaluation (ViCuR, App. A) whatever a task's `generation_kwargs` are, so that all
-    benchmarks are decoded alike; `model_args` change it.
+    Decoding follows the paper's evaluation (ViCuR, App. A) and ignores a task's `generation_kwargs`, so that all
+    benchmarks are decoded in the same way; `model_args` change it.
 
     Args:
         pretrained (`str`):
@@ -55,14 +58,14 @@ class ViCuRModel(lmms):
         revision (`str`, *optional*):
             Revision of the base model.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Data type that the model is loaded in.
+            Data type to load the model in.
         device (`str`, *optional*):
-            Device, e.g. `"cuda:0"`; by default this process's own.
+            Device, e.g. `"cuda:0"`; by default the device of this process.
         batch_size (`int`, *optional*, defaults to `1`):
             Requests per batch.
         system_prompt (`str`, *optional*, defaults to `"You are a helpful assistant."`):
-            First turn of a conversation, where the task has none of its own (those of DynaMath and We-Math ask for
-            the form that is scored).
+            First turn of a conversation, unless the task has its own (in DynaMath and We-Math, it asks for the format
+            that is scored).
         temperature (`float`, *optional*, defaults to `0.7`):
             Sampling temperature; 0 is greedy.
         top_p (`float`, *optional*, defaults to `0.8`):
@@ -72,17 +75,17 @@ class ViCuRModel(lmms):
         presence_penalty (`float`, *optional*, defaults to `1.5`):
             See [`PresencePenalty`].
         max_new_tokens (`int`, *optional*, defaults to `4096`):
-            Longest completion, in tokens.
+            Maximum length of a completion, in tokens.
         min_pixels (`int`, *optional*, defaults to `3584`), max_pixels (`int`, *optional*, defaults to `401408`):
-            Images are scaled to have no fewer and no more pixels.
+            Images are scaled to a number of pixels in this range.
         min_frames (`int`, *optional*, defaults to `4`), max_frames (`int`, *optional*, defaults to `512`):
-            Videos are sampled, at the processor's rate, to have no fewer and no more frames.
+            Videos are sampled at the processor's rate, to a number of frames in this range.
 
     Raises:
-        `ValueError`: If the batch size is no number.
+        `ValueError`: If the batch size is not a number.
     """
 
-    is_simple = False  # conversations instead of texts with image marks
+    is_simple = False  # lmms-eval then passes conversations instead of texts with image placeholders
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class ViCuRModel(lmms):
         return ChatMessages(messages=messages).to_hf_messages()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Completes the conversations of lmms-eval's requests, in their order."""
+        """Complete the conversations of lmms-eval's requests, in order."""
         results = []
         progress = tqdm(total=len(requests), desc="Completing", unit="request", disable=self._rank != 0)
         for start in range(0, len(requests), self.batch_size):
