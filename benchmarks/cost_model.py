@@ -167,27 +167,11 @@ def plan(student: Costs, teacher: Costs | None, full: bool, gpu: GPU) -> dict[st
         "teacher": samples * (scorer.decoder_flops(scored_sequence) + scorer.head_flops(COMPLETION_TOKENS)) / compute,
         "student": (samples * passes * student.decoder_flops(sequence) + student_head) / compute,
     }
-    # Each pass over a micro-batch gathers weights from the other GPUs; only the time not overlapped with products
-    # counts
+    # Each pass over a micro-batch gathers weights from the other GPUs; the time that products hide does not count
     gathered = samples * (teacher_bytes + (passes - 1) * student_bytes) * (NUM_GPUS - 1) / NUM_GPUS / gpu.link
     seconds["gathering weights"] = max(0.0, gathered - seconds["teacher"] - seconds["student"])
 
-    trained = student.parameters + student.module_parameters if full else student.module_parameters
-    text = student.text
-    memory = {
-        "student's weights (shard)": student_bytes / NUM_GPUS,
-        "teacher's weights (shard)": teacher_bytes / NUM_GPUS if teacher is not None or full else 0.0,
-        # Gradient and, in float32, master weight and AdamW's two moments
-        "gradients, optimizer (shard)": trained * (BYTES + 12) / NUM_GPUS,
-        "one gathered layer, twice": 2 * BYTES * max(student.layer_parameters, scorer.layer_parameters),
-        "checkpoints of a micro-batch": BYTES * text.num_hidden_layers * text.hidden_size * sequence,
-        "activations of one layer": BYTES
-        * sequence
-        * (8 * text.hidden_size + 4 * text.num_attention_heads * text.head_dim + 4 * text.intermediate_size),
-        "loss (logits of one chunk)": 2 * BYTES * COMPLETION_TOKENS * 32768,
-        # Merged and DeepStack features of the generation batch, and its pixels, which have a similar size
-        "image features": samples * VISUAL_TOKENS * (4 * text.hidden_size + 4 * 1536) * BYTES,
-    }
+    memory = training_memory(student, teacher, full)
     rollout = {"weights": student_bytes, "KV cache": samples * sequence * student.cache_bytes}
     # vLLM needs about 3 GB for activations and graphs
     share = (sum(rollout.values()) + 3e9) / gpu.memory
@@ -204,6 +188,28 @@ def plan(student: Costs, teacher: Costs | None, full: bool, gpu: GPU) -> dict[st
             "per_device_train_batch_size": 1 << (min(micro_batch, int(samples)).bit_length() - 1),
             "fits": sum(memory.values()) + share * gpu.memory < 0.95 * gpu.memory,
         },
+    }
+
+
+def training_memory(student: Costs, teacher: Costs | None, full: bool) -> dict[str, float]:
+    """Bytes that training needs on each GPU, with a micro-batch of one prompt."""
+    scorer = teacher or student
+    sequence = PROMPT_TOKENS + COMPLETION_TOKENS
+    text = student.text
+    trained = student.parameters + student.module_parameters if full else student.module_parameters
+    return {
+        "student's weights (shard)": student.parameters * BYTES / NUM_GPUS,
+        "teacher's weights (shard)": scorer.parameters * BYTES / NUM_GPUS if teacher is not None or full else 0.0,
+        # Gradient and, in float32, master weight and AdamW's two moments
+        "gradients, optimizer (shard)": trained * (BYTES + 12) / NUM_GPUS,
+        "one gathered layer, twice": 2 * BYTES * max(student.layer_parameters, scorer.layer_parameters),
+        "checkpoints of a micro-batch": BYTES * text.num_hidden_layers * text.hidden_size * sequence,
+        "activations of one layer": BYTES
+        * sequence
+        * (8 * text.hidden_size + 4 * text.num_attention_heads * text.head_dim + 4 * text.intermediate_size),
+        "loss (logits of one chunk)": 2 * BYTES * COMPLETION_TOKENS * 32768,
+        # Merged and DeepStack features of the generation batch, and its pixels, which have a similar size
+        "image features": PROMPTS / NUM_GPUS * VISUAL_TOKENS * (4 * text.hidden_size + 4 * 1536) * BYTES,
     }
 
 
