@@ -14,9 +14,6 @@ For rollouts, give the options of a new module instead of an adapter; its weight
 from typing import Any
 
 
-SUPPORTED_ARCHITECTURES = ("Qwen3VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-
-
 def register() -> None:
     """
     Replace the supported architectures in vLLM's registry with subclasses, which change nothing unless an adapter is
@@ -25,7 +22,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from .engine_config import CueRecoveryEngineConfig
+    from .engine_config import SUPPORTED_ARCHITECTURES, CueRecoveryEngineConfig
 
     for architecture in SUPPORTED_ARCHITECTURES:
         ModelRegistry.register_model(architecture, f"{__name__}.model:CueRecovery{architecture}")

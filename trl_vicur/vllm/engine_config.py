@@ -8,12 +8,11 @@ from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from . import SUPPORTED_ARCHITECTURES
-
 
 if TYPE_CHECKING:
     from ..cue_recovery import CueRecoveryConfig
 
+SUPPORTED_ARCHITECTURES = ("Qwen3VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 # LoRA options that affect only training, or only weights that are merged
 SERVED_LORA_OPTIONS = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "eva_config"),
