@@ -154,7 +154,7 @@ def test_command(folder, capsys):
 def test_names_of_students(folder, capsys):
     arguments = ["compare", "--model", "m", "--dataset", str(folder / "questions"), "--output", "o"]
     assert main([*arguments, "--adapter", "a=x", "--student", "a=y"]) == 1
-    assert "a name of its own, got ['base', 'a', 'a']" in capsys.readouterr().err
+    assert "its own name, got ['base', 'a', 'a']" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--adapter", "path"])
     assert stop.value.code == 2 and "expected NAME=PATH, got 'path'" in capsys.readouterr().err

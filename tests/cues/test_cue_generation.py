@@ -33,7 +33,7 @@ from trl_vicur.cues import (
     TransformersGenerator,
     generate_cues,
 )
-from trl_vicur.cues.generate import check_cue
+from trl_vicur.cues.cue_text import check_cue
 from trl_vicur.generation.response_store import ResponseStore
 
 

@@ -10,15 +10,9 @@ from scripted_generators import ScriptedGenerator, fail, text_of
 from tiny_models import encode, make_image, make_processor, make_qwen3_vl, make_rows, user, with_completion
 
 from trl_vicur.cues import privilege_gap
+from trl_vicur.cues.agreement import agreement, content_tokens, same_meaning, semantic_entropy
 from trl_vicur.cues.privilege_gap import measure_privilege_gap, summarize_privilege_gap
-from trl_vicur.cues.recoverability import (
-    agreement,
-    content_tokens,
-    measure_recoverability,
-    same_meaning,
-    semantic_entropy,
-    summarize_recoverability,
-)
+from trl_vicur.cues.recoverability import measure_recoverability, summarize_recoverability
 from trl_vicur.cues.usefulness import measure_usefulness, summarize_usefulness
 from trl_vicur.generation import GeneratorUnavailableError, TransformersGenerator
 

@@ -19,8 +19,7 @@ from image_files import encoded
 from PIL import Image, ImageOps
 from tiny_models import make_image, make_processor, make_rows
 
-from trl_vicur.cues.generate import read_messages
-from trl_vicur.cues.prompts import CUE_PROMPT
+from trl_vicur.cues.prompts import CUE_PROMPT, cue_messages
 from trl_vicur.data.images import image_size, read_image
 from trl_vicur.heatmap.plot import load_images
 from trl_vicur.trainer.checks.rows import with_row_number
@@ -226,7 +225,7 @@ def row_with(image) -> dict:
 
 def in_cues(image) -> Image.Image:
     """The image that a cue generator receives."""
-    (message,) = read_messages([row_with(image)], 0, "prompt", CUE_PROMPT)[1:]
+    (message,) = cue_messages(row_with(image), "prompt", CUE_PROMPT)[1:]
     return message["content"][0]["image"]
 
 

@@ -1,6 +1,7 @@
 """The command `trl-vicur compare`."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,9 @@ from rich.table import Table
 
 from ..command_parser import CommandParser
 from ..data.loading import load_split
-from ..generation import TransformersGenerator
+from ..generation import Generator, TransformersGenerator
 from .compare import compare_models
-from .report import verdicts_by_row, write_html_comparison
+from .report import Verdict, verdicts_by_row, write_html_comparison
 
 
 PAGE_NAME = "comparison.html"
@@ -30,25 +31,25 @@ class CompareArguments:
         }
     )
     output: str = field(
-        metadata={"help": f"Folder for the page, {PAGE_NAME}, and for going on after an interruption."}
+        metadata={"help": f"Folder for the page, {PAGE_NAME}, and for resuming after an interruption."}
     )
     config_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    split: str = field(default="test", metadata={"help": "Split, where the dataset has some."})
-    num_rows: int | None = field(default=None, metadata={"help": "Ask only about so many rows, the first ones."})
+    split: str = field(default="test", metadata={"help": "Split of a dataset that has several."})
+    num_rows: int | None = field(default=None, metadata={"help": "Ask only about the first so many rows."})
     question_column: str | None = field(
         default=None,
-        metadata={"help": "Column with the questions, strings or conversational prompts; else `prompt`, `question`."},
+        metadata={"help": "Column with questions (strings or conversational prompts); else `prompt` or `question`."},
     )
     cue_column: str = field(default="cue", metadata={"help": "Column with the cues, which the page shows."})
     answer_column: str = field(default="answer", metadata={"help": "Column with the reference answers."})
     max_rows: int = field(
-        default=50, metadata={"help": "Questions on the page of those that the same models answer rightly."}
+        default=50, metadata={"help": "Questions to show of those that the same models answer correctly."}
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of the base model."})
-    dtype: str = field(default="auto", metadata={"help": "Data type that models are loaded in."})
+    dtype: str = field(default="auto", metadata={"help": "Data type of the models."})
     batch_size: int = field(default=8, metadata={"help": "Rows per batch."})
     max_new_tokens: int = field(
-        default=2048, metadata={"help": "Longest completion, in tokens; longer ones are wrong."}
+        default=2048, metadata={"help": "Maximum length of a completion, in tokens; longer ones count as wrong."}
     )
     temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
@@ -56,7 +57,7 @@ class CompareArguments:
 
 
 def named_path(kind: str, text: str) -> tuple[str, str, str]:
-    """The kind, and the parts of `NAME=PATH`."""
+    """The kind of a student, and its name and path from `NAME=PATH`."""
     name, _, path = text.partition("=")
     if not name or not path:
         raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
@@ -69,8 +70,8 @@ def compare(arguments: list[str]) -> None:
         [CompareArguments],
         prog="trl-vicur compare",
         usage="--model MODEL --adapter NAME=PATH … --dataset DATASET --output FOLDER [options]",
-        description="Let a base model and its students answer test questions, and show those on which they disagree: "
-        "image, cue, all completions, and who is right. After an interruption, the same command goes on where it "
+        description="Have a base model and its students answer test questions, and show those on which they disagree: "
+        "image, cue, all completions, and who is right. After an interruption, the same command continues where it "
         "stopped.",
         examples="""
             trl-vicur compare --model Qwen/Qwen3-VL-2B-Instruct --dataset me/geometry --output comparison \\
@@ -78,8 +79,8 @@ def compare(arguments: list[str]) -> None:
         """,
     )
     helps = {
-        "adapter": "Name of a student, and id or folder of its adapter to the base model; several times for several.",
-        "student": "Name of a student that is a whole model, and its id or folder; several times for several.",
+        "adapter": "Name of a student, and id or folder of its adapter for the base model. Can be repeated.",
+        "student": "Name of a student that is a whole model, and its id or folder. Can be repeated.",
     }
     for kind, text in helps.items():
         # One list for both, in the order of the command line
@@ -93,9 +94,32 @@ def compare(arguments: list[str]) -> None:
             help=text,
         )
     args, others = parser.parse_args_and_config(arguments)
-    names = ["base", *(name for _, name, _ in others.students)]
+    models = loaders(args, others.students)
+    dataset = load_split(args.dataset, args.config_name, args.split)
+    if args.num_rows is not None:
+        dataset = dataset.select(range(min(args.num_rows, len(dataset))))
+    columns = {"question_column": args.question_column, "answer_column": args.answer_column}
+    dataset = compare_models(dataset, models, args.output, seed=args.seed, **columns)
+
+    console = Console()
+    names, verdicts = verdicts_by_row(dataset)
+    print_accuracies(names, verdicts, console)
+    page = Path(args.output) / PAGE_NAME
+    write_html_comparison(dataset, page, cue_column=args.cue_column, max_rows=args.max_rows, **columns)
+    num_disagreements = sum(len(set(verdict)) > 1 for verdict in verdicts.values())
+    console.print(f"They disagree on {num_disagreements:,} questions, shown in {page}", markup=False, soft_wrap=True)
+
+
+def loaders(args: CompareArguments, students: list[tuple[str, str, str]]) -> dict[str, Callable[[], Generator]]:
+    """
+    What loads each model: the base, then the students in the order of the command line.
+
+    Raises:
+        `ValueError`: If two models have the same name.
+    """
+    names = ["base", *(name for _, name, _ in students)]
     if len(set(names)) < len(names):
-        raise ValueError(f"Every model needs a name of its own, got {names}.")
+        raise ValueError(f"Every model needs its own name, got {names}.")
     load = partial(
         TransformersGenerator,
         dtype=args.dtype,
@@ -105,26 +129,19 @@ def compare(arguments: list[str]) -> None:
         top_p=args.top_p,
     )
     load_base = partial(load, args.model, revision=args.revision)
-    models = {"base": load_base}
-    for kind, name, path in others.students:
+    models: dict[str, Callable[[], Generator]] = {"base": load_base}
+    for kind, name, path in students:
         models[name] = partial(load_base, adapter=path) if kind == "adapter" else partial(load, path)
-    dataset = load_split(args.dataset, args.config_name, args.split)
-    if args.num_rows is not None:
-        dataset = dataset.select(range(min(args.num_rows, len(dataset))))
-    columns = {"question_column": args.question_column, "answer_column": args.answer_column}
-    dataset = compare_models(dataset, models, args.output, seed=args.seed, **columns)
+    return models
 
-    names, verdicts = verdicts_by_row(dataset)
+
+def print_accuracies(names: list[str], verdicts: dict[int, Verdict], console: Console) -> None:
+    """Print how many questions each model answers correctly."""
     table = Table(title=f"{len(verdicts):,} questions", title_justify="left")
     table.add_column("model", no_wrap=True)
-    table.add_column("right", justify="right")
+    table.add_column("correct", justify="right")
     table.add_column("share", justify="right")
     for index, name in enumerate(names):
-        num_right = sum(verdict[index] for verdict in verdicts.values())
-        table.add_row(name, f"{num_right:,}", f"{num_right / len(verdicts):.1%}")
-    console = Console()
+        num_correct = sum(verdict[index] for verdict in verdicts.values())
+        table.add_row(name, f"{num_correct:,}", f"{num_correct / len(verdicts):.1%}")
     console.print(table)
-    page = Path(args.output) / PAGE_NAME
-    write_html_comparison(dataset, page, cue_column=args.cue_column, max_rows=args.max_rows, **columns)
-    num_disagreements = sum(len(set(verdict)) > 1 for verdict in verdicts.values())
-    console.print(f"They disagree on {num_disagreements:,} questions, shown in {page}", markup=False, soft_wrap=True)

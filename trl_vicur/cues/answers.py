@@ -7,15 +7,21 @@ import unicodedata
 from collections.abc import Iterator
 from decimal import Decimal
 from itertools import islice
+from typing import TypeGuard
 
 import sympy
-from math_verify import LatexExtractionConfig, parse, verify
 from sympy.core.numbers import ImaginaryUnit
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom
 
-from .generate import THINKING
-from .text_audit.number_words import FILL_CHARACTER, number_words_to_digits
+from ..extras import needs_extra
+from .cue_text import THINKING
+
+
+with needs_extra("cues", "Checking answers"):
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    from .text_audit.number_words import FILL_CHARACTER, number_words_to_digits
 
 
 # It warns of being called without its time limit, which is made of signals and works in the main thread only. What
@@ -256,7 +262,12 @@ def _is_same_value(text: str, answer: str) -> bool:
         names = set(re.findall(r"\\([A-Za-z]+)", latex)) - COMMANDS
         if len(latex) > MAX_EXPRESSION_LENGTH or names or "!" in latex or PLAIN_WORD.search(latex):
             return False
-        parsed = parse(f"${latex}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+        parsed = parse(
+            f"${latex}$",
+            [LatexExtractionConfig()],
+            fallback_mode="no_fallback",
+            parsing_timeout=None,  # pyright: ignore[reportArgumentType]  # its docstring allows `None`
+        )
         if not parsed or not _is_cheap(parsed[0]):
             return False
         expressions.append(parsed[0])
@@ -277,7 +288,7 @@ def _is_same_expression(answer: sympy.Basic, other: sympy.Basic) -> bool:
     return verify(answer, other, numeric_precision=50, allow_set_relation_comp=is_linear, timeout_seconds=None)
 
 
-def _is_number(expression: sympy.Basic) -> bool:
+def _is_number(expression: sympy.Basic) -> TypeGuard[sympy.Expr]:
     return isinstance(expression, sympy.Expr) and not expression.free_symbols
 
 
@@ -299,7 +310,7 @@ def _is_same_number(one: sympy.Expr, other: sympy.Expr) -> bool:
     """Whether two numbers are the same, or one is the other rounded to at least six significant digits."""
     if one.has(PERCENT) != other.has(PERCENT):  # 50 % is 0.5, or 50 where the question asks for a percentage
         return any(
-            _is_same_number(one.xreplace({PERCENT: factor}), other.xreplace({PERCENT: factor}))
+            _is_same_number(_with_percent(one, factor), _with_percent(other, factor))
             for factor in (sympy.Rational(1, 100), sympy.Integer(1))
         )
     values = _exact(one), _exact(other)
@@ -320,6 +331,13 @@ def _is_same_number(one: sympy.Expr, other: sympy.Expr) -> bool:
     )
 
 
+def _with_percent(number: sympy.Expr, factor: sympy.Expr) -> sympy.Expr:
+    """The number with a factor in place of its percent sign."""
+    replaced = number.xreplace({PERCENT: factor})
+    assert isinstance(replaced, sympy.Expr)  # one expression for another
+    return replaced
+
+
 def _num_digits(decimal: sympy.Float) -> int:
     """Number of significant digits of a decimal, without trailing zeros."""
     return len(Decimal(str(decimal)).normalize().as_tuple().digits)
@@ -334,9 +352,9 @@ def _is_cheap(expression: sympy.Basic | sympy.MatrixBase) -> bool:
         return False
     exponents = [node.exp for node in nodes if isinstance(node, sympy.Pow)]
     factors = [node for exponent in exponents for node in sympy.preorder_traversal(exponent)]
-    if any(factor.is_Pow or (factor.is_Number and abs(factor) > 100) for factor in factors):
+    if any(factor.is_Pow or (isinstance(factor, sympy.Number) and abs(factor) > 100) for factor in factors):
         return False
     # With symbols, powers of sums get expanded: the degree is at most the product of the exponents
     symbols = {node for node in nodes if isinstance(node, sympy.Symbol)}
-    degree = math.prod(max(1, abs(factor)) for factor in factors if factor.is_Number)
+    degree = math.prod(max(1, abs(factor)) for factor in factors if isinstance(factor, sympy.Number))
     return not symbols or (len(symbols) <= 3 and degree <= 10 and symbols.isdisjoint(factors))

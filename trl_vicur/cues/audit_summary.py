@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from ..data.columns import check_columns, check_dataset
+from ..data.columns import check_columns, check_dataset, iterate_tables
 
 
 class Verdict(NamedTuple):
@@ -67,7 +67,6 @@ MEASURES = (
         {"correct_with_cue": "with cue", "correct_without_cue": "without"},
     ),
 )
-BATCH_SIZE = 1000
 
 
 def summarize_audit(dataset: Dataset, cue_column: str = "cue") -> dict[str, int | float]:
@@ -92,7 +91,7 @@ def summarize_audit(dataset: Dataset, cue_column: str = "cue") -> dict[str, int 
         `ValueError`: If it has no rows, or was not audited.
     """
     counts = Counter(verdict for verdicts in iterate_verdicts(dataset, cue_column) for verdict in verdicts)
-    summary = {"rows": len(dataset)} | {verdict: counts[verdict] for verdict in VERDICTS}
+    summary: dict[str, int | float] = {"rows": len(dataset), **{verdict: counts[verdict] for verdict in VERDICTS}}
     for measure in MEASURES:
         columns = [column for column in measure.columns if column in dataset.column_names]
         means = mean_of_columns(dataset, columns)
@@ -115,8 +114,7 @@ def iterate_verdicts(dataset: Dataset, cue_column: str = "cue") -> Iterator[list
     check_columns(dataset, cue_column=cue_column)
     if missing := [column for column in VERDICT_COLUMNS if column not in dataset.column_names]:
         raise ValueError(f"The dataset was not audited: it has no column {missing}. Call `audit_cues` first.")
-    columns = dataset.select_columns([cue_column, *VERDICT_COLUMNS]).with_format("arrow")
-    for table in columns.iter(BATCH_SIZE):
+    for table in iterate_tables(dataset, [cue_column, *VERDICT_COLUMNS]):
         for row in table.to_pylist():
             yield find_verdicts(row, row[cue_column])
 
@@ -140,7 +138,7 @@ def mean_of_columns(dataset: Dataset, columns: list[str]) -> dict[str, int | flo
     if not columns:
         return {}
     sums, num_rows = np.zeros(len(columns)), 0
-    for table in dataset.select_columns(columns).with_format("arrow").iter(BATCH_SIZE):
+    for table in iterate_tables(dataset, columns):
         # A missing value becomes NaN
         values = np.stack([table[column].cast("float64").to_numpy() for column in columns], axis=1)
         values = values[~np.isnan(values).any(axis=1)]

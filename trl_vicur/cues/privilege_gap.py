@@ -1,43 +1,48 @@
-"""How much does the teacher know that the student cannot see? The gap that a privilege opens between their tokens."""
+"""
+How much does the teacher know that the student cannot see? The gap that a privilege opens between their tokens.
+
+A gap of `0` means that the teacher could do without the privilege. The gap of a recoverable cue is small where the
+teacher sees in the image what the cue says; the gap of an answer can only be learned as a shortcut.
+"""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, Value
-from tqdm.auto import tqdm
 
-from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
-from ..data.dataset_digest import dataset_digest
-from ..data.images import read_image
+from ..data.columns import set_column, set_columns
 from ..data.messages import message_texts
-from ..data.rows import row_images, shorten
-from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE
+from ..data.questions import QuestionRows
+from ..data.rows import shorten
+from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE, add_privilege
 from ..generation import ChatResponse, GeneratorUnavailableError, TransformersGenerator
-from ..generation.response_store import open_store
+from ..generation.collect import collect
+from ..generation.requests import describe_error
+from ..generation.response_store import ResponseStore, open_store
 from .audit_summary import mean_of_columns
-from .usefulness import make_prompt
 
 
 STORE_NAME = "privilege_gap.sqlite"
 GAP_COLUMNS = ("cue_gap", "cue_gap_on_answer", "answer_gap", "answer_gap_on_answer")
-# Completion tokens that are scored at a time, unless a single row has more: logits of this many tokens exist twice, in
-# the model's data type
+# Completion tokens that are scored at a time, unless a single row has more. The logits of this many tokens exist
+# twice, in the model's data type
 MAX_SCORED_TOKENS = 2048
-# Of these, tokens whose logits exist in float32 at a time
+# Of these, the tokens whose logits exist in float32 at a time
 TOKEN_CHUNK_SIZE = 128
 
 
 class GapRow(NamedTuple):
-    """What is read of a row: its prompts by privilege (`"none"`, `"cue"`, `"answer"`), completion and answer."""
+    """A row's prompts by privilege (`"none"`, `"cue"`, `"answer"`), its completion and its answer."""
 
     number: int
     prompts: dict[str, list[dict[str, Any]]]
-    completion: str | None  # none where it is to be generated
+    completion: str | None  # `None` if it is to be generated
     answer: str | None
 
 
@@ -52,139 +57,121 @@ def measure_privilege_gap(
     teacher_prompt_template: str = TEACHER_PROMPT_TEMPLATE,
 ) -> Dataset:
     """
-    Estimate I(Y; S | X), how much a teacher's tokens depend on a privilege S that the student never sees, for the cue
-    and beside it for the answer as privilege (ViCuR, Prop. 1).
+    Estimate I(Y; S | X), how far a teacher's tokens depend on a privilege S that the student never sees: on the cue
+    and, for comparison, on the answer (ViCuR, Prop. 1). The gap is KL(p_T(· | X, S, y_<t) ‖ p_T(· | X, y_<t)) over the
+    whole vocabulary, averaged over the tokens of a reference completion y.
 
-    It is the mean, over the tokens of reference completions y, of the Kullback-Leibler divergence between the
-    teacher's next-token distributions with the privilege and without, over the whole vocabulary:
-
-        KL( p_T(· | X, S, y_<t) ‖ p_T(· | X, y_<t) )    in nats per token
-
-    `0` means that the teacher could as well do without S. For a recoverable privilege it is small where the teacher
-    sees in the image what the cue tells; the gap of an answer is what the student can only learn as a shortcut.
-
-    The results of each batch are on disk as soon as they are there: after an interruption, the same call goes on with
-    the rows that are left. A row that fails is recorded with its error and does not stop the others.
+    Each batch is on disk as soon as it is measured: after an interruption, the same call continues with the rows that
+    are left. A row that fails gets its error recorded and does not stop the others.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Rows with `images` or `image`, a question, a cue and possibly an answer. Rows without a cue are left out.
+            Rows with `images` or `image`, a question, a cue and possibly an answer. Rows without a cue are skipped.
         teacher ([`TransformersGenerator`]):
             The teacher. Its `batch_size` is the number of rows at a time.
         output (`str` or `Path`, *optional*):
             Folder for the results, in the file `privilege_gap.sqlite`. Without it, they are not kept.
         completion_column (`str`, *optional*):
-            Column with the reference completions (strings). Without it, they are the teacher's own greedy completions
-            of the prompt without privilege, of at most its `max_new_tokens`.
-        question_column (`str`, *optional*):
-            Column with the questions, strings or conversational prompts. By default `prompt` or, if there is none,
-            `question`.
-        cue_column (`str`, *optional*, defaults to `"cue"`):
-            Column with the cues.
-        answer_column (`str`, *optional*, defaults to `"answer"`):
-            Column with the answers, if there is one.
-        teacher_prompt_template (`str`, *optional*, defaults to `"{prompt}\\n\\n[Hint]: {privilege}"`):
-            How the privilege is added to the last user turn.
+            Column with the reference completions (strings). By default the teacher's own greedy completions of the
+            prompt without privilege, up to its `max_new_tokens`.
+        question_column, cue_column, answer_column, teacher_prompt_template (`str`, *optional*):
+            As in [`measure_usefulness`].
 
     Returns:
         [`~datasets.Dataset`]: The dataset with the columns
 
-        - `cue_gap`, `answer_gap` (`float`, in nats): means over the tokens of the completion's text, without its end
-          token. `None` where the row is left out, failed, or has no answer.
-        - `cue_gap_on_answer`, `answer_gap_on_answer` (`float`, in nats): means over the tokens of the answer, where it
-          occurs last in the completion. `None` also where it does not.
+        - `cue_gap`, `answer_gap` (`float`, in nats per token): means over the text of the completion, without its end
+          token. `None` where the row is skipped, failed, or has no answer.
+        - `cue_gap_on_answer`, `answer_gap_on_answer` (`float`, in nats per token): means over the tokens of the answer
+          where it last occurs in the completion. `None` also where it does not occur.
         - `gap_error` (`str`): why the row failed, or `None`.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split, or `teacher` is not in this process.
         `ValueError`: If a column is missing, or if `output` was begun with other settings or another dataset.
-        [`GeneratorUnavailableError`]: If the memory does not suffice.
-        `OSError`: If the disk is full.
+        [`GeneratorUnavailableError`], `OSError`: If memory runs out, or if the disk is full.
     """
-    if not isinstance(teacher, TransformersGenerator):
-        raise TypeError(
-            f"The privilege gap needs the teacher's logits, which a {type(teacher).__name__} does not give. Load the "
-            "teacher with a `TransformersGenerator`."
-        )
-    check_dataset(dataset)
-    optional = {} if completion_column is None else {"completion_column": completion_column}
-    check_columns(dataset, cue_column=cue_column, **optional)
-    question_column = find_question_column(dataset, question_column)
-    columns = [question_column, find_image_column(dataset), cue_column, *optional.values()]
-    if answer_column in dataset.column_names:
-        columns.append(answer_column)
-    inputs = dataset.select_columns(columns)
-    settings = {
-        **teacher.settings,
-        "teacher_prompt_template": teacher_prompt_template,
-        "completion_column": completion_column,
-        "question_column": question_column,
-        "cue_column": cue_column,
-        "answer_column": answer_column,
-        "rows": len(dataset),
-        "dataset": dataset_digest(inputs),
-    }
-
-    def read_row(number: int) -> GapRow:
-        row = inputs[number]
-        answer = None if row.get(answer_column) is None else str(row[answer_column]).strip()
-        completion = None
-        if completion_column is not None:
-            completion = row[completion_column]
-            if not isinstance(completion, str):
-                raise ValueError(f"`{completion_column}` is {shorten(completion)}, expected a string.")
-        images = [read_image(image) for image in row_images(row)]
-        privileges = {"none": None, "cue": row[cue_column]} | ({"answer": answer} if answer else {})
-        prompts = {
-            name: make_prompt(row, images, question_column, privilege, teacher_prompt_template)
-            for name, privilege in privileges.items()
-        }
-        texts = (text for prompt in prompts.values() for text in message_texts(prompt))
-        teacher.refuse_control_tokens([completion or "", *texts])
-        return GapRow(number, prompts, completion, answer)
-
-    cues = dataset.select_columns([cue_column]).with_format(None)
-    has_cue = bytearray(bool((cue or "").strip()) for cue in cues[cue_column])
-    results: dict[str, list] = {name: [None] * len(dataset) for name in (*GAP_COLUMNS, "gap_error")}
+    check_teacher(teacher)
+    columns = {"completion_column": completion_column, "cue_column": cue_column, "answer_column": answer_column}
+    rows = QuestionRows(dataset, question_column, may_lack=["answer_column"], **columns)
+    settings = {**teacher.settings, "teacher_prompt_template": teacher_prompt_template, **rows.settings()}
     with open_store(output, STORE_NAME, settings) as store:
-        pending = (number for number in store.pending(len(dataset)) if has_cue[number])
-        num_done, _ = store.count()
-        with tqdm(total=sum(has_cue), initial=num_done, desc="Measuring gaps", unit="row") as progress:
-            while numbers := list(islice(pending, teacher.batch_size)):
-                responses, rows = [], []
-                for number in numbers:
-                    try:
-                        rows.append(read_row(number))
-                    except Exception as error:
-                        responses.append(_failure(number, error))
-                store.add(responses + _measure_rows(teacher, rows))
-                progress.update(len(numbers))
-        for number, text, error, _ in store:
-            results["gap_error"][number] = error
-            for name, gap in json.loads(text or "{}").items():
-                results[name][number] = gap
-    for name, values in results.items():
-        dataset = set_column(dataset, name, values, Value("string" if name == "gap_error" else "float64"))
-    return dataset
+        measure = partial(measure_gaps, teacher, partial(read_row, teacher, rows, teacher_prompt_template))
+        collect(store, rows.with_text(cue_column), measure, "Measuring gaps")
+        gaps, errors = read_gaps(store, len(rows))
+    return set_column(set_columns(dataset, gaps, Value("float64")), "gap_error", errors, Value("string"))
 
 
 def summarize_privilege_gap(dataset: Dataset) -> dict[str, int | float]:
     """
-    The means of `cue_gap` and `answer_gap`, and of the same on the answer, in nats per token. Each two are taken over
-    the rows that have both, so that they can be compared, and under the same names with `_rows` behind stands the
-    number of these.
+    The means of `cue_gap` and `answer_gap`, and of both gaps on the answer, in nats per token. The two of a pair are
+    comparable: they are taken over the rows that have both, whose number has the same name with the suffix `_rows`.
     """
     return mean_of_columns(dataset, ["cue_gap", "answer_gap"]) | mean_of_columns(
         dataset, ["cue_gap_on_answer", "answer_gap_on_answer"]
     )
 
 
-def _failure(number: int, error: Exception) -> ChatResponse:
-    return ChatResponse(number, None, f"{type(error).__name__}: {error}")
+def check_teacher(teacher: TransformersGenerator) -> None:
+    """
+    Raises:
+        `TypeError`: If the teacher does not give its logits.
+    """
+    if not isinstance(teacher, TransformersGenerator):
+        raise TypeError(
+            f"The privilege gap needs the teacher's logits, which a {type(teacher).__name__} does not give. Load the "
+            "teacher with a `TransformersGenerator`."
+        )
+
+
+def read_row(teacher: TransformersGenerator, rows: QuestionRows, template: str, number: int) -> GapRow:
+    """
+    Raises:
+        `ValueError`: If the row has no question, an unreadable image, a completion that is not a string, or a control
+            token in one of its texts.
+    """
+    cue, answer, completion = (rows.value(number, f"{name}_column") for name in ("cue", "answer", "completion"))
+    answer = None if answer is None else str(answer).strip()
+    completion_column = rows.columns["completion_column"]
+    if completion_column is not None and not isinstance(completion, str):
+        raise ValueError(f"`{completion_column}` is {shorten(completion)}, expected a string.")
+    prompts = {"none": rows.conversation(number)}
+    for name, privilege in {"cue": cue, "answer": answer}.items():
+        if privilege:
+            prompts[name] = add_privilege(prompts["none"], privilege, template)
+    texts = (text for prompt in prompts.values() for text in message_texts(prompt))
+    teacher.refuse_control_tokens([completion or "", *texts])
+    return GapRow(number, prompts, completion, answer)
+
+
+def read_gaps(store: ResponseStore, num_rows: int) -> tuple[dict[str, list[float | None]], list[str | None]]:
+    """The stored gaps as columns, and the errors of the rows that failed."""
+    gaps: dict[str, list[float | None]] = {name: [None] * num_rows for name in GAP_COLUMNS}
+    errors: list[str | None] = [None] * num_rows
+    for number, text, error, _ in store:
+        errors[number] = error
+        for name, gap in json.loads(text or "{}").items():
+            gaps[name][number] = gap
+    return gaps, errors
+
+
+def measure_gaps(
+    teacher: TransformersGenerator, read: Callable[[int], GapRow], numbers: Iterable[int]
+) -> Iterator[ChatResponse]:
+    """The gaps of rows, as JSON, measured batch by batch. A row that cannot be read gets an error."""
+    numbers = iter(numbers)
+    while batch := list(islice(numbers, teacher.batch_size)):
+        rows = []
+        for number in batch:
+            try:
+                rows.append(read(number))
+            except Exception as error:
+                yield ChatResponse(number, None, describe_error(error))
+        yield from _measure_rows(teacher, rows)
 
 
 def _measure_rows(teacher: TransformersGenerator, rows: list[GapRow]) -> list[ChatResponse]:
-    """The gaps of rows, as JSON; a batch that fails is tried again row by row."""
+    """The gaps of some rows; a batch that fails is tried again row by row."""
     try:
         with torch.no_grad():
             return _measure_batch(teacher, rows) if rows else []
@@ -194,19 +181,19 @@ def _measure_rows(teacher: TransformersGenerator, rows: list[GapRow]) -> list[Ch
         ) from error
     except Exception as error:
         if len(rows) == 1:
-            return [_failure(rows[0].number, error)]
+            return [ChatResponse(rows[0].number, None, describe_error(error))]
         return [response for row in rows for response in _measure_rows(teacher, [row])]
 
 
 def _measure_batch(teacher: TransformersGenerator, rows: list[GapRow]) -> list[ChatResponse]:
-    completions = [row.completion for row in rows]
-    if None in completions:
+    completions = [row.completion for row in rows if row.completion is not None]
+    if not completions:
         completions = greedy_completions(teacher, [row.prompts["none"] for row in rows])
     token_ids, answer_tokens = zip(
         *(tokenize_completion(teacher, text, row.answer) for text, row in zip(completions, rows, strict=True)),
         strict=True,
     )
-    gaps: list[dict[str, float | None]] = [{} for _ in rows]
+    gaps: list[dict[str, float]] = [{} for _ in rows]
     for part in _split(token_ids):
         plain = completion_logits(teacher, [rows[i].prompts["none"] for i in part], [token_ids[i] for i in part])
         for privilege in ("cue", "answer"):
@@ -225,7 +212,7 @@ def _measure_batch(teacher: TransformersGenerator, rows: list[GapRow]) -> list[C
     return [ChatResponse(row.number, json.dumps(gap)) for row, gap in zip(rows, gaps, strict=True)]
 
 
-def _split(token_ids: tuple[list[int], ...]) -> Iterator[list[int]]:
+def _split(token_ids: Sequence[list[int]]) -> Iterator[list[int]]:
     """Split a batch into parts whose padded completions have at most `MAX_SCORED_TOKENS` tokens, or one row."""
     part, longest = [], 0
     for i, ids in enumerate(token_ids):
@@ -238,7 +225,7 @@ def _split(token_ids: tuple[list[int], ...]) -> Iterator[list[int]]:
 
 
 def greedy_completions(teacher: TransformersGenerator, conversations: list[list[dict[str, Any]]]) -> list[str]:
-    """The teacher's most likely continuations, whole or cut at its `max_new_tokens`."""
+    """The teacher's greedy completions, whole or cut at its `max_new_tokens`."""
     inputs = teacher.encode(conversations)
     max_new_tokens = teacher.settings["max_new_tokens"]
     output_ids = teacher.model.generate(
@@ -253,13 +240,13 @@ def tokenize_completion(
     teacher: TransformersGenerator, completion: str, answer: str | None
 ) -> tuple[list[int], list[int]]:
     """
-    The token ids of a completion, and the positions among them of the tokens that have a part in the last occurrence
-    of the answer. Within a longer word or number ("12" in "120") it does not occur; case matters only to a letter.
+    The token ids of a completion, and the positions of those that overlap with the last occurrence of the answer.
+    Parts of a longer word or number ("12" in "120") do not count; case matters only to a single letter.
 
     Raises:
         `ValueError`: If the completion has no tokens.
     """
-    # What the teacher has spelled is text, even if it looks like a special token
+    # The completion is text, even where it looks like a special token
     encoding = teacher.processing_class.tokenizer(
         completion, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
     )
@@ -279,7 +266,7 @@ def completion_logits(
 ) -> torch.Tensor:
     """
     Logits `(batch, completion, vocab)` that predict the tokens of completions, in the teacher's data type. Shorter
-    completions are padded at their end; what stands there means nothing.
+    completions are padded at their end; ignore the logits there.
     """
     inputs = teacher.encode(conversations)
     longest = max(map(len, completions))
@@ -290,7 +277,7 @@ def completion_logits(
     # A completion has no visual tokens
     added |= {name: torch.zeros_like(ids) for name in ("token_type_ids", "mm_token_type_ids") if name in inputs}
     inputs |= {name: torch.cat([inputs[name], values.to(inputs[name].dtype)], dim=1) for name, values in added.items()}
-    # The last position predicts what comes behind the completion
+    # The last position predicts what comes after the completion
     return teacher.model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits[:, -longest - 1 : -1]
 
 

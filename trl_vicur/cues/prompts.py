@@ -1,10 +1,16 @@
-"""What a generator is asked for: the visible evidence that a question needs, and nothing else."""
+"""The prompt for a cue: it asks for the visible evidence that a question needs, and for nothing else."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from ..data.images import read_image
+from ..data.messages import check_messages, check_placeholders, question_text
+from ..data.rows import row_images, shorten
+from .text_audit.control_text import CONTROL_TOKEN
+from .text_audit.folding import fold_text
 
 
 @dataclass(frozen=True)
@@ -14,9 +20,9 @@ class CuePrompt:
 
     Args:
         version (`str`):
-            Its name in the provenance of cues.
+            Name of the prompt in the provenance of cues.
         user (`str`):
-            Text of the user turn, behind the images. `{question}` stands for the question; other braces are text.
+            Text of the user turn, after the images. `{question}` is replaced with the question; other braces are text.
         system (`str`, *optional*):
             Text of the system turn.
 
@@ -34,21 +40,47 @@ class CuePrompt:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "CuePrompt":
-        """The text of a file as user turn; the file's name is the version."""
+        """A prompt with the text of a file as its user turn, and the file's name as its version."""
         return cls(version=Path(path).name, user=Path(path).read_text(encoding="utf-8"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The prompt in the settings of a [`ResponseStore`]."""
+        return {"prompt_version": self.version, "prompt": [self.system, self.user]}
 
     def messages(self, question: str, images: list[Image.Image]) -> list[dict[str, Any]]:
         """The conversation that asks for a cue to `question` in `images`."""
-        content = [{"type": "image", "image": image} for image in images]
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         # Not str.format: braces in a question are text
         content.append({"type": "text", "text": self.user.replace("{question}", question)})
-        messages = [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
         return messages
 
 
-# A changed text is a new version: cues of different texts are different data.
+def cue_messages(row: dict[str, Any], question_column: str, prompt: CuePrompt) -> list[dict[str, Any]]:
+    """
+    The conversation that asks for a row's cue.
+
+    Raises:
+        `ValueError`: If the row has no image or no question, or a control token in its question.
+    """
+    if isinstance(row[question_column], list):
+        check_messages(row[question_column])
+    question = question_text(row[question_column] or "")
+    if not question.strip():
+        raise ValueError(f"`{question_column}` is {shorten(row[question_column])}, which asks nothing.")
+    check_placeholders(question_column, question)
+    if found := CONTROL_TOKEN.search(fold_text(question)):
+        raise ValueError(f"The question contains the control token {found.group()!r}: {shorten(question)}.")
+    images = [read_image(image) for image in row_images(row)]
+    if not images:
+        raise ValueError("The row has no image.")
+    return prompt.messages(question, images)
+
+
+# A changed text is a new version: cues from different prompts are different data.
 CUE_PROMPT = CuePrompt(
     version="1",
     system="You look at images and report what can be seen in them. You do not solve problems.",

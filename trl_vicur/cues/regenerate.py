@@ -1,26 +1,33 @@
 """New cues for the rows whose cue must not be used."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
-from ..data.dataset_digest import dataset_digest
-from ..data.messages import question_text
-from ..generation import ChatRequest, Generator
-from ..generation.response_store import open_store
-from .audit import audit_row
-from .generate import check_cue, make_provenance, read_messages
+from ..data.columns import set_column
+from ..data.questions import QuestionRows
+from ..generation import Generator
+from ..generation.response_store import ResponseStore, open_store
+from .audit import AuditColumns
+from .generate import ask_for_cues, make_provenance
 from .prompts import CUE_PROMPT, CuePrompt
 
 
 logger = logging.getLogger(__name__)
 
 STORE_NAME = "regenerated.sqlite"
+
+
+class NewCue(NamedTuple):
+    """The cue of one attempt, or `None` if it failed, and the seed that it was sampled with."""
+
+    text: str | None
+    seed: int
 
 
 def regenerate_cues(
@@ -35,7 +42,7 @@ def regenerate_cues(
     seed: int = 0,
 ) -> Dataset:
     """
-    Ask a generator again for the cues that are missing or that [`audit_cue`] does not pass, until one passes.
+    Replace the cues that are missing or that fail [`audit_cue`]: ask a generator again until a cue passes.
 
     Can be interrupted and called again like [`generate_cues`].
 
@@ -43,90 +50,86 @@ def regenerate_cues(
         dataset ([`~datasets.Dataset`]):
             The result of [`generate_cues`], or any dataset with images, a question and the column `cue`.
         generator ([`Generator`]):
-            A generator that samples, or another one than made the cues: the same would say the same.
+            A generator that samples, or another one than wrote the cues: the same greedy one would repeat them.
         output (`str` or `Path`, *optional*):
-            Folder for what is needed to go on after an interruption. Without it, a temporary one.
+            Folder for resuming after an interruption. By default a temporary one.
         prompt ([`CuePrompt`], *optional*, defaults to `CUE_PROMPT`):
-            What the generator is asked.
+            The prompt that asks for a cue.
         max_attempts (`int`, *optional*, defaults to `3`):
-            How often it is asked for each row.
+            How often to ask about each row.
         question_column, answer_column, visible_text_column (`str`, *optional*):
             As in [`audit_cues`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling; every attempt at every row has its own.
 
     Returns:
-        [`~datasets.Dataset`]: The same rows in the same order. Where an attempt passed, `cue` is the new one; where
-        none did, everything is as it was.
+        [`~datasets.Dataset`]: The same rows in the same order. Where an attempt passed, `cue` is the new one;
+        elsewhere nothing changes.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
-        `ValueError`: If a column is missing, if `max_attempts` is less than 1, or if `output` holds what was begun
-            with other settings.
+        `ValueError`: If a column is missing, if `max_attempts` is less than 1, or if `output` was begun with other
+            settings.
         [`GeneratorUnavailableError`]: If no request can succeed.
     """
-    check_dataset(dataset)
-    check_columns(dataset, cue_column="cue")
+    rows = QuestionRows(dataset, question_column, cue_column="cue")
     if max_attempts < 1:
         raise ValueError(f"`max_attempts` must be at least 1, got {max_attempts}.")
-    question_column = find_question_column(dataset, question_column)
-    inputs = dataset.select_columns([question_column, find_image_column(dataset)])
-    columns = [
-        name for name in (question_column, "cue", answer_column, visible_text_column) if name in dataset.features
-    ]
-    texts = dataset.select_columns(columns).with_format(None)
+    settings = {**generator.settings, **prompt.settings, "seed": seed, "dataset": rows.settings()["dataset"]}
+    columns = AuditColumns(rows.question_column, "cue", answer_column, visible_text_column)
+    with open_store(output, STORE_NAME, settings) as store:
+        attempt = partial(attempt_cues, generator, store, rows, prompt, seed)
+        return replace_cues(dataset, find_usable_cues(dataset, columns, attempt, max_attempts), settings)
+
+
+def find_usable_cues(
+    dataset: Dataset,
+    columns: AuditColumns,
+    attempt: Callable[[int, list[int]], list[NewCue]],
+    max_attempts: int,
+) -> dict[int, NewCue]:
+    """Attempt the rows whose cue fails the audit until one passes; returns the cues that pass, by row."""
+    texts = dataset.select_columns([name for name in columns if name in dataset.column_names]).with_format(None)
 
     def is_usable(number: int, cue: str | None) -> bool:
-        row = texts[number]
-        question = question_text(row[question_column] or "")
-        return audit_row(cue, question, row.get(answer_column), row.get(visible_text_column) or ())["cue_usable"]
+        return columns.audit({**texts[number], "cue": cue})["cue_usable"]
 
-    settings = {
-        **generator.settings,
-        "prompt_version": prompt.version,
-        "prompt": [prompt.system, prompt.user],
-        "seed": seed,
-        "dataset": dataset_digest(dataset.select_columns([*inputs.column_names, "cue"])),
-    }
-    rejected = [
-        number
-        for number, row in enumerate(tqdm(texts, desc="Looking for cues to make again", unit="row"))
-        if not is_usable(number, row["cue"])
-    ]
-    new_cues = {}
-    with open_store(output, STORE_NAME, settings) as store:
-        # The n-th attempt at a row is filed under its number plus n times the number of rows
-        done = {number: text for number, text, _, _ in store}
-        for attempt in range(max_attempts):
-            filed = {number: number + attempt * len(dataset) for number in rejected}
-            pending = [number for number in rejected if filed[number] not in done]
-            requests = (
-                ChatRequest(
-                    filed[number],
-                    partial(read_messages, inputs, number, question_column, prompt),
-                    seed + filed[number],
-                )
-                for number in pending
-            )
-            description = f"Generating cues again, attempt {attempt + 1}"
-            for response in tqdm(generator.generate(requests), total=len(pending), desc=description, unit="row"):
-                response = check_cue(response)
-                store.add([response], seed + response.number)
-                done[response.number] = response.text
-            passed = [number for number in rejected if is_usable(number, done[filed[number]])]
-            new_cues |= {number: (done[filed[number]], seed + filed[number]) for number in passed}
-            rejected = [number for number in rejected if number not in new_cues]
+    cues = tqdm(texts["cue"], desc="Looking for cues to replace", unit="row")
+    rejected = [number for number, cue in enumerate(cues) if not is_usable(number, cue)]
+    usable: dict[int, NewCue] = {}
+    for number_of_attempt in range(max_attempts):
+        new_cues = zip(rejected, attempt(number_of_attempt, rejected), strict=True)
+        usable |= {number: new_cue for number, new_cue in new_cues if is_usable(number, new_cue.text)}
+        rejected = [number for number in rejected if number not in usable]
     if rejected:
         logger.warning(f"{len(rejected)} rows have no usable cue after {max_attempts} attempts.")
-    return replace_cues(dataset, new_cues, settings)
+    return usable
 
 
-def replace_cues(dataset: Dataset, new_cues: dict[int, tuple[str, int]], settings: dict[str, Any]) -> Dataset:
-    """The dataset with new cues in the given rows, and what they were made with: `settings` and a seed each."""
-    replacements = {
-        "cue": {number: cue for number, (cue, _) in new_cues.items()},
+def attempt_cues(
+    generator: Generator,
+    store: ResponseStore,
+    rows: QuestionRows,
+    prompt: CuePrompt,
+    seed: int,
+    number_of_attempt: int,
+    numbers: list[int],
+) -> list[NewCue]:
+    """A new cue for each of the rows; those of failed requests have no text."""
+    # The n-th attempt at a row is filed under its number plus n times the number of rows
+    filed = [number + number_of_attempt * len(rows) for number in numbers]
+    description = f"Generating cues again, attempt {number_of_attempt + 1}"
+    ask_for_cues(generator, store, filed, rows, prompt, seed, description, row_of=lambda number: number % len(rows))
+    texts = {number: text for number, text, _, _ in store}
+    return [NewCue(texts[number], seed + number) for number in filed]
+
+
+def replace_cues(dataset: Dataset, new_cues: dict[int, NewCue], settings: dict[str, Any]) -> Dataset:
+    """The dataset with new cues in the given rows, and with their provenance."""
+    replacements: dict[str, dict[int, Any]] = {
+        "cue": {number: cue.text for number, cue in new_cues.items()},
         "cue_error": dict.fromkeys(new_cues),
-        "cue_provenance": {number: make_provenance(settings, seed) for number, (_, seed) in new_cues.items()},
+        "cue_provenance": {number: make_provenance(settings, cue.seed) for number, cue in new_cues.items()},
     }
     for column, values in replacements.items():
         if column in dataset.column_names:

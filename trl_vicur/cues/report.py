@@ -140,7 +140,7 @@ def read_rows(
         images = row_images(row) if "images" in row or "image" in row else []
         all_reasons = row.get("cue_reasons") or []
         reasons = [readable(reason, MAX_REASON_LENGTH) for reason in all_reasons[:MAX_REASONS_PER_ROW]]
-        quotes = {match[match.lastindex] for reason in reasons for match in QUOTED.finditer(reason)}
+        quotes = {match[match.lastindex or 0] for reason in reasons for match in QUOTED.finditer(reason)}
         cue, answer = row[cue_column], row.get(answer_column)
         yield {
             "number": number,
@@ -157,7 +157,7 @@ def read_rows(
 
 def mark_quotes(reason: str) -> Markup:
     """A reason, with what it quotes marked."""
-    return mark(reason, [match.span(match.lastindex) for match in QUOTED.finditer(reason)])
+    return mark(reason, [match.span(match.lastindex or 0) for match in QUOTED.finditer(reason)])
 
 
 def mark_evidence(cue: str, quotes: set[str]) -> Markup:

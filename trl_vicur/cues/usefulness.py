@@ -1,24 +1,18 @@
-"""Does the cue help to answer? The accuracy of a model that is told the cue, against the same model without."""
+"""Does the cue help to answer? The accuracy of a model that gets the cue, against the same model without it."""
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Value
-from PIL import Image
 from tqdm.auto import tqdm
-from trl.data_utils import prepare_multimodal_messages
 
-from ..data.columns import check_columns, check_dataset, find_image_column, find_question_column, set_column
-from ..data.dataset_digest import dataset_digest
-from ..data.images import read_image
-from ..data.messages import question_text
-from ..data.rows import row_images, shorten
+from ..data.columns import set_columns
+from ..data.questions import QuestionRows
 from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE, add_privilege
-from ..extras import needs_extra
-from ..generation import ChatRequest, Generator
-from ..generation.response_store import open_store
+from ..generation import Generator
+from ..generation.collect import ask
+from ..generation.response_store import ResponseStore, open_store
 from .audit_summary import mean_of_columns
 
 
@@ -35,33 +29,28 @@ def measure_usefulness(
     teacher_prompt_template: str = TEACHER_PROMPT_TEMPLATE,
 ) -> Dataset:
     """
-    Let a model answer every question with and without the cue, and check its answers with [`is_correct`].
+    Have a model answer every question with and without the cue, and check its answers with [`is_correct`].
 
-    A cue that does not help the teacher cannot make it a better one. The prompts are those of training: the row's own,
-    and the same with the hint that only the teacher sees (ViCuR, Sec. 3.1).
+    A cue that does not help the teacher cannot improve it. The prompts are those of training: the row's own, and the
+    same with the hint that only the teacher sees (ViCuR, Sec. 3.1).
 
-    Each completion is on disk as soon as it is there: after an interruption, the same call goes on with what is left.
+    Each completion is on disk as soon as it arrives: after an interruption, the same call continues.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Rows with `images` or `image`, a question, a cue and an answer.
         generator ([`Generator`]):
-            The teacher, or another model that stands for it.
+            The teacher, or another model in its place.
         output (`str` or `Path`, *optional*):
             Folder for the completions, in the file `usefulness.sqlite`. Without it, they are not kept.
-        question_column (`str`, *optional*):
-            Column with the questions, strings or conversational prompts. By default `prompt` or, if there is none,
-            `question`.
-        cue_column (`str`, *optional*, defaults to `"cue"`):
-            Column with the cues.
-        answer_column (`str`, *optional*, defaults to `"answer"`):
-            Column with the reference answers. Rows without a cue or without an answer are left out.
+        question_column, cue_column, answer_column (`str`, *optional*):
+            As in [`audit_cues`]. Rows without a cue or without an answer are skipped.
         teacher_prompt_template (`str`, *optional*, defaults to `"{prompt}\\n\\n[Hint]: {privilege}"`):
             How the cue is added to the last user turn.
 
     Returns:
         [`~datasets.Dataset`]: The dataset with the columns `correct_with_cue` and `correct_without_cue` (`bool`).
-        `None` where the row is left out or the generator failed, which a completion without an end is, too.
+        `None` where the row is skipped or the generator failed; an unfinished completion is a failure, too.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
@@ -69,93 +58,40 @@ def measure_usefulness(
         [`GeneratorUnavailableError`]: If no request can succeed.
         `OSError`: If the disk is full.
     """
-    with needs_extra("cues", "Checking answers"):
-        from .answers import is_correct
+    from .answers import is_correct  # needs the extra `cues`, so it fails before a model is asked
 
-    check_dataset(dataset)
-    check_columns(dataset, cue_column=cue_column, answer_column=answer_column)
-    question_column = find_question_column(dataset, question_column)
-    inputs = dataset.select_columns([question_column, find_image_column(dataset), cue_column, answer_column])
-    settings = {
-        **generator.settings,
-        "teacher_prompt_template": teacher_prompt_template,
-        "question_column": question_column,
-        "cue_column": cue_column,
-        "answer_column": answer_column,
-        "rows": len(dataset),
-        "dataset": dataset_digest(inputs),
-    }
-    texts = inputs.select_columns([cue_column, answer_column]).with_format(None)
-    is_measured = bytearray(
-        bool((cue or "").strip()) and answer is not None
-        for cue, answer in zip(texts[cue_column], texts[answer_column], strict=True)
-    )
+    rows = QuestionRows(dataset, question_column, cue_column=cue_column, answer_column=answer_column)
+    cues, answers = rows.values(cue_column), rows.values(answer_column)
+    settings = {**generator.settings, "teacher_prompt_template": teacher_prompt_template, **rows.settings()}
 
-    def read_prompt(number: int, with_cue: bool) -> list[dict[str, Any]]:
-        row = inputs[number]
-        images = [read_image(image) for image in row_images(row)]
-        return make_prompt(
-            row, images, question_column, row[cue_column] if with_cue else None, teacher_prompt_template
-        )
+    def messages(number: int) -> list[dict[str, Any]]:
+        row, with_cue = divmod(number, 2)
+        return add_privilege(rows.conversation(row), cues[row] if with_cue else None, teacher_prompt_template)
 
-    # Number 2 i is row i without the cue, number 2 i + 1 with it
-    correct: list[list[bool | None]] = [[None] * len(dataset), [None] * len(dataset)]
+    # Number 2 i is row i without the cue, number 2 i + 1 with it; both have the same seed
+    numbers = [2 * row + i for row in rows.with_text(cue_column) if answers[row] is not None for i in range(2)]
     with open_store(output, STORE_NAME, settings) as store:
-
-        def requests() -> Iterator[ChatRequest]:
-            for number in store.pending(2 * len(dataset)):
-                row, with_cue = divmod(number, 2)
-                if is_measured[row]:
-                    yield ChatRequest(number, partial(read_prompt, row, with_cue), seed=row)  # one seed for both
-
-        num_done, _ = store.count()
-        total = 2 * sum(is_measured)
-        with tqdm(total=total, initial=num_done, desc="Answering with and without cue", unit="answer") as progress:
-            for response in generator.generate(requests()):
-                store.add([response], response.number // 2)
-                progress.update()
-        # Checked here, not when they are stored, so that better checks find the completions of earlier runs
-        for number, completion, _, _ in tqdm(store, total=total, desc="Checking answers", unit="answer"):
-            row, with_cue = divmod(number, 2)
-            if completion is not None:
-                correct[with_cue][row] = is_correct(completion, str(texts[row][answer_column]))
-    for name, values in zip(("correct_without_cue", "correct_with_cue"), correct, strict=True):
-        dataset = set_column(dataset, name, values, Value("bool"))
-    return dataset
+        description = "Answering with and without cue"
+        ask(generator, store, numbers, messages, description, "answer", seed=lambda number: number // 2)
+        columns = check_answers(store, answers, is_correct, len(numbers))
+    return set_columns(dataset, columns, Value("bool"))
 
 
 def summarize_usefulness(dataset: Dataset) -> dict[str, int | float]:
     """
-    The accuracies, as means of `correct_with_cue` and `correct_without_cue`, over the rows that have both, and under
-    the same names with `_rows` behind, the number of these; empty without any.
+    The accuracies, which are the means of `correct_with_cue` and `correct_without_cue` over the rows that have both,
+    and the number of these rows under the same names with the suffix `_rows`; empty if no row has both.
     """
     return mean_of_columns(dataset, ["correct_with_cue", "correct_without_cue"])
 
 
-def make_prompt(
-    row: dict[str, Any], images: list[Image.Image], question_column: str, privilege: str | None, template: str
-) -> list[dict[str, Any]]:
-    """
-    The conversation that a row's question is answered in: the student's, or with the privilege the teacher's.
-
-    Args:
-        row (`dict`):
-            The row; its question is a string, which becomes a user turn, or a conversational prompt.
-        images (`list[PIL.Image.Image]`):
-            The row's images.
-        question_column (`str`):
-            Column with the question.
-        privilege (`str`, *optional*):
-            What only the teacher sees.
-        template (`str`):
-            How it is added to the last user turn.
-
-    Raises:
-        `ValueError`: If the row asks nothing, or has another number of images than its prompt.
-    """
-    prompt = row[question_column] or ""
-    if not question_text(prompt).strip():
-        raise ValueError(f"`{question_column}` is {shorten(prompt)}, which asks nothing.")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    return prepare_multimodal_messages(add_privilege(prompt, privilege, template), images=images)
+def check_answers(
+    store: ResponseStore, answers: list[Any], is_correct: Callable[[str, str], bool], total: int
+) -> dict[str, list[bool | None]]:
+    """Which completions are correct. Checked after they are stored, so a better check applies to earlier runs, too."""
+    correct: list[list[bool | None]] = [[None] * len(answers), [None] * len(answers)]
+    for number, completion, _, _ in tqdm(store, total=total, desc="Checking answers", unit="answer"):
+        row, with_cue = divmod(number, 2)
+        if completion is not None:
+            correct[with_cue][row] = is_correct(completion, str(answers[row]))
+    return dict(zip(("correct_without_cue", "correct_with_cue"), correct, strict=True))

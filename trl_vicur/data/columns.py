@@ -1,7 +1,9 @@
 """Find and check the columns of a dataset that cues are generated and audited from."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset
 
 
@@ -72,3 +74,24 @@ def set_column(dataset: Dataset, name: str, values: list[Any], feature: Any) -> 
     if name in dataset.column_names:
         dataset = dataset.remove_columns([name])
     return dataset.add_column(name, values, feature=feature)
+
+
+def set_columns(dataset: Dataset, columns: dict[str, list[Any]], feature: Any) -> Dataset:
+    """The dataset with several columns of one feature, as [`set_column`] sets each."""
+    for name, values in columns.items():
+        dataset = set_column(dataset, name, values, feature)
+    return dataset
+
+
+def iterate_rows(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The given columns of each row, as Python objects, whatever the dataset's format."""
+    for row in dataset.select_columns(columns).with_format(None):
+        assert isinstance(row, dict)  # `datasets` annotates the rows of all formats
+        yield row
+
+
+def iterate_tables(dataset: Dataset, columns: list[str], batch_size: int = 1000) -> Iterator[pa.Table]:
+    """The given columns of a dataset in batches of rows, with images as they are stored."""
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size):
+        assert isinstance(table, pa.Table)  # `datasets` annotates the batches of all formats
+        yield table

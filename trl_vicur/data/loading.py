@@ -1,6 +1,7 @@
 """Load a dataset by name: an id on the Hub, a folder, or a file."""
 
 from pathlib import Path
+from typing import Literal, overload
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -11,6 +12,14 @@ from .dataset_folder import CUE_STORE, STATE
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
+@overload
+def load_split(
+    name: str, config_name: str | None = None, split: str = "train", streaming: Literal[False] = False
+) -> Dataset: ...
+@overload
+def load_split(
+    name: str, config_name: str | None = None, split: str = "train", streaming: bool = False
+) -> Dataset | IterableDataset: ...
 def load_split(
     name: str, config_name: str | None = None, split: str = "train", streaming: bool = False
 ) -> Dataset | IterableDataset:

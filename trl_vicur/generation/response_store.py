@@ -4,7 +4,8 @@ import errno
 import json
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,15 @@ class ResponseStore:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def pending(self, count: int, retry_failed: bool = False) -> Iterator[int]:
-        """Numbers below `count` without a response, ascending; with `retry_failed`, also those with an error."""
-        done = bytearray(count)  # one byte per row; a set would need about sixty
+    def pending(self, numbers: Sequence[int], retry_failed: bool = False) -> Sequence[int]:
+        """The numbers without a response, in their order; with `retry_failed`, also those with an error."""
+        # One byte per number, and eight in the result; a set would need about sixty
+        done = bytearray(max(numbers, default=-1) + 1)
         condition = "WHERE error IS NULL" if retry_failed else ""
         for (number,) in self._connection.execute(f"SELECT number FROM responses {condition}"):
-            done[number] = 1
-        return (number for number in range(count) if not done[number])
+            if number < len(done):
+                done[number] = 1
+        return array("q", (number for number in numbers if not done[number]))
 
     def count(self) -> tuple[int, int]:
         """Number of all responses, and of those with an error."""
