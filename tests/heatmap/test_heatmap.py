@@ -213,9 +213,9 @@ def test_conversations_that_cannot_be_drawn(processor):
         plot_sink_attention(model, processor, [{"role": "user", "content": "Hello"}])
     with pytest.raises(ValueError, match=r"control token '<\|image_pad\|>'"):
         plot_sink_attention(model, processor, user("<|image_pad|>", make_image(0)))
-    with model.disable_adapter(), pytest.raises(ValueError, match="no active adapter of cue recovery"):
+    with model.disable_adapter(), pytest.raises(ValueError, match="no active cue recovery adapter"):
         plot_sink_attention(model, processor, user("What?", make_image(0)))
-    with pytest.raises(ValueError, match="no active adapter of cue recovery"):
+    with pytest.raises(ValueError, match="no active cue recovery adapter"):
         plot_sink_attention(make_qwen3_vl(), processor, user("What?", make_image(0)))
 
 
@@ -233,7 +233,7 @@ def test_a_sink_that_is_the_only_visual_token(processor):
 
 
 def test_visual_tokens_that_lie_on_no_known_grid():
-    with pytest.raises(ValueError, match="type 'llava' cannot be laid over its images: its processor does not tell"):
+    with pytest.raises(ValueError, match="type 'llava' cannot be laid over its images: its processor does not report"):
         split_into_grids(torch.ones(1, 4), None, "llava")
     for tokens, grid in [(5, [1, 4, 4]), (8, [1, 4, 4]), (3, [1, 3, 4])]:
         with pytest.raises(ValueError, match=f"there are {tokens} of them for the {grid[1] * grid[2]} patches"):
@@ -267,7 +267,7 @@ def command(folder, *options, **replaced):
 
 def test_command(folder, capsys):
     assert main(command(folder, output="new/out.png")) == 0
-    assert f"The picture is in {folder}/new/out.png" in capsys.readouterr().out
+    assert f"The heat map is in {folder}/new/out.png" in capsys.readouterr().out
     one = Image.open(folder / "new/out.png")
     assert main(command(folder, "--image", str(folder / "b.jpg"), "--dtype", "bfloat16")) == 0
     two = Image.open(folder / "out.png")

@@ -1,4 +1,4 @@
-"""Pictures of what the sink token looks at (ViCuR, arXiv 2606.05718, Fig. 11)."""
+"""Heat maps of the sink token's attention over images (ViCuR, arXiv 2606.05718, Fig. 11)."""
 
 from .plot import plot_sink_attention
 

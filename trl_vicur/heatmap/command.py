@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -20,11 +20,11 @@ class HeatmapArguments:
     """Arguments of `trl-vicur heatmap`."""
 
     model: str = field(metadata={"help": "Id or folder of the base model."})
-    adapter: str = field(metadata={"help": "Id or folder of its cue recovery adapter."})
-    question: str = field(metadata={"help": "What is asked about the images."})
+    adapter: str = field(metadata={"help": "Id or folder of a cue recovery adapter for it."})
+    question: str = field(metadata={"help": "Question about the images."})
     output: str = field(metadata={"help": "File for the picture: .png, .pdf, .svg, …"})
     revision: str | None = field(default=None, metadata={"help": "Revision of the base model."})
-    dtype: str = field(default="auto", metadata={"help": "Data type that the base model is loaded in."})
+    dtype: str = field(default="auto", metadata={"help": "Data type of the base model."})
 
 
 def heatmap(arguments: list[str]) -> None:
@@ -33,18 +33,16 @@ def heatmap(arguments: list[str]) -> None:
         [HeatmapArguments],
         prog="trl-vicur heatmap",
         usage="--model MODEL --adapter ADAPTER --image IMAGE --question QUESTION --output FILE [options]",
-        description="Draw what the sink token looks at: its attention over the images, at each layer that carries a "
-        "module and averaged over these layers, relative to a sink that looks everywhere alike.",
+        description="Draw what the sink token attends to: its attention over the images, at each layer that carries a "
+        "module and averaged over these layers, relative to uniform attention.",
         examples="""
             trl-vicur heatmap --model Qwen/Qwen3-VL-2B-Instruct --adapter me/Qwen3-VL-2B-ViCuR \\
                 --image diagram.png --question "How long is the chord AB?" --output heatmap.png
         """,
     )
-    parser.add_argument(
-        "--image", action="append", required=True, help="File or URL of an image; several times for several images."
-    )
+    parser.add_argument("--image", action="append", required=True, help="File or URL of an image. Can be repeated.")
     args, images = parser.parse_args_and_config(arguments)
-    # What needs no model is checked before one is loaded
+    # All that needs no model is checked before the model is loaded
     output = Path(args.output)
     formats = Figure().canvas.get_supported_filetypes()
     if output.suffix[1:].lower() not in formats:
@@ -52,22 +50,22 @@ def heatmap(arguments: list[str]) -> None:
     images = [read_image(name) for name in images.image]
     check_adapter(args.adapter)
 
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with naming_model(args.model):
         processor = AutoProcessor.from_pretrained(args.model, revision=args.revision)
         model = AutoModelForImageTextToText.from_pretrained(args.model, revision=args.revision, dtype=args.dtype)
-    model = PeftModel.from_pretrained(model.to(device), args.adapter).eval()
+    model = PeftModel.from_pretrained(model, args.adapter).to(device).eval()
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": args.question}]
     figure = plot_sink_attention(model, processor, [{"role": "user", "content": content}])
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150, bbox_inches="tight")
-    Console().print(f"The picture is in {output}", markup=False, soft_wrap=True)
+    Console().print(f"The heat map is in {output}", markup=False, soft_wrap=True)
 
 
 def check_adapter(name: str) -> None:
     """
     Raises:
-        `ValueError`: If there is no such adapter, or if it is none of cue recovery.
+        `ValueError`: If the adapter cannot be found, or is not a cue recovery adapter.
     """
     try:
         config = PeftConfig.from_pretrained(name)
@@ -75,6 +73,6 @@ def check_adapter(name: str) -> None:
         raise ValueError(f"`--adapter {name}`: {error}. Name an adapter's folder or its id on the Hub.") from error
     if not isinstance(config, CueRecoveryConfig):
         raise ValueError(
-            f"`--adapter {name}` is an adapter of type {config.peft_type.value}, whose model has no sink token. Name "
-            f"one of type CUE_RECOVERY, as trained with `peft_config=CueRecoveryConfig()`."
+            f"`--adapter {name}` is an adapter of type {PeftType(config.peft_type).value}, without sink attention. "
+            "Name one of type CUE_RECOVERY, trained with `peft_config=CueRecoveryConfig()`."
         )

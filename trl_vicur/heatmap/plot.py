@@ -1,9 +1,13 @@
-import math
-from typing import Any
+"""Draw the sink's attention over images and video frames: a row of panels for each."""
 
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
+from peft import PeftModel
 from PIL import ImageOps
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from ..cue_recovery import sink_attention
 from ..data.images import read_image
@@ -14,25 +18,50 @@ from .visual_tokens import AttendedPicture, attended_pictures
 
 
 with needs_extra("heatmap", "Drawing heat maps"):
-    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.colors import Normalize, TwoSlopeNorm
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 
-MAX_COLUMNS = 5  # so that a figure in the width of a page stays legible; more panels go into further lines
+MAX_COLUMNS = 5  # keeps a figure legible at page width; more panels wrap into further lines
 PANEL_WIDTH = 1.9  # inches
 MAX_ASPECT = 1.5  # height / width of a panel
-MAX_PIXELS = 1024  # on a side; more would not be seen
+MAX_PIXELS = 1024  # per side; more would not be visible
+
+
+class Panels(NamedTuple):
+    """
+    An empty figure.
+
+    Args:
+        figure ([`~matplotlib.figure.Figure`]):
+            The figure.
+        axes (`numpy.ndarray` of shape `(lines, columns)`):
+            All of its axes.
+        rows (`list[numpy.ndarray]`):
+            The axes of each picture, as many as there are panels.
+        height (`float`):
+            Sum of the heights of all lines, in inches.
+    """
+
+    figure: Figure
+    axes: np.ndarray
+    rows: list[np.ndarray]
+    height: float
 
 
 def plot_sink_attention(
-    model: PreTrainedModel, processing_class: ProcessorMixin, messages: list[dict[str, Any]], **chat_template_kwargs
+    model: PeftModel | PreTrainedModel,
+    processing_class: ProcessorMixin,
+    messages: list[dict[str, Any]],
+    **chat_template_kwargs,
 ) -> Figure:
     """
-    Draw what the sink token looks at: its attention over the images and videos of a conversation (ViCuR, Fig. 11),
+    Draw what the sink token attends to: its attention over the images and videos of a conversation (ViCuR, Fig. 11),
     averaged over heads, for each layer that carries a module and averaged over these layers.
 
-    The attention is relative to a sink that looks everywhere alike: 1 is what each visual token of the conversation
-    would get then. All panels share this scale.
+    The attention is relative to uniform attention: `1` is the share of each visual token of the conversation if all
+    had the same. All panels have this scale.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -41,71 +70,93 @@ def plot_sink_attention(
             Its processor.
         messages (`list[dict]`):
             A conversation that ends in a user turn. Its images are in blocks `{"type": "image", "image": ...}`, as PIL
-            images, paths or URLs; its videos in any form that the processor takes.
+            images, paths or URLs; its videos in any form that the processor accepts.
         chat_template_kwargs:
             Keyword arguments for the chat template, the same as in generation.
 
     Returns:
         [`~matplotlib.figure.Figure`]: A row of panels for each image, and for each group of video frames that share
-            their visual tokens; a row of many panels is broken into lines. The axes count the picture's own pixels.
+            their visual tokens; a row of many panels wraps into lines. The axes count the picture's own pixels.
 
     Raises:
-        `ValueError`: If the model has no active adapter of cue recovery, if the prompt has nothing to look at or no
-            sink token, if a text holds a control token, or if the model's visual tokens do not lie on a grid that its
-            processor tells.
+        `ValueError`: If the model has no active cue recovery adapter, if the prompt has no visual tokens or no sink
+            token, if a text contains a control token, or if the processor does not report the grid of the visual
+            tokens.
     """
     layers, pictures = attend(model, processing_class, messages, **chat_template_kwargs)
     titles = ["", *layers, "mean over layers"] if len(layers) > 1 else ["", *layers]
-    # Never narrower than from 0 to 2, or the noise of an attention that is next to uniform would look like an interest
-    norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=max(2.0, *(attended.attention.max().item() for attended in pictures)))
+    # Never narrower than from 0 to 2: the noise of near-uniform attention would look like structure
+    max_attention = max(2.0, *(attended.attention.max().item() for attended in pictures))
+    norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=max_attention)
+    panels = make_panels([attended.picture.height / attended.picture.width for attended in pictures], len(titles))
+    drawn = [draw_heat_maps(row, attended, norm) for row, attended in zip(panels.rows, pictures, strict=True)]
+    has_wrapped = len(panels.axes) > len(pictures)
+    for row in panels.rows if has_wrapped else panels.rows[:1]:
+        for axis, title in zip(row, titles, strict=True):
+            axis.set_title(title, fontsize=9)
+    if len(pictures) > 1:
+        for row, attended in zip(panels.rows, pictures, strict=True):
+            row[0].set_ylabel(attended.name, fontsize=9)
+    add_colorbar(panels, drawn[-1], max_attention)
+    return panels.figure
 
-    num_lines = math.ceil(len(titles) / MAX_COLUMNS)
-    num_columns = math.ceil(len(titles) / num_lines)
-    aspects = [
-        min(each.picture.height / each.picture.width, MAX_ASPECT) for each in pictures for _ in range(num_lines)
-    ]
-    num_titles = 1 if num_lines == 1 else len(aspects)
-    figure = Figure(
-        figsize=(PANEL_WIDTH * num_columns + 1.0, PANEL_WIDTH * sum(aspects) + 0.3 * num_titles), layout="constrained"
-    )
-    axes = figure.subplots(len(aspects), num_columns, squeeze=False, height_ratios=aspects)
+
+def make_panels(aspects: list[float], num_panels: int) -> Panels:
+    """An empty figure with `num_panels` panels for each picture, whose heights follow from its height / width."""
+    num_lines = math.ceil(num_panels / MAX_COLUMNS)
+    num_columns = math.ceil(num_panels / num_lines)
+    line_aspects = [min(aspect, MAX_ASPECT) for aspect in aspects for _ in range(num_lines)]
+    num_titles = 1 if num_lines == 1 else len(line_aspects)
+    height = PANEL_WIDTH * sum(line_aspects)
+    figure = Figure(figsize=(PANEL_WIDTH * num_columns + 1.0, height + 0.3 * num_titles), layout="constrained")
+    axes = figure.subplots(len(line_aspects), num_columns, squeeze=False, height_ratios=line_aspects)
+    rows = list(axes.reshape(len(aspects), num_lines * num_columns))
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    for number, attended in enumerate(pictures):
-        row = axes[number * num_lines : (number + 1) * num_lines].flatten()
-        for axis in row[len(titles) :]:
+    for row in rows:
+        for axis in row[num_panels:]:
             axis.set_axis_off()
-        extent = (0, attended.picture.width, attended.picture.height, 0)
-        picture = attended.picture.copy()
-        picture.thumbnail((MAX_PIXELS, MAX_PIXELS))
-        row[0].imshow(picture, extent=extent)
-        if len(pictures) > 1:
-            row[0].set_ylabel(attended.name, fontsize=9)
-        attention = attended.attention
-        if len(layers) > 1:
-            attention = torch.cat([attention, attention.mean(dim=0, keepdim=True)])
-        # Light greys beneath the heat maps, where colour and darkness mean attention
-        grey = ImageOps.autocontrast(picture.convert("L"))
-        for axis, heat_map in zip(row[1:], attention.numpy(), strict=False):
-            axis.imshow(grey, cmap="gray", vmin=-255, vmax=255, extent=extent)
-            drawn = axis.imshow(heat_map, cmap="RdBu_r", norm=norm, alpha=0.6, interpolation="nearest", extent=extent)
-        if number == 0 or num_lines > 1:
-            for axis, title in zip(row, titles, strict=False):
-                axis.set_title(title, fontsize=9)
-    ticks = [0, 0.5, 1, (1 + norm.vmax) / 2, norm.vmax]
-    colorbar = figure.colorbar(drawn, ax=axes, ticks=ticks, aspect=PANEL_WIDTH * sum(aspects) / 0.12)
+    return Panels(figure, axes, [row[:num_panels] for row in rows], height)
+
+
+def draw_heat_maps(row: np.ndarray, attended: AttendedPicture, norm: Normalize) -> AxesImage:
+    """Draw a picture, and the attention of each layer over it; returns the last heat map."""
+    extent = (0, attended.picture.width, attended.picture.height, 0)
+    picture = attended.picture.copy()
+    picture.thumbnail((MAX_PIXELS, MAX_PIXELS))
+    row[0].imshow(picture, extent=extent)
+    attention = attended.attention
+    if len(attention) > 1:
+        attention = torch.cat([attention, attention.mean(dim=0, keepdim=True)])
+    # Light greys under the heat maps: colour and darkness are for the attention
+    grey = ImageOps.autocontrast(picture.convert("L"))
+    drawn = []
+    for axis, heat_map in zip(row[1:], attention.numpy(), strict=True):
+        axis.imshow(grey, cmap="gray", vmin=-255, vmax=255, extent=extent)
+        drawn.append(
+            axis.imshow(heat_map, cmap="RdBu_r", norm=norm, alpha=0.6, interpolation="nearest", extent=extent)
+        )
+    return drawn[-1]
+
+
+def add_colorbar(panels: Panels, heat_map: AxesImage, max_attention: float) -> None:
+    """Add the scale that all heat maps share."""
+    ticks = [0, 0.5, 1, (1 + max_attention) / 2, max_attention]
+    colorbar = panels.figure.colorbar(heat_map, ax=panels.axes, ticks=ticks, aspect=panels.height / 0.12)
     colorbar.ax.yaxis.set_major_formatter("{x:.3g}")
     colorbar.ax.tick_params(labelsize=9)
     colorbar.set_label("attention ÷ uniform", fontsize=9)
-    return figure
 
 
 def attend(
-    model: PreTrainedModel, processing_class: ProcessorMixin, messages: list[dict[str, Any]], **chat_template_kwargs
+    model: PeftModel | PreTrainedModel,
+    processing_class: ProcessorMixin,
+    messages: list[dict[str, Any]],
+    **chat_template_kwargs,
 ) -> tuple[list[str], list[AttendedPicture]]:
     """
-    The layers that carry a module, and the attention, relative to uniform, that is paid at each of them. Arguments and
-    errors as of [`plot_sink_attention`].
+    The names of the layers that carry a module, and the pictures with the attention of each layer, relative to
+    uniform. Arguments and errors are those of [`plot_sink_attention`].
     """
     check_messages(messages)
     control_token = control_token_pattern(processing_class)
@@ -120,18 +171,20 @@ def attend(
         return_dict=True,
         return_tensors="pt",
         **chat_template_kwargs,
-    ).to(model.device, model.dtype)
+    )
+    assert isinstance(inputs, BatchFeature)  # as asked for with `return_dict`
+    inputs = inputs.to(model.device, model.dtype)
     weights = sink_attention(model, **inputs)
     if not weights:
         raise ValueError(
-            f"The {type(model).__name__} has no active adapter of cue recovery. Load one with "
+            f"The {type(model).__name__} has no active cue recovery adapter. Load one with "
             "`PeftModel.from_pretrained`, or attach a new one with `get_peft_model(model, CueRecoveryConfig())`."
         )
     attention = torch.stack([of_layer[0].mean(dim=0).cpu() for of_layer in weights.values()])
-    pictures = attended_pictures(attention, inputs, images, model.config, processing_class)
+    pictures = attended_pictures(attention, inputs.data, images, model.config, processing_class)
     if not pictures:
         raise ValueError(
-            "There is no image or video in the prompt, so there is nothing to look at. Add a block "
+            "There is no image or video in the prompt, so there is nothing to attend to. Add a block "
             "`{'type': 'image', 'image': ...}` to the conversation."
         )
     if not attention.any():
@@ -143,7 +196,7 @@ def attend(
 
 
 def load_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list]:
-    """The messages with their images read, so that what is drawn is what the processor gets, and these images."""
+    """The messages with their images read, so that the figure shows what the processor gets, and these images."""
     loaded, images = [], []
     for message in messages:
         content = message.get("content")

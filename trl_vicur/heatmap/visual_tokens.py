@@ -1,4 +1,4 @@
-"""Which part of which image, or of which frames of a video, each visual token stands for."""
+"""Map visual tokens to the parts of images and video frames that they cover."""
 
 import math
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 class AttendedPicture(NamedTuple):
     """
-    A picture and how much the sink looks at each part of it.
+    A picture and the sink's attention to each part of it.
 
     Args:
         name (`str`):
-            What it is, e.g. `"image 1"` or `"video 1, frames 3–4"` (in two lines).
+            Its label, e.g. `"image 1"` or `"video 1, frames 3–4"` (in two lines).
         picture (`PIL.Image.Image`):
-            The image as it was given, or the first of the frames as the model sees it.
+            The image as given, or the first of the frames as the model sees it.
         attention (`torch.Tensor` of shape `(layers, rows, columns)`):
             The sink's attention to each visual token. The tokens tile the whole picture evenly.
     """
@@ -34,29 +34,29 @@ def attended_pictures(
     processing_class: ProcessorMixin,
 ) -> list[AttendedPicture]:
     """
-    Split a prompt's attention into its images, and its videos into the frames that share their tokens.
+    Split the attention over a prompt by image, and by group of video frames that share their tokens.
 
     Args:
         attention (`torch.Tensor` of shape `(layers, seq)`):
-            What is to be split.
+            The attention to split.
         inputs (`dict[str, torch.Tensor]`):
             The processor's outputs for one prompt.
         images (`list[PIL.Image.Image]`):
             The prompt's images.
         config ([`~transformers.PreTrainedConfig`]):
-            The model's config, which knows the ids of its visual tokens.
+            The model's config, with the ids of its visual tokens.
         processing_class ([`~transformers.ProcessorMixin`]):
-            The processor, which knows how it cut the videos.
+            The processor, with the patch sizes of its videos.
 
     Returns:
         `list[AttendedPicture]`: First the images, then the videos frame by frame; empty for a prompt without any.
 
     Raises:
-        `ValueError`: If the model's visual tokens do not lie on a grid that its processor tells.
+        `ValueError`: If the processor does not report the grid of the visual tokens.
     """
     pictures = []
     for kind in ("image", "video"):
-        # Some models have one of them only; LLaVA's config resolves the name to another one
+        # Some models have only one of them; LLaVA's config maps the name to another one
         token_id = getattr(config, f"{kind}_token_id", None)
         positions = [i for i, input_id in enumerate(inputs["input_ids"][0].tolist()) if input_id == token_id]
         if not positions:
@@ -78,19 +78,19 @@ def attended_pictures(
 
 def split_into_grids(attention: torch.Tensor, grid_thw: torch.Tensor | None, model_type: str) -> list[torch.Tensor]:
     """
-    Lay the attention to all images (or all videos) of a prompt out as they are seen.
+    Arrange the attention to all images (or all videos) of a prompt in two dimensions.
 
-    Each visual token stands for a square of patches that were merged, in the order in which one reads: frames, rows,
-    columns. How many patches that are follows from the numbers of both.
+    Each visual token covers a square of merged patches, in reading order: frames, rows, columns. The side of the
+    square follows from the numbers of tokens and patches.
 
     Args:
         attention (`torch.Tensor` of shape `(layers, tokens)`):
             Attention to the image tokens, or to the video tokens.
         grid_thw (`torch.Tensor` of shape `(images, 3)`, *optional*):
-            For each image the number of frames (or of groups of frames that share their patches), and of rows and
+            For each image the numbers of frames (or of groups of frames that share their patches), and of rows and
             columns of patches.
         model_type (`str`):
-            How errors call the model.
+            The model's name in errors.
 
     Returns:
         `list[torch.Tensor]`: For each image, the attention of shape `(layers, frames, rows, columns)`.
@@ -98,37 +98,38 @@ def split_into_grids(attention: torch.Tensor, grid_thw: torch.Tensor | None, mod
     Raises:
         `ValueError`: If there is no grid, or the tokens do not fill it.
     """
-    num_tokens = attention.shape[1]
-    num_patches = 0 if grid_thw is None else int(grid_thw.prod(dim=1).sum())
-    merge_size = math.isqrt(num_patches // num_tokens)
     if grid_thw is None:
-        problem = "its processor does not tell which part of an image each of them stands for (no `image_grid_thw`)"
-    elif merge_size**2 * num_tokens != num_patches or (grid_thw[:, 1:] % merge_size).any():
+        raise unknown_grid(model_type, "its processor does not report their grid (no `image_grid_thw`)")
+    num_tokens = attention.shape[1]
+    num_patches = int(grid_thw.prod(dim=1).sum())
+    merge_size = math.isqrt(num_patches // num_tokens)
+    if merge_size**2 * num_tokens != num_patches or (grid_thw[:, 1:] % merge_size).any():
         problem = f"there are {num_tokens} of them for the {num_patches} patches of the grids {grid_thw.tolist()}"
-    else:
-        problem = None
-    if problem is not None:
-        raise ValueError(
-            f"The visual tokens of a model of type {model_type!r} cannot be laid over its images: {problem}. Heat "
-            "maps need tokens that are squares of merged patches, as those of the Qwen-VL and GLM-V families."
-        )
+        raise unknown_grid(model_type, problem)
     shapes = [(frames, rows // merge_size, columns // merge_size) for frames, rows, columns in grid_thw.tolist()]
     parts = attention.split([math.prod(shape) for shape in shapes], dim=1)
     return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def unknown_grid(model_type: str, problem: str) -> ValueError:
+    return ValueError(
+        f"The visual tokens of a model of type {model_type!r} cannot be laid over its images: {problem}. Heat maps "
+        "need tokens that are squares of merged patches, as in the Qwen-VL and GLM-V families."
+    )
 
 
 def video_frames(
     pixel_values: torch.Tensor, grid_thw: torch.Tensor, processing_class: ProcessorMixin
 ) -> list[list[Image.Image]]:
     """
-    The first of each group of frames that share their patches, put together again from the patches. The processor
-    chooses frames, and does not say which.
+    The first of each group of frames that share their patches, reassembled from the patches: the processor samples
+    frames and does not report which.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(patches, channels * frames * height * width)`):
             The videos' normalized patches, `pixel_values_videos`.
         grid_thw (`torch.Tensor` of shape `(videos, 3)`):
-            For each video the number of groups of frames, and of rows and columns of patches.
+            For each video the numbers of groups of frames, and of rows and columns of patches.
         processing_class ([`~transformers.ProcessorMixin`]):
             The processor that cut them.
 
@@ -141,7 +142,7 @@ def video_frames(
     for patches, (times, rows, columns) in zip(
         pixel_values.float().cpu().split(grid_thw.prod(dim=1).tolist()), grid_thw.tolist(), strict=True
     ):
-        # The patches that are merged into one token stand together; of each, the first frame
+        # The patches of one token are adjacent; take the first frame of each
         patches = patches.view(
             times, rows // merge, columns // merge, merge, merge, -1, options.temporal_patch_size, patch, patch
         )[:, :, :, :, :, :, 0]

@@ -1,4 +1,4 @@
-"""A page of HTML that shows rows of a dataset: one file, which loads nothing and trusts no text."""
+"""An HTML page that shows rows of a dataset: one file, which loads nothing and trusts no text."""
 
 import base64
 import hashlib
@@ -12,17 +12,18 @@ from datasets import Dataset
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from ..data.columns import iterate_tables
 from ..data.full_disk import explain_full_disk
 from ..data.images import read_image
 
 
 MAX_IMAGE_SIZE = 320  # pixels, of the longer side
-# What a single row may take of the page, of memory and of time
+# Limits per row: of the page, of memory and of time
 MAX_IMAGES_PER_ROW = 6
 MAX_TEXT_LENGTH = 4000
 
-# Text that a reader would not see, or that would change how the text around it reads: controls, zero-width spaces,
-# overrides of the writing direction, and tag characters, which smuggle whole prompts. Joiners and direction marks
+# Characters that a reader cannot see, or that change how the text around them reads: controls, zero-width spaces,
+# overrides of the writing direction, and tag characters, which can hide whole prompts. Joiners and direction marks
 # stay: emoji, Persian and Hebrew need them.
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060-\u2069\ufeff\U000e0000-\U000e007f]"
@@ -44,28 +45,28 @@ def check_page(path: str | Path, max_rows: int) -> Path:
 
 def undecoded_rows(dataset: Dataset, numbers: Iterable[int], columns: list[str]) -> Iterator[dict[str, Any]]:
     """
-    Rows with the given numbers, of those of the columns that there are and `images` or `image`. In Arrow's format
-    images are not decoded, so that one that cannot be read does not take its row along.
+    Rows with the given numbers: those of the columns that exist, and `images` or `image`. Images are not decoded, so
+    one that cannot be read does not lose its row.
     """
-    # As the trainer and `generate_cues` choose among the two
+    # The same preference as in the trainer and in `generate_cues`
     columns = [*columns, "images" if "images" in dataset.column_names else "image"]
-    rows = dataset.select_columns([column for column in columns if column in dataset.column_names])
-    rows = rows.with_format("arrow")
+    columns = [column for column in columns if column in dataset.column_names]
     for number in numbers:
-        yield rows[number].to_pylist()[0]
+        for table in iterate_tables(dataset.select([number]), columns):
+            yield from table.to_pylist()
 
 
 def write_page(template: Path, path: Path, **variables: Any) -> None:
     """
-    Write a page. It can be read without JavaScript, which only filters.
+    Write a page. It works without JavaScript, which only filters.
 
     Args:
         template (`Path`):
             Jinja template that extends `page.html.jinja`.
         path (`Path`):
-            The file. It appears, or replaces the one that is there, when it is whole.
+            The file. It appears, or replaces an older one, when it is complete.
         variables:
-            Variables of the template. Iterators are drawn as the page is written, so that one row's images are in
+            Variables of the template. Iterators are consumed as the page is written, so only one row's images are in
             memory at a time.
 
     Raises:
@@ -91,24 +92,24 @@ def write_page(template: Path, path: Path, **variables: Any) -> None:
 
 
 def show_images(images: list) -> dict[str, Any]:
-    """The images of a row, as the macro `row_images` wants them."""
+    """The images of a row, in the form that the macro `row_images` expects."""
     return {"images": [show_image(image) for image in images[:MAX_IMAGES_PER_ROW]], "num_images": len(images)}
 
 
 def show_image(image: Image.Image | dict | str | None) -> dict[str, Any]:
-    """A thumbnail as data URL with its size and the image's, or the error why there is none."""
+    """A thumbnail as data URL with its own size and the image's, or the error why the image cannot be shown."""
     source = image["path"] if isinstance(image, dict) and image.get("bytes") is None else image
-    if source is None:
+    if image is None or source is None:
         return {"error": "The dataset has neither its bytes nor its path."}
     if isinstance(source, str) and "://" in source:
-        # A report would otherwise fetch whatever a dataset names, and wait for it
+        # Otherwise a report would fetch any URL in a dataset, and wait for it
         return {"error": f"It is not in the dataset, and a report downloads nothing: {readable(source, 200)}"}
     try:
         thumbnail = read_image(image)
         size = thumbnail.size
-        thumbnail.info = {}  # a file's comment and colour profile, of any length, would be saved again
+        thumbnail.info = {}  # else a file's comment and colour profile, of any length, would be saved again
         thumbnail.thumbnail((MAX_IMAGE_SIZE, MAX_IMAGE_SIZE))
-        # Drawings are smaller as PNG, and sharp; photographs as JPEG
+        # Drawings are smaller, and sharp, as PNG; photographs are smaller as JPEG
         encoded = min(encode(thumbnail, "PNG"), encode(thumbnail, "JPEG"), key=len)
     except ValueError as error:
         return {"error": readable(str(error), 400)}
@@ -123,11 +124,11 @@ def encode(image: Image.Image, image_format: str) -> str:
 
 
 def readable(text: str, max_length: int = MAX_TEXT_LENGTH) -> str:
-    """The text with invisible characters spelt out, and not longer than a reader would read."""
+    """The text with invisible characters spelled out, and cut to `max_length` characters."""
     shown = INVISIBLE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", text[:max_length])
     return shown if len(text) <= max_length else f"{shown}… ({len(text) - max_length:,} more characters)"
 
 
 def content_hash(text: str) -> str:
-    """The hash by which a content security policy allows a script."""
+    """The hash that allows a script in a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
