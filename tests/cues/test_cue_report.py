@@ -180,7 +180,7 @@ def test_worst_rows_come_first_and_equals_in_order(tmp_path):
 def test_rows_beyond_max_rows_are_counted(tmp_path):
     page = write(tmp_path, make_dataset(*[{}] * 1500, LEAK), max_rows=3)
     assert page.rows == [1500, 0, 1]
-    assert "3 of 1,501 rows are shown and 1,498 left out" in page.head
+    assert "3 of 1,501 rows are shown, and 1,498 are left out" in page.head
     assert "control text, answer leak, reasoning leak, failed, not usable, possible leak, usable" in page.head
     assert [button["value"] for button in page.attributes("button")] == ["all", "answer_leak", "unusable", "usable"]
 

@@ -1,4 +1,4 @@
-"""Several models' answers to the same questions, side by side: who is right where they disagree."""
+"""Answers of several models to the same questions, side by side: who is right where they disagree."""
 
 from .compare import compare_models
 from .report import write_html_comparison

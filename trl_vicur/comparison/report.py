@@ -1,4 +1,4 @@
-"""A page of the questions that some models answer rightly and others wrongly."""
+"""An HTML page of the questions that some models answer correctly and others do not."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from ..data.rows import row_images
 from ..html_page import check_page, readable, show_images, undecoded_rows, write_page
 
 
-Verdict = tuple[bool, ...]  # whether each model is right, in their order
+Verdict = tuple[bool, ...]  # whether each model is right, in order
 
 
 def write_html_comparison(
@@ -25,23 +25,22 @@ def write_html_comparison(
     max_rows: int = 50,
 ) -> None:
     """
-    Write a page of what [`compare_models`] found: how many questions each model answers rightly, and the questions on
-    which they disagree, with image, cue, all completions, and who is right.
+    Write an HTML page with the result of [`compare_models`]: how many questions each model answers correctly, and the
+    questions on which they disagree, with image, cue, all completions, and who is right.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The result of [`compare_models`].
         path (`str` or `Path`):
-            The file, which loads nothing from elsewhere. It appears, or replaces the one that is there, when it is
-            whole.
+            The file, which loads nothing from elsewhere. It appears, or replaces an older one, when it is complete.
         question_column (`str`, *optional*):
-            Column with the questions. By default `prompt` or, if there is none, `question`.
+            Column with the questions. By default `prompt` or, without one, `question`.
         cue_column (`str`, *optional*, defaults to `"cue"`):
             Column with the cues, if there is one.
         answer_column (`str`, *optional*, defaults to `"answer"`):
             Column with the reference answers.
         max_rows (`int`, *optional*, defaults to `50`):
-            Most questions to show of those that the same models answer rightly.
+            Maximum number of questions to show of those that the same models answer correctly.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
@@ -52,11 +51,11 @@ def write_html_comparison(
     check_dataset(dataset)
     check_columns(dataset, answer_column=answer_column)
     if "correct" not in dataset.column_names:
-        raise ValueError("The dataset has no column 'correct': let models answer its questions with `compare_models`.")
+        raise ValueError("The dataset has no column 'correct': have models answer it with `compare_models`.")
     question_column = find_question_column(dataset, question_column)
     names, verdicts = verdicts_by_row(dataset)
     counts = Counter(verdicts.values())
-    # The first ones of each kind, in the order of the dataset
+    # The first ones of each verdict, in the order of the dataset
     num_shown: Counter[Verdict] = Counter()
     chosen = {}
     for number, verdict in verdicts.items():
@@ -79,7 +78,7 @@ def write_html_comparison(
 
 
 def verdicts_by_row(dataset: Dataset) -> tuple[list[str], dict[int, Verdict]]:
-    """The models' names, and who is right, by the numbers of the rows that were asked about."""
+    """The models' names, and the verdict on each row that they were asked about, by its number."""
     correct = dataset.select_columns(["correct"]).with_format(None)["correct"]
     names = list(dataset.features["correct"])
     return names, {
@@ -90,7 +89,7 @@ def verdicts_by_row(dataset: Dataset) -> tuple[list[str], dict[int, Verdict]]:
 
 
 def group_id(verdict: Verdict) -> str:
-    """What the page's filter calls the questions with this verdict."""
+    """The name of the questions with this verdict in the page's filter."""
     return "right-" + "".join("01"[is_right] for is_right in verdict)
 
 
@@ -108,7 +107,7 @@ def read_rows(
     cue_column: str,
     answer_column: str,
 ) -> Iterator[dict[str, Any]]:
-    """The rows with the given numbers and verdicts, one after the other, as the template wants them."""
+    """The rows with the given numbers and verdicts, one at a time, in the form that the template expects."""
     columns = [question_column, cue_column, answer_column, "completions", "completion_errors"]
     for (number, verdict), row in zip(chosen.items(), undecoded_rows(dataset, chosen, columns), strict=True):
         cue = row.get(cue_column)

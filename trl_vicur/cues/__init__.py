@@ -1,4 +1,4 @@
-"""Visual cues from any vision-language model, and whether they may be used as recoverable privilege."""
+"""Generate visual cues with any vision-language model, and check that they are recoverable privilege."""
 
 from ..generation import (
     ChatRequest,

@@ -1,4 +1,4 @@
-"""Is the final answer of a completion the reference answer?"""
+"""Does the final answer of a completion match the reference answer?"""
 
 import logging
 import math
@@ -24,8 +24,8 @@ with needs_extra("cues", "Checking answers"):
     from .text_audit.number_words import FILL_CHARACTER, number_words_to_digits
 
 
-# It warns of being called without its time limit, which is made of signals and works in the main thread only. What
-# could take long is kept from it instead: see `_is_cheap`.
+# math-verify warns when called without its time limit, which uses signals and so works in the main thread only. Slow
+# expressions are kept from it instead: see `_is_cheap`.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 # --- Where a completion states its answer ---
@@ -35,11 +35,11 @@ ANNOUNCEMENT = re.compile(
     r"(?:\banswer\b(?! choices| options)[^.\n:=]{0,60}?(?:\b(?:is|be)\b:?|[:=])|^####)[\s*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
-# The full stop of "B. 12 cm" ends no sentence
+# The full stop of "B. 12 cm" does not end a sentence
 SENTENCE_END = re.compile(r"(?<!\b[A-Z])[.!?]+(?=[\s*]|\Z)|\n")
 EXPLANATION = re.compile(r",?\s(?:because|since|as|which|where)\b.*", re.DOTALL)
 YES_OR_NO = re.compile(r"(?:yes|no|true|false)\b", re.IGNORECASE)
-# Between a subject and what is said of it
+# Between a subject and its predicate
 COPULA = re.compile(
     r"\b(?:is|are|was|were|be|becomes?|equals?|shows?|says|reads|measures|contains)\b|(?<=\w)['’]s\b|:\s|[=≈]",
     re.IGNORECASE,
@@ -64,17 +64,17 @@ FUNCTION_WORDS = frozenset(
 )
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?%?(?![\w/^.:]*\d)")
 FORMULA = re.compile(r"\$([^$]+)\$")
-# Behind a number: a word, or a symbol that may stand close to it; "x" and "\pi" are none
+# After a number: a word, or a symbol with or without a space; not "x" and "\pi"
 UNIT = re.compile(
     r"(?<=[\d)}])(?:\s*(?:°\s*[CF]?|\^\{?\\circ\}?|(?:[cdkmµ]?m|[km]?g|m?l|km/h|s|ft|in)(?:\^?\{?[23]\}?)?)"
     r"|\s+(?!pi\b)(?:square |cubic )?[A-Za-z]{2,}(?:(?:/| per )[A-Za-z]+)?(?:\^?\{?[23]\}?)?)\Z"
 )
-# In an expression, letters are symbols; a word is none of LaTeX's commands
+# Words, which an expression does not have: its letters are symbols, and LaTeX commands have a backslash
 PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])(?!and\b)[A-Za-z]{3,}")
-# A range, a date, a telephone number: no difference and no quotient
+# A range, a date, a telephone number: not a difference or a quotient
 RANGE = re.compile(r"\d+(?:[/.]\d+)*(?:[-–]\d+(?:[/.]\d+)*)+|\d+(?:/\d+){2,}")
 LATEX_TEXT = re.compile(r"\\(?:text\w*|math\w+|boxed)\s*\{([^{}]*)\}")
-# Unicode's normalization would make a plain 2 of "²"
+# Unicode normalization would turn "²" into a plain 2
 AS_LATEX = {
     "−": "-",
     "×": r"\times ",
@@ -91,38 +91,40 @@ AS_LATEX = {
     "∩": r"\cap ",
 }
 MAX_EXPRESSION_LENGTH = 100  # characters
-# Of others, some are evaluated as soon as they are parsed (binomials, the Gamma function), some take SymPy's
-# simplification minutes (sines, logarithms)
+# Some others are evaluated as soon as they are parsed (binomials, the Gamma function), or take SymPy minutes to
+# simplify (sines, logarithms)
 COMMANDS = frozenset(
     """frac dfrac tfrac sqrt pi times cdot div pm circ angle degree leq geq le ge neq ne approx infty cup cap alpha
     beta theta phi lambda mu omega""".split()
 )
 MAX_EXPRESSION_SIZE = 60  # nodes of its tree
-PERCENT = sympy.UnevaluatedExpr(sympy.Rational(1, 100))  # what math-verify reads "%" as
+PERCENT = sympy.UnevaluatedExpr(sympy.Rational(1, 100))  # math-verify's reading of "%"
 ARITHMETIC = (
     *(sympy.Add, sympy.Mul, sympy.Pow, sympy.Number, sympy.NumberSymbol, sympy.Symbol, ImaginaryUnit),
     sympy.UnevaluatedExpr,
 )
 # "x ∈ [0, 1]" means "[0, 1]"
 MEMBER_OF = re.compile(r"\A\s*[A-Za-z]\s*\\in(?![A-Za-z])")
-# A decimal with at least this many significant digits may be rounded; one with fewer is taken as exact
+# A decimal with at least this many significant digits may be rounded; one with fewer is exact
 ROUNDED_DIGITS = 6
 COLLECTIONS = (sympy.Tuple, sympy.Set, sympy.And, Relational, BooleanAtom)
 
 
 def is_correct(completion: str, answer: str) -> bool:
     r"""
-    Whether a completion arrives at the reference answer.
+    Whether the final answer of a completion is the reference answer.
 
-    The final answer is the text of the last `<answer>` tag, of the last `\boxed{}`, or behind the last "the answer
-    is"; without any, the last sentence, or the option or the yes or no that the completion begins with. Then
+    The final answer is the text of the last `<answer>` tag, of the last `\boxed{}`, or after the last "the answer is";
+    without any of these, the last sentence, or the option or the yes or no at the start of the completion. It is
+    compared by the kind of the reference:
 
-    - a reference that is an option's letter: the final answer must name this option, and no other;
+    - an option's letter: the final answer must name this option, and no other;
     - mathematics: it must have the same value, however small; a decimal with six or more significant digits may be
       rounded, and 50 % equals 50 and 0.5. Units are not compared, as is usual with
-      [math-verify](https://github.com/huggingface/Math-Verify), which compares the expressions. Those that could take
-      long are compared as text;
-    - other text: its words, or those behind its last "is", "shows", …, must be the same but for articles and the like.
+      [math-verify](https://github.com/huggingface/Math-Verify), which compares the expressions. Expressions that could
+      take long are compared as text;
+    - other text: its words, or those after its last "is", "shows", …, must be the same, except for articles and the
+      like.
 
     Args:
         completion (`str`):
@@ -131,7 +133,7 @@ def is_correct(completion: str, answer: str) -> bool:
             The reference answer.
 
     Returns:
-        `bool`: Whether it is correct; `False` also where there is no final answer.
+        `bool`: Whether it is correct; `False` also if there is no final answer.
     """
     answer = _clean(answer)
     completion = THINKING.sub("", completion).strip()
@@ -141,7 +143,7 @@ def is_correct(completion: str, answer: str) -> bool:
 
 
 def _final_answers(completion: str) -> list[str]:
-    """The final answer, or the texts that it may be in."""
+    """The candidates for the final answer."""
     tagged = ANSWER_TAG.findall(completion)
     if tagged:
         completion = tagged[-1]
@@ -163,7 +165,7 @@ def _final_answers(completion: str) -> list[str]:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{}`, which may have braces of its own."""
+    r"""The content of the last `\boxed{}`, which may contain braces."""
     start = text.rfind(r"\boxed{")
     if start == -1:
         return None
@@ -173,11 +175,11 @@ def _last_boxed(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
             return text[start:end]
-    return None  # it was cut
+    return None  # the completion was cut
 
 
 def _clean(text: str) -> str:
-    """The text without Markdown, LaTeX's text commands and spaces, and the punctuation at its end."""
+    """The text without Markdown, LaTeX's text commands and spacing, and trailing punctuation."""
     for symbol, latex in AS_LATEX.items():
         text = text.replace(symbol, latex)
     text = unicodedata.normalize("NFKC", text).replace("⁄", "/")  # the fraction slash of "½"
@@ -186,7 +188,7 @@ def _clean(text: str) -> str:
     while (shorter := LATEX_TEXT.sub(r" \1", text)) != text:
         text = shorter
     text = re.sub(r"\s+", " ", text).rstrip(" .,;:!").lstrip()
-    # Dollars around all of it, or before an amount; not those around a formula at the end of a sentence
+    # Dollars around the whole text, or before an amount; not those around a formula at the end of a sentence
     return text.strip("$ ") if FORMULA.fullmatch(text) or text.count("$") == 1 else text
 
 
@@ -201,7 +203,7 @@ def _matches(final: str, answer: str) -> bool:
 
 
 def _named_option(text: str) -> str | None:
-    """The letter of the one option that the text names."""
+    """The letter of the option that the text names; `None` unless it names exactly one."""
     if leading := LEADING_OPTION.match(text):
         return _letter(leading)
     letters = set(map(_letter, NAMED_OPTION.finditer(text))) or set(map(_letter, LONE_LETTER.finditer(text)))
@@ -277,7 +279,7 @@ def _is_same_value(text: str, answer: str) -> bool:
 def _is_same_expression(answer: sympy.Basic, other: sympy.Basic) -> bool:
     if _is_number(answer) and _is_number(other):
         return _is_same_number(answer, other)
-    # math-verify rounds decimals to six places, so all tiny values would be equal. Pass it exact fractions instead
+    # math-verify rounds decimals to six places, which makes all tiny values equal: pass exact fractions instead
     numbers = list(_numbers(answer))
     exact = {
         number: next((each for each in numbers if _is_same_number(each, number)), number) for number in _numbers(other)
@@ -344,7 +346,7 @@ def _num_digits(decimal: sympy.Float) -> int:
 
 
 def _is_cheap(expression: sympy.Basic | sympy.MatrixBase) -> bool:
-    """Whether it is arithmetic that SymPy can simplify in no time; powers of powers could take days."""
+    """Whether it is arithmetic that SymPy can simplify quickly; powers of powers could take days."""
     if not isinstance(expression, sympy.Basic):
         return False  # a matrix
     nodes = list(islice(sympy.preorder_traversal(expression), MAX_EXPRESSION_SIZE + 1))
@@ -354,7 +356,7 @@ def _is_cheap(expression: sympy.Basic | sympy.MatrixBase) -> bool:
     factors = [node for exponent in exponents for node in sympy.preorder_traversal(exponent)]
     if any(factor.is_Pow or (isinstance(factor, sympy.Number) and abs(factor) > 100) for factor in factors):
         return False
-    # With symbols, powers of sums get expanded: the degree is at most the product of the exponents
+    # With symbols, powers of sums are expanded: the degree is at most the product of the exponents
     symbols = {node for node in nodes if isinstance(node, sympy.Symbol)}
     degree = math.prod(max(1, abs(factor)) for factor in factors if isinstance(factor, sympy.Number))
     return not symbols or (len(symbols) <= 3 and degree <= 10 and symbols.isdisjoint(factors))

@@ -1,4 +1,4 @@
-"""The totals of an audited dataset: how many cues got which verdict, and the means of what models measured."""
+"""The totals of an audited dataset: the number of cues with each verdict, and the means of each measure."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from ..data.columns import check_columns, check_dataset, iterate_tables
 
 
 class Verdict(NamedTuple):
-    """What a row can be found to be, in a few words and in a sentence."""
+    """A verdict on a row, as a label and as a sentence."""
 
     label: str
     meaning: str
 
 
 class Measure(NamedTuple):
-    """What was measured with models: one column, or two to be compared, each with its label."""
+    """A measure that models took: one column, or two to compare, each with its label."""
 
     label: str
     meaning: str
@@ -27,33 +27,33 @@ class Measure(NamedTuple):
 
 # Worst first: the order of a report. A row has all that apply, and always one of "unusable" and "usable".
 VERDICTS = {
-    "control_text": Verdict("Control text", "The cue holds control tokens, or text that steers a model."),
-    "answer_leak": Verdict("Answer leak", "The cue states the answer, and nothing says that the image shows it."),
-    "reasoning_leak": Verdict("Reasoning leak", "The cue holds part of the solution."),
-    "failed": Verdict("Failed", "The generator gave no cue."),
+    "control_text": Verdict("Control text", "The cue contains control tokens, or text that steers a model."),
+    "answer_leak": Verdict("Answer leak", "The cue states the answer, and nothing suggests that the image shows it."),
+    "reasoning_leak": Verdict("Reasoning leak", "The cue contains part of the solution."),
+    "failed": Verdict("Failed", "The generator returned no cue."),
     "unusable": Verdict("Not usable", "For one of the reasons above."),
-    "possible_leak": Verdict("Possible leak", "The answer stands in the cue, but may be there to be seen."),
+    "possible_leak": Verdict("Possible leak", "The cue states the answer, but the image may show it."),
     "usable": Verdict("Usable", "No leak, no control text."),
 }
 VERDICT_COLUMNS = ("cue_answer_leak", "cue_reasoning_leak", "cue_control_text", "cue_usable")
 
-# Means that stand beside each other are taken over the same rows
+# Means of a pair are taken over the same rows
 MEASURES = (
     Measure(
         "Agreement",
-        "How much cues that a model wrote anew, from image and question alone, agree with the used one.",
+        "How much the cue agrees with cues that a model wrote from image and question alone.",
         {"cue_agreement": "cue"},
     ),
     Measure(
         "Entropy",
-        "Of these cues, in nats: an estimate of H(S | X), what image and question leave open about the cue.",
+        "Of those cues, in nats: an estimate of H(S | X), what image and question leave open about the cue.",
         {"cue_entropy": "cue"},
     ),
     Measure(
         "Privilege gap",
-        "Mean KL divergence per token, in nats, between the teacher with this privilege and without. It estimates "
-        "I(Y; S | X), what the teacher knows that the student cannot see: the smaller gap is the better privilege, "
-        "because less of what it teaches is out of the student's reach.",
+        "Mean KL divergence per token, in nats, between the teacher with and without this privilege. It estimates "
+        "I(Y; S | X), what the teacher knows and the student cannot see: a privilege with a smaller gap is better, "
+        "because more of what it teaches is within the student's reach.",
         {"cue_gap": "cue", "answer_gap": "answer"},
     ),
     Measure(
@@ -63,28 +63,28 @@ MEASURES = (
     ),
     Measure(
         "Teacher accuracy",
-        "Share of right answers.",
-        {"correct_with_cue": "with cue", "correct_without_cue": "without"},
+        "Share of correct answers.",
+        {"correct_with_cue": "with cue", "correct_without_cue": "without cue"},
     ),
 )
 
 
 def summarize_audit(dataset: Dataset, cue_column: str = "cue") -> dict[str, int | float]:
     """
-    The totals of an audited dataset. Columns are read in batches, and no image is read.
+    The totals of an audited dataset. Reads columns in batches, and no images.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            The result of [`audit_cues`], with what [`measure_recoverability`], [`measure_privilege_gap`] and
-            [`measure_usefulness`] may have added.
+            The result of [`audit_cues`], with or without the columns of [`measure_recoverability`],
+            [`measure_privilege_gap`] and [`measure_usefulness`].
         cue_column (`str`, *optional*, defaults to `"cue"`):
             Column with the cues.
 
     Returns:
         `dict[str, int | float]`: The number of `rows`, and of rows with each verdict: `control_text`, `answer_leak`,
-        `reasoning_leak`, `failed` (there is no cue), `unusable`, `possible_leak` and `usable`; a row can have
-        several. Then, for what was measured, the means of the columns in `MEASURES` under their own names, and for
-        each column the number of rows that its mean is taken over, under its name with `_rows` behind.
+        `reasoning_leak`, `failed` (no cue), `unusable`, `possible_leak` and `usable`; a row can have several. Then,
+        for each measure in the dataset, the means of the columns in `MEASURES` under their own names, and the numbers
+        of rows that the means are taken over, under the same names with the suffix `_rows`.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
@@ -104,7 +104,7 @@ def summarize_audit(dataset: Dataset, cue_column: str = "cue") -> dict[str, int 
 
 def iterate_verdicts(dataset: Dataset, cue_column: str = "cue") -> Iterator[list[str]]:
     """
-    The verdicts of each row, worst first, without its images.
+    The verdicts of each row, worst first. Reads no images.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
@@ -134,7 +134,7 @@ def find_verdicts(row: dict[str, Any], cue: str | None) -> list[str]:
 
 
 def mean_of_columns(dataset: Dataset, columns: list[str]) -> dict[str, int | float]:
-    """Their means over the rows that have a value in all of them, and the number of these rows; empty if none has."""
+    """The columns' means over the rows that have all values, and the number of these rows; empty if there are none."""
     if not columns:
         return {}
     sums, num_rows = np.zeros(len(columns)), 0

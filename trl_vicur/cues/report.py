@@ -1,4 +1,4 @@
-"""An audited dataset for people to look at: an HTML page with the images, and a table in the terminal."""
+"""Reports of an audited dataset: an HTML page with the images, and a table in the terminal."""
 
 import heapq
 import re
@@ -19,11 +19,11 @@ from ..html_page import check_page, readable, show_images, undecoded_rows, write
 from .audit_summary import MEASURES, VERDICTS, Measure, iterate_verdicts, summarize_audit
 
 
-# What a single row may take of the page
+# Limits per row of the page
 MAX_REASON_LENGTH = 500
 MAX_REASONS_PER_ROW = 20
 
-# What a reason quotes of the cue, in whichever quotation marks
+# Quotations of the cue in a reason, in any quotation marks
 QUOTED = re.compile(r"""(?<!\w)(?:'(.+?)'|"(.+?)"|“(.+?)”)(?!\w)""", re.DOTALL)
 
 
@@ -36,25 +36,25 @@ def write_html_report(
     max_rows: int = 200,
 ) -> None:
     """
-    Write a page that shows what an audit found: the totals, and rows with their images, the worst first.
+    Write an HTML page with the result of an audit: the totals, and rows with their images, worst first.
 
-    The page is one file that loads nothing from elsewhere; it can be read without JavaScript, which only filters. The
-    rows to be shown are chosen by their verdicts, and only their images are read, one row at a time.
+    The page is one file that loads nothing from elsewhere; it works without JavaScript, which only filters. Rows are
+    selected by their verdicts, and only the images of these rows are read, one row at a time.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The result of [`audit_cues`].
         path (`str` or `Path`):
-            The file. It appears, or replaces the one that is there, when it is whole.
+            The file. It appears, or replaces an older one, when it is complete.
         question_column (`str`, *optional*):
-            Column with the questions, strings or conversational prompts. By default `prompt` or, if there is none,
+            Column with the questions, strings or conversational prompts. By default `prompt` or, without one,
             `question`.
         cue_column (`str`, *optional*, defaults to `"cue"`):
             Column with the cues.
         answer_column (`str`, *optional*, defaults to `"answer"`):
             Column with the reference answers, if there is one.
         max_rows (`int`, *optional*, defaults to `200`):
-            Most rows to show.
+            Maximum number of rows to show.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
@@ -69,7 +69,7 @@ def write_html_report(
         (list(VERDICTS).index(verdicts[0]), number, verdicts)
         for number, verdicts in enumerate(iterate_verdicts(dataset, cue_column))
     )
-    # The worst, and of equally bad ones the first; only as many as are shown are in memory
+    # The worst rows, and the first of equally bad ones; no more than are shown are in memory
     chosen = {number: verdicts for _, number, verdicts in heapq.nsmallest(max_rows, ranked)}
 
     num_shown_by_verdict = Counter(verdict for verdicts in chosen.values() for verdict in verdicts)
@@ -93,7 +93,7 @@ def print_summary(dataset: Dataset, console: Console) -> None:
         dataset ([`~datasets.Dataset`]):
             The result of [`audit_cues`].
         console ([`~rich.console.Console`]):
-            Where to.
+            The console to print to.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
@@ -123,7 +123,7 @@ def print_summary(dataset: Dataset, console: Console) -> None:
 
 
 def select_measures(summary: dict[str, int | float]) -> list[Measure]:
-    """The measures that the summary has, each with the columns that it has."""
+    """The measures in the summary, each with those of its columns that the summary has."""
     selected = [
         measure._replace(columns={column: label for column, label in measure.columns.items() if column in summary})
         for measure in MEASURES
@@ -134,7 +134,7 @@ def select_measures(summary: dict[str, int | float]) -> list[Measure]:
 def read_rows(
     dataset: Dataset, chosen: dict[int, list[str]], question_column: str, cue_column: str, answer_column: str
 ) -> Iterator[dict[str, Any]]:
-    """The rows with the given numbers and verdicts, one after the other, as the template wants them."""
+    """The rows with the given numbers and verdicts, one at a time, in the form that the template expects."""
     columns = [question_column, cue_column, answer_column, "cue_error", "cue_reasons"]
     for (number, verdicts), row in zip(chosen.items(), undecoded_rows(dataset, chosen, columns), strict=True):
         images = row_images(row) if "images" in row or "image" in row else []
@@ -156,12 +156,12 @@ def read_rows(
 
 
 def mark_quotes(reason: str) -> Markup:
-    """A reason, with what it quotes marked."""
+    """A reason with its quotations marked."""
     return mark(reason, [match.span(match.lastindex or 0) for match in QUOTED.finditer(reason)])
 
 
 def mark_evidence(cue: str, quotes: set[str]) -> Markup:
-    """A cue, with what its reasons quote marked where it stands as whole words."""
+    """A cue with the quotations of its reasons marked, where they are whole words."""
     # `repr`, which reasons quote with, doubles the backslashes of LaTeX
     longest_first = sorted({quote.replace("\\\\", "\\") for quote in quotes}, key=len, reverse=True)
     pattern = "|".join(rf"(?:(?<!\w)|(?=\W)){re.escape(quote)}(?:(?!\w)|(?<=\W))" for quote in longest_first)

@@ -1,4 +1,4 @@
-"""The text audit of a visual cue: does it describe what can be seen, or does it leak or steer?"""
+"""The text audit of a visual cue: does it describe visible evidence, or does it leak the answer or steer a model?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,18 +12,18 @@ from .folding import fold_text
 @dataclass(frozen=True)
 class CueAudit:
     """
-    What the text audit found in a cue.
+    The findings of the text audit in a cue.
 
     Args:
         answer_leak (`str`):
-            `"leak"` if the cue states the answer, `"possible"` if it does but the value may be there to be seen in the
-            image, `"none"` otherwise.
+            `"leak"` if the cue states the answer, `"possible"` if it does but the image may show the value, `"none"`
+            otherwise.
         reasoning_leak (`bool`):
-            Whether it holds a part of the solution: a theorem, a step, a conclusion, a computed value.
+            Whether it contains part of the solution: a theorem, a step, a conclusion, a computed value.
         control_text (`bool`):
-            Whether it holds control tokens or text that speaks to the model.
+            Whether it contains control tokens or text that addresses the model.
         reasons (`list[str]`):
-            What was found, each with the piece of the cue.
+            One sentence per finding, which quotes the cue.
     """
 
     answer_leak: Literal["none", "possible", "leak"]
@@ -33,26 +33,26 @@ class CueAudit:
 
     @property
     def usable(self) -> bool:
-        """Whether the cue may be used as recoverable privilege, as far as its text tells."""
+        """Whether the cue may be used as recoverable privilege, as far as its text shows."""
         return self.answer_leak != "leak" and not self.reasoning_leak and not self.control_text
 
 
 def audit_cue(cue: str, question: str, answer: str | None = None, visible_text: Sequence[str] = ()) -> CueAudit:
     """
-    Audit the text of a cue. It knows the image only by `visible_text`.
+    Audit the text of a cue. All that is known of the image is `visible_text`.
 
     Args:
         cue (`str`):
             The cue.
         question (`str`):
-            The question that it was made for, with its options.
+            The question that the cue is for, with its options.
         answer (`str`, *optional*):
             The reference answer. Without it, no answer leak is found.
         visible_text (`Sequence[str]`, *optional*, defaults to `()`):
-            Texts that the image carries (labels, ticks, captions); empty where they are unknown.
+            Texts in the image (labels, ticks, captions); empty if they are unknown.
 
     Returns:
-        [`CueAudit`]: The verdicts and what was found.
+        [`CueAudit`]: The verdicts and the reasons for them.
 
     Raises:
         `ModuleNotFoundError`: If the extra `cues` is not installed.

@@ -3,7 +3,7 @@ Does a cue state the answer?
 
 1. The answer is read into its meanings: quantities, the label of an option, a phrase, a verdict.
 2. Every mention of one of them in the cue is found.
-3. Something may excuse a mention: the value is known, or said, to stand in the image.
+3. A mention can be excused: the value is known, or said, to be in the image.
 4. The strongest verdict wins.
 """
 
@@ -18,7 +18,7 @@ from .quantities import Quantity, find_other_readings, find_quantities, is_same_
 from .units import UNIT_WORD, read_unit
 
 
-# Attributes that are seen directly. What has to be concluded from marks (isosceles, rhombus, parallel) is not here.
+# Attributes that are visible directly; not those that follow from marks (isosceles, rhombus, parallel).
 COLOUR_OR_SHAPE = (
     r"(?:(?:dark|light|bright|pale)[ -])?(?:red|orange|yellow|green|blue|purple|violet|pink|brown|black|white|gr[ea]y"
     r"|gold(?:en)?|silver|beige|turquoise|cyan|magenta|navy|maroon|teal|tan|cream|circ(?:le|ular)|round|square"
@@ -44,7 +44,7 @@ NAMED = re.compile(
     r"|∠)\.?\s?$",
     re.IGNORECASE,
 )
-# "two lines" is no "2", unless the question asks for a count
+# "two lines" does not state "2", unless the question asks for a count
 COUNTED = re.compile(r"\s(?!(?:unit|dollar|cent|euro|pound|time)s?\b)([a-z]+(?:\s[a-z]+)?s)\b")
 ASKS_FOR_A_COUNT = re.compile(r"\bhow many|\bnumber of|\bcount", re.IGNORECASE)
 
@@ -54,10 +54,10 @@ ALTERNATIVES = re.compile(r"(?:[\w-]+,\s){0,6}[\w-]+,?\sor\s(?:an?\s|the\s)?[\w-
 FINAL_ANSWER = re.compile(
     r"boxed\s?\{(.+)\}|####\s?(.+)|<answer>(.+?)</answer>|\banswer(?: is|:)\s(.+)", re.IGNORECASE
 )
-# Words that may stand in an answer beside its quantities; with more others, it is a text
+# Words that an answer may contain besides its quantities; with more other words, it is a text
 FILLERS = frozenset("and or about units approximately is equals to by from between x y z n".split())
 ASKS_FOR_A_DATE = re.compile(r"\b(?:when|dates?|days?)\b", re.IGNORECASE)
-# "No apples are left", where the question is how many apples are left
+# "No apples are left" answers "How many apples are left?" with 0
 NONE_OF = re.compile(r"\b(?:no|none of the|not a single|not one)\s((?:[\w-]+\s){0,2}[\w-]+)", re.IGNORECASE)
 HOW_MANY = re.compile(r"\bhow many\s((?:[\w-]+\s){0,2}[\w-]+)", re.IGNORECASE)
 ROMAN_LABEL = re.compile(r"(?:IX|IV|VI{0,3}|I{1,3}|X)")
@@ -82,17 +82,17 @@ YES_NO_QUESTION = re.compile(
 
 class Answer(NamedTuple):
     """
-    The meanings of an answer: what would state it in a cue.
+    The meanings of an answer; a cue that expresses one of them states the answer.
 
     Args:
         quantities (`list[list[Quantity]]`):
-            What it may be read as; each is one quantity, or several to be stated together.
+            Its readings; each is one quantity, or several that must be stated together.
         labels (`list[str]`):
-            The label of the option that it is, and the option's text where that is a label, too: "(B) II".
+            The label of its option, and the option's text if that is a label, too: "(B) II".
         phrase (`Phrase`, *optional*):
             Its words, or those of the option.
         is_visible_attribute (`bool`):
-            Whether these name a colour, a shape or a place.
+            Whether the words name a colour, a shape or a place.
         verdict (`str`, *optional*):
             `"yes"` or `"no"`.
     """
@@ -105,7 +105,7 @@ class Answer(NamedTuple):
 
 
 class Mention(NamedTuple):
-    """A place in a cue, `cue[start:end]`, that states the answer by one of its meanings."""
+    """A part of a cue, `cue[start:end]`, that states the answer by one of its meanings."""
 
     start: int
     end: int
@@ -116,7 +116,7 @@ def find_answer_leak(
     cue: str, question: str, answer: str, visible_text: Sequence[str] = ()
 ) -> tuple[Literal["none", "possible", "leak"], list[str]]:
     """
-    Whether a cue states the answer. All texts as [`fold_text`] returns them.
+    Find out whether a cue states the answer. All texts are those that [`fold_text`] returns.
 
     Args:
         cue (`str`):
@@ -126,11 +126,11 @@ def find_answer_leak(
         answer (`str`):
             The reference answer.
         visible_text (`Sequence[str]`, *optional*, defaults to `()`):
-            Texts that the image carries; empty where they are unknown.
+            Texts in the image; empty if they are unknown.
 
     Returns:
-        `tuple[str, list[str]]`: `"leak"` if the cue states it, `"possible"` if it does but the value may be there to
-            be seen, `"none"` otherwise; and what was found.
+        `tuple[str, list[str]]`: `"leak"` if the cue states it, `"possible"` if it does but the image may show the
+            value, `"none"` otherwise; and the reasons.
     """
     stem, options = split_options(question)
     meanings = read_answer(answer, stem, options)
@@ -164,7 +164,7 @@ def find_answer_leak(
 
 
 def read_answer(answer: str, stem: str, options: dict[str, str]) -> Answer:
-    """What would state the answer in a cue; of an option its label and its text."""
+    """The meanings of an answer; of an option, both its label and its text."""
     if match := FINAL_ANSWER.search(answer):
         answer = match[match.lastindex or 0]
     text = answer.strip(" \n.")
@@ -188,7 +188,7 @@ def read_answer(answer: str, stem: str, options: dict[str, str]) -> Answer:
 
 
 def read_quantities(text: str, stem: str) -> tuple[list[list[Quantity]], bool]:
-    """The quantities that an answer may be read as, and whether there are other words in it."""
+    """The quantities that an answer may mean, and whether it has other words."""
     unit = asked_unit(stem)
     found = [each if each.unit else each._replace(unit=unit) for each in find_quantities(text)]
     other_words = words_beside(found, text)
@@ -205,7 +205,7 @@ def read_quantities(text: str, stem: str) -> tuple[list[list[Quantity]], bool]:
 
 
 def words_beside(quantities: list[Quantity], text: str) -> list[str]:
-    """The words of an answer that its quantities leave over."""
+    """The words of an answer that are not part of its quantities."""
     for quantity in reversed(quantities):
         text = text[: quantity.start] + " " + text[quantity.end :]
     return [word for word in re.findall(r"[^\W_]+", text) if word.lower() not in FILLERS and not word.isdigit()]
@@ -227,7 +227,7 @@ def asked_unit(stem: str) -> str | None:
 
 
 def find_mentions(cue: str, stem: str, answer: Answer, options: dict[str, str]) -> Iterator[Mention]:
-    """Every place of the cue that states the answer."""
+    """Every part of the cue that states the answer."""
     for wanted in answer.quantities:
         for start, end in find_same(wanted, cue):
             name = NAMED.search(cue[max(0, start - 20) : start]) if len(wanted) == 1 else None
@@ -249,7 +249,7 @@ def find_mentions(cue: str, stem: str, answer: Answer, options: dict[str, str]) 
 
 
 def find_same(wanted: list[Quantity], text: str) -> Iterator[tuple[int, int]]:
-    """Spans of neighbouring quantities that are the wanted ones, in any order."""
+    """Spans of adjacent quantities that equal the wanted ones, in any order."""
     found = find_quantities(text)
     for i in range(len(found) - len(wanted) + 1):
         window = list(found[i : i + len(wanted)])
@@ -262,7 +262,7 @@ def find_same(wanted: list[Quantity], text: str) -> Iterator[tuple[int, int]]:
 
 
 def _take(wanted: Quantity, quantities: list[Quantity]) -> bool:
-    """Take the wanted one out of the quantities, if it is there."""
+    """Remove the wanted quantity from the list; returns whether it was there."""
     for index, quantity in enumerate(quantities):
         if is_same_quantity(wanted, quantity):
             del quantities[index]
@@ -271,7 +271,7 @@ def _take(wanted: Quantity, quantities: list[Quantity]) -> bool:
 
 
 def find_verdict(verdict: str, cue: str, stem: str) -> Iterator[tuple[int, int]]:
-    """Spans of a cue that answer a question by yes or no."""
+    """Spans of a cue that answer a question with yes or no."""
     for match in VERDICT.finditer(cue):
         if VERDICTS[match[match.lastindex or 0].lower()] == verdict:
             yield match.span(match.lastindex or 0)
@@ -298,7 +298,7 @@ def find_verdict(verdict: str, cue: str, stem: str) -> Iterator[tuple[int, int]]
 
 
 def contains(text: str, answer: Answer) -> bool:
-    """Whether a text carries the answer's value, all parts of it, or its phrase."""
+    """Whether a text contains the answer's value, with all of its parts, or its phrase."""
     if answer.phrase and next(find_phrase(answer.phrase, text), None):
         return True
     return any(
@@ -309,14 +309,14 @@ def contains(text: str, answer: Answer) -> bool:
 
 
 def names_all_equally(cue: str, options: dict[str, str]) -> bool:
-    """Whether the cue names each of the options, and all of them equally often: then it prefers none."""
+    """Whether the cue names every option equally often, and so prefers none."""
     phrases = [make_phrase(text) for text in options.values()]
     counts = {sum(1 for _ in find_phrase(phrase, cue)) if phrase else 0 for phrase in phrases}
     return len(phrases) > 1 and len(counts) == 1 and counts != {0}
 
 
 def find_excuse(cue: str, question: str, mention: Mention, answer: Answer, has_visible_text: bool) -> str | None:
-    """Why the image may show what a mention states."""
+    """The reason why the image may show what a mention states; `None` if there is no such reason."""
     start, end, meaning = mention
     if meaning == "phrase" and answer.is_visible_attribute:
         return "it is an attribute that is seen directly"

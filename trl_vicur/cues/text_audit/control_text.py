@@ -1,10 +1,10 @@
-"""Does a cue hold text that steers a model instead of describing an image?"""
+"""Does a cue contain text that steers a model instead of describing an image?"""
 
 import re
 
 
-# Special tokens of chat and vision formats that carry no bars. A list of names, because other text in angle brackets
-# may be a visible label (<OK>), markup (<div>) or mathematics (⟨u, v⟩).
+# Special tokens of chat and vision formats without bars. A list of names, because other text in angle brackets may
+# be a visible label (<OK>), markup (<div>) or mathematics (⟨u, v⟩).
 TOKEN_NAMES = (
     r"s|bos|eos|pad|unk|mask|image|images|img|video|audio|think|thinking|answer|tool_call|tool_response|tools|boi|eoi"
     r"|image_pad|video_pad|image_start|image_end|vision_start|vision_end|start_of_turn|end_of_turn|start_of_image"
@@ -27,7 +27,7 @@ CONTROL_TOKEN = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 
-# What speaks to the model. What a sign says ("Do not enter") speaks to people and is not here.
+# Nouns of instructions that address the model. A sign ("Do not enter") addresses people and is not matched.
 INSTRUCTION_NOUN = (
     r"(?:above|previous|prior|preceding|earlier|foregoing|instructions?|prompts?|directions?|context|guidelines|rules"
     r"|everything|anything|all (?:of )?(?:this|that|the)|question|image|picture|hints?|constraints|training)"
@@ -46,7 +46,7 @@ INSTRUCTION = re.compile(
     r"|(?:dear|to the|hey|attention,?) (?:model|ai|llm|language model)\b|the model (?:should|must|has to)\b)",
     re.IGNORECASE,
 )
-# At the start of a sentence, or of a part of it
+# At the start of a sentence or clause
 ORDER = re.compile(
     r"(?:^|[.!?:;,\n]\s?|\b(?:and|then|please|now|must|should|only|just|simply|always) )(?:"
     r"(?:reply|respond|answer|output|say|write down|print out) (?:with|in|as|that|only|['\"]|\d|yes\b|no\b)"
@@ -57,13 +57,13 @@ ORDER = re.compile(
 )
 
 
-# Tag characters spell whole prompts that nobody sees; overrides of the writing direction make text read as another.
-# Folding takes them away, so they are looked for before it.
+# Tag characters can spell whole invisible prompts, and overrides of the writing direction disguise text. Folding
+# removes them, so the search runs before it.
 HIDDEN = re.compile("[\u202a-\u202e\u2066-\u2069\U000e0020-\U000e007e]")
 
 
 def find_hidden_text(cue: str) -> list[str]:
-    """A sentence if the cue, as it is, holds characters that hide text; else an empty list."""
+    """A sentence if the cue, before folding, contains characters that hide text; else an empty list."""
     if match := HIDDEN.search(cue):
         return [f"the cue holds the hidden character U+{ord(match[0]):04X}"]
     return []
@@ -71,15 +71,15 @@ def find_hidden_text(cue: str) -> list[str]:
 
 def find_control_text(cue: str) -> list[str]:
     """
-    What a cue holds of control tokens and of text that speaks to the model.
+    Find control tokens in a cue, and text that addresses the model.
 
     Args:
         cue (`str`):
-            The cue, as [`fold_text`] returns it: a token disguised with invisible or full-width characters is found in
-            the form that a model may take it for.
+            The cue, as [`fold_text`] returns it: tokens disguised with invisible or full-width characters are found in
+            the form in which a model may read them.
 
     Returns:
-        `list[str]`: One sentence for each kind, quoting its first piece; empty if there is none.
+        `list[str]`: One sentence for each kind, which quotes its first match; empty if there is none.
     """
     reasons = []
     if match := CONTROL_TOKEN.search(cue):

@@ -1,4 +1,4 @@
-"""Mathematical expressions in text: where they stand, and what they evaluate to."""
+"""Mathematical expressions in text: where they are, and what they evaluate to."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from latex2sympy2_extended import latex2sympy
 from .units import UNIT
 
 
-# All repetitions are bounded or possessive: the work grows with the length of the text, whatever stands in it
+# All repetitions are bounded or possessive, so the work is linear in the length of any text
 NUMBER = r"(?>(?:(?:\d{1,3}(?:,\d{3}){1,6}(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2}(?!\w))?)"
 GROUP = r"\s?\{(?:[^{}]|\{[^{}]{0,40}\}){1,60}\}"
 ATOM = (
@@ -43,19 +43,19 @@ TO_LATEX = [
 
 
 def is_calculation(expression: str) -> bool:
-    """Whether an expression is a calculation (8 + 4) and no notation of one number (24/2, 3.0 × 10^8)."""
+    """Whether an expression is a calculation (8 + 4), not a notation of one number (24/2, 3.0 × 10^8)."""
     return CALCULATION.search(SCIENTIFIC.sub("", expression)) is not None
 
 
 @lru_cache(maxsize=10_000)
 def evaluate(expression: str) -> tuple[Fraction | float, frozenset[str]] | None:
     """
-    Value and variables of an expression; `None` of a calculation, and where the expression cannot be read.
+    Value and variables of an expression; `None` for a calculation, and if the expression cannot be parsed.
 
-    Whether two expressions with variables are the same is asked at one point, with logarithms for variables: different
-    expressions do not meet there. It takes microseconds, where simplifying their difference may take seconds.
+    Expressions with variables are compared at one point, where each variable is a logarithm: different expressions do
+    not meet there. It takes microseconds, where simplifying their difference may take seconds.
     """
-    for opening, closing in ("()", "{}"):  # those of the text around it
+    for opening, closing in ("()", "{}"):  # unbalanced ones belong to the text around it
         while expression.startswith(opening) and expression.count(opening) > expression.count(closing):
             expression = expression[1:]
         while expression.endswith(closing) and expression.count(closing) > expression.count(opening):
@@ -78,6 +78,6 @@ def evaluate(expression: str) -> tuple[Fraction | float, frozenset[str]] | None:
         if isinstance(parsed, sympy.Rational):
             return Fraction(int(parsed.p), int(parsed.q)), frozenset()
         value = float(parsed.subs(variables.items()).evalf(15, maxn=50))
-    except Exception:  # of many kinds, where it is no expression after all
+    except Exception:  # the parser raises many kinds for text that is not an expression
         return None
     return (value, frozenset(map(str, variables))) if math.isfinite(value) else None

@@ -1,15 +1,15 @@
-"""One notation for what looks or means the same; all checks of the audit read the folded text."""
+"""Fold text: one notation for what looks or means the same. All checks of the audit read the folded text."""
 
 import re
 import unicodedata
 
 
-# Characters that nobody sees, by which a number or a control token could be disguised
+# Invisible characters, which could disguise a number or a control token
 INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
-# Invisible twins of the ASCII characters, which a language model may read all the same
+# Invisible twins of the ASCII characters, which a language model may still read
 TAG_CHARACTERS = {0xE0000 + code: chr(code) for code in range(0x20, 0x7F)}
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 # NFKC would make "1½" to "11/2" and "º" to "o"
@@ -46,7 +46,7 @@ NOTATIONS = [
 def fold_text(text: str) -> str:
     """
     The text with one notation for what looks or means the same: no invisible characters, no full-width forms, no
-    LaTeX markup around plain symbols. All checks read this form.
+    LaTeX markup around plain symbols.
     """
     text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates
     if not text.isascii():

@@ -8,7 +8,7 @@ from functools import lru_cache
 from text_to_num import Token, find_numbers
 
 
-# Stands behind the digits of a number word up to the end of the word; white space for regular expressions
+# Pads the digits of a number word to the length of the word; white space for regular expressions
 FILL_CHARACTER = "\x1f"
 
 ORDINALS = (
@@ -18,7 +18,7 @@ ORDINALS = (
 PARTS = {ordinal: number for number, ordinal in enumerate(ORDINALS, start=1) if number > 2} | {"quarter": 4}
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
-# Of one letter it would be a name more often
+# A single letter is more often a name
 ROMAN_NUMERAL = r"(?=[MDCLXVI]{2,15}\b)M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})(?<=[A-Z])\b"
 ROMAN_DIGITS = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}
 
@@ -31,7 +31,7 @@ NUMBER_WORDS = re.compile(
     rf"(?!(?<=ty)[\s-](?:{'|'.join(ORDINALS[:9])})\b)",  # twenty-first
     re.IGNORECASE,
 )
-# No count: the red one, one of them, one side; but one in four
+# Not a count: the red one, one of them, one side; but one in four is
 PRONOUN_BEFORE = re.compile(r"\b(?:the|this|that|which|each|every|any|another|other|no|some)\s(?:\w+\s)?$", re.I)
 PRONOUN_BEHIND = re.compile(
     rf"\s(?!(?:in|out of) (?:\d|{NUMBER_WORD}))"
@@ -39,7 +39,7 @@ PRONOUN_BEHIND = re.compile(
     re.IGNORECASE,
 )
 
-# What follows reads the digits that stand for number words by now
+# The following patterns read digits that have replaced number words
 DIGITS = r"\b(\d{1,4})\x1f{0,20}"
 MAGNITUDE = re.compile(rf"\b(\d{{1,9}}(?:\.\d{{1,9}})?) ({'|'.join(POWERS)})\b", re.IGNORECASE)
 SINGLE = re.compile(r"\ba single\b", re.IGNORECASE)
@@ -54,7 +54,7 @@ MIXED = re.compile(rf"{DIGITS} and (\d{{1,2}}/\d{{1,2}})\b", re.IGNORECASE)
 
 
 class Word(Token):
-    """A word as text2num reads it."""
+    """A word in the form that text2num reads."""
 
     def __init__(self, match: re.Match):
         self.match = match
@@ -73,7 +73,7 @@ def read_words(run: re.Match) -> str:
     for number in find_numbers([Word(word) for word in words], "en", threshold=0):
         start, end = words[number.start].start(), words[number.end - 1].end()
         result = result[:start] + number.text.ljust(end - start, FILL_CHARACTER) + result[end:]
-    return result.replace("-", " ")  # between two numbers it is no minus
+    return result.replace("-", " ")  # between two numbers, it is not a minus
 
 
 def read_dozens(match: re.Match) -> str:
@@ -81,7 +81,7 @@ def read_dozens(match: re.Match) -> str:
     return str(size // 2 if (match[2] or "").lower() == "half a" else size * int(match[1] or 1))
 
 
-# In this order: later ones read the digits of earlier ones
+# In this order: later patterns read the digits of earlier ones
 READERS: list[tuple[re.Pattern, Callable[[re.Match], str]]] = [
     (MAGNITUDE, lambda match: str(int(Fraction(match[1]) * 10 ** POWERS[match[2].lower()]))),
     (NUMBER_WORDS, read_words),
@@ -97,7 +97,7 @@ READERS: list[tuple[re.Pattern, Callable[[re.Match], str]]] = [
 
 @lru_cache(maxsize=32)
 def number_words_to_digits(text: str) -> str:
-    """The text with number words as digits, each filled up with `FILL_CHARACTER` so that all positions stay."""
+    """The text with number words as digits, padded with `FILL_CHARACTER` so that all positions stay the same."""
     for pattern, read in READERS:
         text = pattern.sub(lambda match, read=read: _fill_up(read(match), match[0]), text)
     return text

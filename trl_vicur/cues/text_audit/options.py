@@ -1,4 +1,4 @@
-"""The options of a question, and how a cue prefers one of them by its label."""
+"""The options of a question, and the ways in which a cue prefers one of them by its label."""
 
 import re
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ BARE_OPTION_START = re.compile(r"(?<=\s)([A-H])\s(?=\S)")
 UNLABELLED_OPTIONS = re.compile(r"\b(?:options|choices|choose from|select from)\b.{0,20}?:", re.IGNORECASE)
 
 OPTION_NOUN = r"(?:option|choice|answer|alternative|statement|candidate)"
-# What a cue describes by its letter, whether it is the right option or not; more is needed to prefer it
+# A cue may describe these by their letters, whether they are the right option or not
 DESCRIBED_NOUN = (
     r"(?:figure|graph|diagram|picture|image|panel|shape|chart|plot|map|curve|net|object|animal|drawing|sketch|one)"
 )
 ASSERTION = r"(?:is|are|was|shows?|has|have|fits?|match(?:es)?|satisf(?:y|ies)|represents?|depicts?|gives?|contains?)"
-# Words of a question that say nothing about what is asked for
+# Words of a question that do not tell what it asks for
 GENERAL_WORDS = FUNCTION_WORDS | frozenset(
     "which what who whose following these those one ones option options figure figures graph graphs diagram diagrams "
     "picture pictures image images shown drawn labelled marked given below above correct from by".split()
@@ -32,7 +32,7 @@ GENERAL_WORDS = FUNCTION_WORDS | frozenset(
 
 
 def split_options(question: str) -> tuple[str, dict[str, str]]:
-    """The question without its options, and the options by label, or by number where they have no labels."""
+    """The question without its options, and the options by label, or by number if they have no labels."""
     starts = _starts_of_options(OPTION_START.finditer(question))
     if len(starts) < 2 and (question_mark := question.find("?")) != -1:
         starts = _starts_of_options(BARE_OPTION_START.finditer(question, question_mark))
@@ -50,7 +50,7 @@ def split_options(question: str) -> tuple[str, dict[str, str]]:
 
 
 def _starts_of_options(matches: Iterator[re.Match]) -> list[re.Match]:
-    """Those whose labels count up: A, B, C."""
+    """The matches whose labels count up: A, B, C."""
     starts: list[re.Match] = []
     for match in matches:
         if len(starts) < 6 and match[match.lastindex or 0] in [labels[len(starts)] for labels in LABELS]:
@@ -64,7 +64,7 @@ def find_label(label: str, labels: tuple[str, ...], cue: str, stem: str) -> Iter
     yield from (match.span() for match in prefers.finditer(cue))
     asked = {token.base for token in read_tokens(stem) if token.word.lower() not in GENERAL_WORDS}
     for match in asserts.finditer(cue):
-        # Of the right one, the cue says what the question asks for: "figure B is a net of the cube"
+        # It prefers an option by saying of it what the question asks for: "figure B is a net of the cube"
         if any(token.base in asked for token in read_tokens(match["predicate"])):
             yield match.span("label")
 
@@ -72,8 +72,8 @@ def find_label(label: str, labels: tuple[str, ...], cue: str, stem: str) -> Iter
 @lru_cache(maxsize=1000)
 def _label_patterns(label: str, labels: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
     """
-    Find the label of an option where it cannot be the name of a point, a unit or an article: one where the cue prefers
-    it, one where it says something about it.
+    Patterns that find the label of an option where it cannot be the name of a point, a unit or an article: the first
+    where the cue prefers the option, the second where it says something about it.
     """
     either_case = f"[{label}{label.lower()}]" if len(label) == 1 and label.isalpha() else label
     patterns = [

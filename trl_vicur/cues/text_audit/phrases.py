@@ -1,4 +1,4 @@
-"""Words in whatever inflection, order and company: does a text say the same phrase?"""
+"""Does a text say the same phrase, in any inflection and word order?"""
 
 import re
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from .number_words import ORDINALS, ROMAN_NUMERAL, read_roman_numeral
 WORD = re.compile(r"(?:[A-Za-z]\.){2,}|\w+(?:'\w+)?")
 SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b(?:Dr|Mr|Ms|St))(?<!\bMrs)[.!?;]['\")]?\s|\n")
 ARTICLES = frozenset("a an the An The".split())
-# Words that carry nothing of an answer: "They are playing soccer", "it falls"
+# Words without content of an answer: "They are playing soccer", "it falls"
 FUNCTION_WORDS = ARTICLES | frozenset(
     "it its they he she is are was were be been being does do did has have and or of in on at to with for as that "
     "this there".split()
 )
 NEGATIONS = frozenset("not never isn't aren't doesn't don't no neither nor without".split())
-# Names that are other words as well
+# Names that are also other words
 KEEPS_CASE = frozenset({"May", "March"})
 CALENDAR = {
     name[:3]: name.lower()
@@ -43,7 +43,7 @@ ROMAN = re.compile(ROMAN_NUMERAL)
 
 
 class Token(NamedTuple):
-    """A word at `text[start:end]`, by its number and its sentence's number in the text."""
+    """A word at `text[start:end]`, its position among the words, and the number of its sentence."""
 
     base: str
     word: str
@@ -55,15 +55,15 @@ class Token(NamedTuple):
 
 class Phrase(NamedTuple):
     """
-    What says a text in other words.
+    The words that express a text.
 
     Args:
         bases (`frozenset[str]`):
             The base forms of its words, which may come in any order.
         window (`int`):
-            Among how many words they must stand.
+            The number of consecutive words that must include them all.
         company (`frozenset[str]`, *optional*):
-            Base forms that must stand somewhere in the same sentence.
+            Base forms that must be somewhere in the same sentence.
         exact_word (`str`, *optional*):
             A word whose case counts.
     """
@@ -76,7 +76,7 @@ class Phrase(NamedTuple):
 
 @lru_cache(maxsize=100_000)
 def base_form(word: str) -> str:
-    """The same for "increases", "increased" and "increasing", "mouse" and "mice", "second", "2nd" and "II"."""
+    """One form for "increases", "increased" and "increasing", "mouse" and "mice", "second", "2nd" and "II"."""
     if word in CALENDAR:
         return CALENDAR[word]
     if ROMAN.fullmatch(word):
@@ -110,7 +110,7 @@ def base_form(word: str) -> str:
 
 @lru_cache(maxsize=64)
 def read_tokens(text: str) -> tuple[Token, ...]:
-    """The words of a text but articles."""
+    """The words of a text, without articles."""
     tokens, sentence, end = [], 0, 0
     for match in WORD.finditer(text):
         if match[0] in ARTICLES:
@@ -123,20 +123,20 @@ def read_tokens(text: str) -> tuple[Token, ...]:
 
 def make_phrase(text: str, stem: str = "") -> Phrase | None:
     """
-    The phrase of a text; `None` where it holds no words.
+    The phrase of a text; `None` if it has no words.
 
     Args:
         text (`str`):
             The text, an answer.
         stem (`str`, *optional*):
-            The question that it answers. What the question says already, the cue need not repeat beside it.
+            The question that it answers. A cue need not repeat words of the question next to the phrase.
     """
     tokens = read_tokens(text)[:40]
     content = [token for token in tokens if token.word.lower() not in FUNCTION_WORDS] or list(tokens)
     if not content:
         return None
     if len(content) > 1 and all(token.word[0].isupper() for token in content):
-        # The words of a name stand together
+        # The words of a name are adjacent
         return Phrase(frozenset(token.base for token in content), len(tokens) + 1)
     bases = frozenset(token.base for token in content)
     category = frozenset(token.base for match in CATEGORY.finditer(stem) for token in read_tokens(match[1]))
@@ -153,7 +153,7 @@ def make_phrase(text: str, stem: str = "") -> Phrase | None:
 
 
 def find_phrase(phrase: Phrase, text: str) -> Iterator[tuple[int, int]]:
-    """Spans of the text that say the phrase, and do not deny it."""
+    """Spans of the text that say the phrase and do not negate it."""
     tokens = read_tokens(text)
     company: dict[int, set[str]] = {}
     if phrase.company:

@@ -1,9 +1,9 @@
-"""How a cue presents a piece of its text: as the answer, as written in the image, or as read off a scale."""
+"""How a cue presents part of its text: as the answer, as written in the image, or as read off a scale."""
 
 import re
 
 
-# Text around a piece that is searched, in characters
+# Length of the text before and after a span that is searched, in characters
 CONTEXT_CHARS = 160
 
 # The cue presents something as the answer
@@ -44,7 +44,7 @@ READ_OFF = re.compile(
     r"|peak|meet|cross|go|run|start|stretch|hover)\w*|level with)\b",
     re.IGNORECASE,
 )
-# … but another statement may begin in between: "AB is labelled 12 and BC is 5"
+# … unless another statement begins in between: "AB is labelled 12 and BC is 5"
 NEW_STATEMENT = re.compile(
     r"\b(?:is|are|was|were|has|have|equals?|measures?|costs?|weighs?|needs?|takes?|lasts?|would|so|which"
     r"|with probability)\b|\band\b.*=",
@@ -53,7 +53,7 @@ NEW_STATEMENT = re.compile(
 
 
 def sentence_around(text: str, start: int, end: int) -> tuple[str, str]:
-    """What stands before and behind `text[start:end]` in its sentence, up to `CONTEXT_CHARS` characters each."""
+    """The text before and after `text[start:end]` in its sentence, up to `CONTEXT_CHARS` characters each."""
     before = re.split(r"[.!?;]\s|\n", text[max(0, start - CONTEXT_CHARS) : start])[-1]
     behind = re.split(r"[.!?;](?:\s|$)|\n", text[end : end + CONTEXT_CHARS])[0]
     return before, behind
@@ -68,7 +68,7 @@ def is_announced(text: str, start: int, end: int) -> bool:
 
 
 def governs(verb: re.Pattern, before: str) -> bool:
-    """Whether the last such verb speaks of what follows `before`: no other statement begins in between."""
+    """Whether the last such verb refers to the text after `before`: no other statement begins in between."""
     matches = list(verb.finditer(before))
     return bool(matches) and not NEW_STATEMENT.search(before[matches[-1].end() :])
 

@@ -12,7 +12,7 @@ from .number_words import ROMAN_NUMERAL, number_words_to_digits, read_roman_nume
 from .units import UNIT_BEHIND, convert, read_unit
 
 
-# Parsing an expression takes milliseconds: longer ones, and more than this many in a text, are not read
+# Parsing an expression takes milliseconds: longer ones, and more than this many per text, are not parsed
 MAX_EXPRESSION_CHARS = 80
 MAX_EXPRESSIONS = 50
 
@@ -22,10 +22,10 @@ DAY = r"\d{1,2}(?:st|nd|rd|th)?"
 DATE = rf"\b(?:{DAY}(?: of)? {MONTH},? \d{{4}}|{MONTH} {DAY},? \d{{4}}|\d{{4}}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{{4}})\b"
 COLONS = r"(?<![\w.:])\d{1,4}(?::\d{1,4}){1,2}(?![:\d])"
 QUANTITY = re.compile(rf"(?P<date>{DATE})|(?P<colons>{COLONS})|(?P<expression>{EXPRESSION})")
-# "3-7", "4 × 6": no difference and no product, but two quantities
+# "3-7", "4 × 6": two quantities, not a difference or a product
 RANGE_OR_FORMAT = re.compile(rf"({NUMBER})\s{{0,30}}[-×]\s{{0,30}}({NUMBER})")
 DECADE = re.compile(r"\d{3}0s\b")
-# What makes an integer a rounded one
+# Words that mark an integer as rounded
 HEDGE = re.compile(r"(?:\b(?:about|around|approximately|approx\.?|roughly|nearly|almost|close to)|[≈~])\s?$", re.I)
 
 
@@ -35,16 +35,16 @@ class Quantity(NamedTuple):
 
     Args:
         value (`Fraction`, `float` or `tuple[int, ...]`):
-            Its value, exact where the text is. A time, date or ratio is the tuple of its parts. An expression with
-            variables has the value that it takes at one point, see [`evaluate`].
+            Its value, exact if the text is. A time, date or ratio is the tuple of its parts. An expression with
+            variables has its value at one point, see [`evaluate`].
         start, end (`int`):
-            Where it stands, its unit included.
+            Its span, including its unit.
         unit (`str`, *optional*):
-            Its unit, in pint's words; `"count"` of a bare number of things. Of a tuple, what it is (`"date"`,
-            `"ratio"`, `"time"`, or `"time of day"` where it is known to be before or after noon).
+            Its unit, in pint's notation; `"count"` for a bare number of things. For a tuple its kind (`"date"`,
+            `"ratio"`, `"time"`, or `"time of day"` if it is known to be before or after noon).
         decimals (`int`, *optional*):
-            Number of digits behind the point; of an integer that is called approximate, minus its number of trailing
-            zeros. `None` where the value is exact.
+            Number of digits after the point; of an integer that is called approximate, minus its number of trailing
+            zeros. `None` if the value is exact.
         variables (`frozenset[str]`, *optional*):
             Names of its variables.
     """
@@ -63,8 +63,8 @@ class Quantity(NamedTuple):
 @lru_cache(maxsize=32)
 def find_quantities(text: str) -> tuple[Quantity, ...]:
     """
-    All quantities of a text, in order. A number that is a part of another quantity (12 in 1.12, 2 in 2x + 10) is none,
-    and neither is the value of a calculation (8 + 4).
+    All quantities of a text, in order. A number within another quantity (12 in 1.12, 2 in 2x + 10) does not count, and
+    neither does the value of a calculation (8 + 4).
 
     Args:
         text (`str`):
@@ -77,7 +77,7 @@ def find_quantities(text: str) -> tuple[Quantity, ...]:
         start, position = match.span()
         if match["date"]:
             date = read_date(match[0])
-            # The year on its own as well: a date tells it
+            # The year alone, too: a date states it
             quantities += [Quantity(date, start, position, "date"), Quantity(Fraction(date[0]), start, position)]
             continue
         if match["expression"] and (
@@ -108,13 +108,13 @@ def find_quantities(text: str) -> tuple[Quantity, ...]:
                 quantities += [
                     Quantity(Fraction(limit.replace(",", "")), start, end, unit) for limit in limits.groups()
                 ]
-        position = end  # the m of 3 m is no variable
+        position = end  # the m of 3 m is not a variable
     compounds = add_up_compounds(quantities, text)
     return tuple(quantity._replace(end=skip_fill(text, quantity.end)) for quantity in compounds)
 
 
 def add_up_compounds(quantities: list[Quantity], text: str) -> Iterator[Quantity]:
-    """Make one quantity of two like 2 h 15 min or 5 ft 3 in: side by side, the second in a smaller unit."""
+    """Merge pairs like 2 h 15 min or 5 ft 3 in: side by side, the second in a smaller unit."""
     previous = None
     for quantity in quantities:
         if previous is not None and previous.unit is None and quantity.unit == "money_cent":  # $7 and 50 cents
@@ -155,7 +155,7 @@ def read_date(text: str) -> tuple[int, int, int]:
 
 
 def count_decimals(number: str, before: str) -> int | None:
-    """Digits behind the point of a plain number; of an integer, if `before` ends with "about", minus its zeros."""
+    """Digits after the point of a plain number; of an integer, if `before` ends with "about", minus its zeros."""
     if re.fullmatch(r"[\d,]*\.\d+", number):
         return len(number.partition(".")[2])
     if re.fullmatch(r"[\d,]+", number) and HEDGE.search(before):
@@ -318,8 +318,8 @@ READINGS: list[tuple[re.Pattern, Callable[[re.Match], Quantity | None]]] = [
 @lru_cache(maxsize=32)
 def find_other_readings(text: str) -> tuple[Quantity, ...]:
     """
-    What parts of a text may mean besides the numbers that [`find_quantities`] finds in them: "12.5k" is an expression
-    with a variable k, and perhaps 12,500; "2 to 3" are two numbers, a ratio, or a time.
+    Other meanings of parts of a text than those that [`find_quantities`] finds: "12.5k" is an expression with a
+    variable k, or 12,500; "2 to 3" is two numbers, a ratio, or a time.
     """
     text = number_words_to_digits(text)
     readings = (read(match) for pattern, read in READINGS for match in pattern.finditer(text))
@@ -332,7 +332,7 @@ def find_other_readings(text: str) -> tuple[Quantity, ...]:
 def is_same_quantity(answer: Quantity, mention: Quantity) -> bool:
     """
     Whether a mention states the answer: the same value, in any notation and unit, or a rounded form of it. A bare
-    number states a quantity with a unit, and the other way round.
+    number matches a quantity with a unit, and vice versa.
     """
     value, other = answer.value, mention.value
     if isinstance(value, tuple) or isinstance(other, tuple):
@@ -369,7 +369,7 @@ def is_same_quantity(answer: Quantity, mention: Quantity) -> bool:
 
 
 def is_same_tuple(answer: Quantity, mention: Quantity) -> bool:
-    """Whether two are the same time, date or ratio; a ratio may be a fraction as well, a time a decimal (10.30)."""
+    """Whether two are the same time, date or ratio; a ratio may also be a fraction, and a time a decimal (10.30)."""
     if not isinstance(answer.value, tuple):
         return False
     if not isinstance(mention.value, tuple):
@@ -391,7 +391,7 @@ def is_same_tuple(answer: Quantity, mention: Quantity) -> bool:
 
 
 def is_rounded(value: Fraction | float, rounded: Fraction | float, decimals: int | None) -> bool:
-    """Whether `rounded` is the value, rounded to so many decimals. One significant digit alone shows nothing."""
+    """Whether `rounded` is the value, rounded to so many decimals. One significant digit is too little evidence."""
     if decimals is None:
         return False
     step = 10.0**-decimals

@@ -1,4 +1,4 @@
-"""Does a cue hold a part of the solution: a theorem, a step, a conclusion, a formula, a computed value?"""
+"""Does a cue contain part of the solution: a theorem, a step, a conclusion, a formula, a computed value?"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,8 @@ from .presentation import is_announced, is_presented_as_written, is_read_off_sca
 from .quantities import find_quantities, is_same_quantity
 
 
-# Everyday words that also name theorems and steps (power, law, formula, sum, product, solution, line, count) stand in
-# these lists only with the company that makes them part of a solution.
+# Everyday words that also name theorems and steps (power, law, formula, sum, product, solution, line, count) are in
+# these lists only together with words that make them part of a solution.
 THEOREMS = (
     r"theorems?|lemma|corollary|postulate|axioms?|pythag\w+|soh[- ]?cah[- ]?toa|power of (?:a|the) point"
     r"|rise over run",
@@ -22,7 +22,7 @@ THEOREMS = (
     r"formulas? (?:for|gives|says|states)|trigonometric (?:identit\w+|ratios?)",
     r"by (?:the )?(?:symmetry|similarity|congruence|definition|proportionality|propert\w+)",
 )
-# Facts about figures in general are premises, and no sight
+# General facts about figures are premises, not observations
 GENERAL_FACTS = (
     r"(?:alternate|vertical|opposite|corresponding|base|inscribed|interior|exterior|adjacent)(?: interior| exterior)? "
     r"(?:angles|sides) (?:of [\w ]{1,30} )?are (?:always )?(?:equal|congruent|supplementary|complementary)",
@@ -72,7 +72,7 @@ RESULT_NOUN = (
     r"|probability|perimeter|slope|average|mean|product|distance|hypotenuse|third|other)"
 )
 CONCLUSIONS = (
-    # A premise and what follows from it
+    # A premise and its consequence
     r"(?:(?<=^)|(?<=[.!?;]\s))(?:since|because|as the) (?!of\b)[^.!?;,]{3,80}? (?:is|are|equals?) [^.!?;,]{1,60}, \w+",
     r"(?:similar|congruent) by \w+|(?:half|a third|a quarter|double|twice) (?:of )?\d+(?:\.\d+)? (?:is|=|makes"
     r"|equals)",
@@ -111,19 +111,19 @@ WORDINGS = [
         (RESULT, RESULTS),
     )
 ]
-# A portrait of Newton names no law
+# A portrait of Newton does not name a law
 DEPICTED = re.compile(r"\b(?:portrait|bust|statue|picture|poster|photo|name) of (?:\w+ )?$", re.IGNORECASE)
-# "The match ended 3-1" is no difference
+# "The match ended 3-1" is not a difference
 SCORE = re.compile(r"\b(?:scores?|match|game|won|wins?|lead|ended|beat|drew)\b", re.IGNORECASE)
 QUOTATION = re.compile(r"(?<![\w'])'[^'\n]{1,200}'(?!\w)|\"[^\"\n]{1,200}\"")
 EXPRESSIONS = re.compile(EXPRESSION)
 VARIABLE = re.compile(r"(?<![a-zA-Z\\])[a-zA-Zα-ορ-ω](?![a-zA-Z])")
 RANGE = re.compile(r"(\d+(?:\.\d+)?)\s?-\s?(\d+(?:\.\d+)?)")
-# "a 3 × 4 grid" is a format, and no product
+# "a 3 × 4 grid" is a format, not a product
 FORMAT = re.compile(r"\s?-?(?:grid|table|matrix|array|board|pixels?|squares?|blocks?|rows?|checkerboard|tiles?)\b")
-# "AB = 2x" reads a label, and "the curve y = x^2" names a curve, where the labels are unknown
+# "AB = 2x" may read a label, and "the curve y = x^2" may name a curve, if the labels are unknown
 READING = re.compile(r"(?:\b[A-Z∠△]{2,4}|\b(?:curve|line|graph|parabola|function|circle)\s(?:of\s)?\S{1,4})\s?=\s?$")
-# Formulas that no operator between numbers gives away: words, functions, products of letters (F = ma), degrees
+# Formulas without an operator between numbers: words, functions, products of letters (F = ma), degrees
 OTHER_FORMULAS = re.compile(
     r"\b[a-zA-Zθ]{2,} ?(?:=|equals) ?(?:\d+(?:/\d+)? ?[×*]? ?)?[a-z]{2,} ?[-+*/×⋅÷] ?[a-z]{2,}|\b(?:sin|cos|tan|log"
     r"|ln)\s?\S{1,8}\s?=|\b\d?π[rd]\b|\b[A-Z] ?= ?(?:[a-z]{2}|[A-Z]{2}|nRT)(?![a-zA-Z])"
@@ -137,7 +137,7 @@ STATED = re.compile(
 
 def find_reasoning_leak(cue: str, question: str, visible_text: Sequence[str] = ()) -> list[str]:
     """
-    What a cue holds of the solution. All texts as [`fold_text`] returns them.
+    Find parts of the solution in a cue. All texts are those that [`fold_text`] returns.
 
     Args:
         cue (`str`):
@@ -145,10 +145,10 @@ def find_reasoning_leak(cue: str, question: str, visible_text: Sequence[str] = (
         question (`str`):
             The question.
         visible_text (`Sequence[str]`, *optional*, defaults to `()`):
-            Texts that the image carries; empty where they are unknown.
+            Texts in the image; empty if they are unknown.
 
     Returns:
-        `list[str]`: One sentence for each kind, quoting its first piece; empty if there is none.
+        `list[str]`: One sentence for each kind, which quotes its first match; empty if there is none.
     """
 
     def hide_if_written(match: re.Match) -> str:
@@ -174,7 +174,7 @@ def find_reasoning_leak(cue: str, question: str, visible_text: Sequence[str] = (
 
 
 def find_formulas(cue: str, shown: str, has_visible_text: bool) -> Iterator[str]:
-    """Calculations and equations that are no labels of the image."""
+    """Calculations and equations that are not labels of the image."""
     text = number_words_to_digits(cue)
     found = list(OTHER_FORMULAS.finditer(text))
     for match in EXPRESSIONS.finditer(text):

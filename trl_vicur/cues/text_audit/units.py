@@ -1,4 +1,4 @@
-"""Units of measurement: how they are written, and how one is converted into another."""
+"""Units of measurement: their notations, and conversion between them."""
 
 import re
 from functools import cache, lru_cache
@@ -24,7 +24,7 @@ UNIT = rf"(?:°\s?[CF]\b|[°%€£¢]|(?:(?:square|sq|cubic)\.?\s)?{SIMPLE_UNIT}
 # "12 cm", "a 12-cm side", "a quarter of an hour", "half a ton" (where half has become digits)
 UNIT_BEHIND = re.compile(rf"\s{{0,30}}-?(?:of an? |(?<=\x1f )an? )?({UNIT})")
 
-# One currency for all: which one it is, the question and the answer seldom repeat
+# One unit for all currencies: question and answer seldom repeat which one it is
 PINT_NAMES = {
     "°": "degree", "deg": "degree", "%": "percent", "per cent": "percent", "pct": "percent", "°c": "degC",
     "°f": "degF", "degree celsius": "degC", "degrees celsius": "degC", "degree fahrenheit": "degF",
@@ -43,7 +43,7 @@ def unit_registry() -> pint.UnitRegistry:
 
 @lru_cache(maxsize=1000)
 def read_unit(text: str) -> str | None:
-    """A unit in pint's words, `"centimeter ** 2"` for `"sq cm"`; `None` where pint does not know it."""
+    """A unit in pint's notation, `"centimeter ** 2"` for `"sq cm"`; `None` if pint does not know it."""
     text = re.sub(r"[{}]", "", text).replace("° ", "°")
     if re.fullmatch(rf"{CURRENCY}|({CURRENCY_PART})", text, re.IGNORECASE):
         return "money_cent" if re.fullmatch(CURRENCY_PART, text, re.IGNORECASE) else "money"
@@ -60,7 +60,7 @@ def convert(value: float, unit: str, other_unit: str) -> float | None:
     """The value in another unit; `None` between units of different dimensions."""
     if {unit, other_unit} in ({"degree", "degree_Celsius"}, {"degree", "degree_Fahrenheit"}):
         return value  # a temperature with a bare degree sign
-    if {"percent", "count"} & {unit, other_unit}:  # have no dimension for pint, as angles have none
+    if {"percent", "count"} & {unit, other_unit}:  # like angles, these have no dimension in pint
         return None
     try:
         return unit_registry().convert(value, unit, other_unit)
