@@ -86,7 +86,8 @@ def audit_cues(
     question_column = find_question_column(dataset, question_column)
     columns = AuditColumns(question_column, cue_column, answer_column, visible_text_column)
     texts = iterate_rows(dataset, [name for name in columns if name in dataset.column_names])
-    audits = [columns.audit(row) for row in tqdm(texts, total=len(dataset), desc="Auditing cues", unit="row")]
+    with tqdm(texts, total=len(dataset), desc="Auditing cues", unit="row") as progress:
+        audits = [columns.audit(row) for row in progress]
     dataset = dataset.remove_columns([name for name in AUDIT_FEATURES if name in dataset.column_names])
     audited = Dataset.from_list(audits, features=AUDIT_FEATURES)
     return concatenate_datasets([dataset.with_format(None), audited], axis=1)

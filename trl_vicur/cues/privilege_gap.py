@@ -228,7 +228,8 @@ def greedy_completions(teacher: TransformersGenerator, conversations: list[list[
     """The teacher's greedy completions, whole or cut at its `max_new_tokens`."""
     inputs = teacher.encode(conversations)
     max_new_tokens = teacher.settings["max_new_tokens"]
-    output_ids = teacher.model.generate(
+    # transformers annotates `generate` for its concrete classes only
+    output_ids = teacher.model.generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=teacher.end_ids
     )
     return teacher.processing_class.batch_decode(

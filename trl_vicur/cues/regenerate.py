@@ -94,8 +94,8 @@ def find_usable_cues(
     def is_usable(number: int, cue: str | None) -> bool:
         return columns.audit({**texts[number], "cue": cue})["cue_usable"]
 
-    cues = tqdm(texts["cue"], desc="Looking for cues to replace", unit="row")
-    rejected = [number for number, cue in enumerate(cues) if not is_usable(number, cue)]
+    with tqdm(texts["cue"], desc="Looking for cues to replace", unit="row") as cues:
+        rejected = [number for number, cue in enumerate(cues) if not is_usable(number, cue)]
     usable: dict[int, NewCue] = {}
     for number_of_attempt in range(max_attempts):
         new_cues = zip(rejected, attempt(number_of_attempt, rejected), strict=True)
