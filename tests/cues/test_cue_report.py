@@ -338,6 +338,15 @@ def test_image_column(tmp_path):
 # --- Kinds of rows ---
 
 
+def test_prompt_with_mixed_contents(tmp_path):
+    """Contents of several types are JSON in the dataset's file."""
+    content = [{"type": "image"}, {"type": "text", "text": "How long is AB?"}]
+    row = make_row(prompt=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}])
+    del row["question"]
+    dataset = Dataset.from_list([row], on_mixed_types="use_json").cast_column("images", FEATURES["images"])
+    assert re.search(r"Question\s*How long is AB\?\s", write(tmp_path, dataset).cards[0])
+
+
 def test_conversational_prompt(tmp_path):
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which one?"}]
     dataset = make_dataset({}).remove_columns("question").add_column("prompt", [prompt])

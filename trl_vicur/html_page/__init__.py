@@ -12,9 +12,9 @@ from datasets import Dataset
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from ..data.columns import iterate_tables
 from ..data.full_disk import explain_full_disk
 from ..data.images import read_image
+from ..data.rows import RowReader
 
 
 MAX_IMAGE_SIZE = 320  # pixels, of the longer side
@@ -51,9 +51,9 @@ def undecoded_rows(dataset: Dataset, numbers: Iterable[int], columns: list[str])
     # The same preference as in the trainer and in `generate_cues`
     columns = [*columns, "images" if "images" in dataset.column_names else "image"]
     columns = [column for column in columns if column in dataset.column_names]
+    rows = RowReader(dataset.select_columns(columns).with_format(None))
     for number in numbers:
-        for table in iterate_tables(dataset.select([number]), columns):
-            yield from table.to_pylist()
+        yield rows[number]
 
 
 def write_page(template: Path, path: Path, **variables: Any) -> None:
