@@ -33,7 +33,7 @@ NUMBER_WORDS = re.compile(
 )
 # Not a count: the red one, one of them, one side; but one in four is
 PRONOUN_BEFORE = re.compile(r"\b(?:the|this|that|which|each|every|any|another|other|no|some)\s(?:\w+\s)?$", re.I)
-PRONOUN_BEHIND = re.compile(
+PRONOUN_AFTER = re.compile(
     rf"\s(?!(?:in|out of) (?:\d|{NUMBER_WORD}))"
     r"(?:of|another|is|has|on|in|at|and|with|that|which|can|side|end|below|above)\b",
     re.IGNORECASE,
@@ -66,8 +66,8 @@ class Word(Token):
 
 def read_words(run: re.Match) -> str:
     """Digits for a run of number words, which may be several numbers: "eighteen seventy-four"."""
-    before, behind = run.string[max(0, run.start() - 30) : run.start()], run.string[run.end() : run.end() + 20]
-    if run[0].lower() == "one" and (PRONOUN_BEFORE.search(before) or PRONOUN_BEHIND.match(behind)):
+    before, after = run.string[max(0, run.start() - 30) : run.start()], run.string[run.end() : run.end() + 20]
+    if run[0].lower() == "one" and (PRONOUN_BEFORE.search(before) or PRONOUN_AFTER.match(after)):
         return run[0]
     words, result = list(re.finditer(r"\w+|-", run[0])), run[0]
     for number in find_numbers([Word(word) for word in words], "en", threshold=0):
@@ -112,7 +112,7 @@ def skip_fill(text: str, position: int) -> int:
 
 def read_roman_numeral(numeral: str) -> int:
     digits = [ROMAN_DIGITS[letter] for letter in numeral]
-    return sum(-digit if digit < behind else digit for digit, behind in zip(digits, [*digits[1:], 0], strict=True))
+    return sum(-digit if digit < after else digit for digit, after in zip(digits, [*digits[1:], 0], strict=True))
 
 
 def _fill_up(digits: str, words: str) -> str:

@@ -24,7 +24,7 @@ DESCRIBED_NOUN = (
     r"(?:figure|graph|diagram|picture|image|panel|shape|chart|plot|map|curve|net|object|animal|drawing|sketch|one)"
 )
 ASSERTION = r"(?:is|are|was|shows?|has|have|fits?|match(?:es)?|satisf(?:y|ies)|represents?|depicts?|gives?|contains?)"
-# Words of a question that do not tell what it asks for
+# Words of a question that say nothing about its subject
 GENERAL_WORDS = FUNCTION_WORDS | frozenset(
     "which what who whose following these those one ones option options figure figures graph graphs diagram diagrams "
     "picture pictures image images shown drawn labelled marked given below above correct from by".split()

@@ -180,5 +180,5 @@ def find_phrase(phrase: Phrase, text: str) -> Iterator[tuple[int, int]]:
 
 def _is_in_compound(token: Token, text: str) -> bool:
     """Whether it is a part of another word: "apple-green", but not "left-hand"."""
-    before, behind = text[max(0, token.start - 1) : token.start], text[token.end : token.end + 5].lower()
-    return before == "-" or behind.startswith("-") and behind[1:] not in ("hand", "side")
+    before, after = text[max(0, token.start - 1) : token.start], text[token.end : token.end + 5].lower()
+    return before == "-" or after.startswith("-") and after[1:] not in ("hand", "side")

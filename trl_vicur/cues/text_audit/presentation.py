@@ -15,7 +15,7 @@ ANNOUNCED_BEFORE = re.compile(
     r" ?(?:is|are|=|:) ?$",
     re.IGNORECASE,
 )
-ANNOUNCED_BEHIND = re.compile(
+ANNOUNCED_AFTER = re.compile(
     r"[^.!?;,]{0,25}?\b(?:is|are|was|as|be|fits)\s(?:\w+\s){0,2}"
     r"(?:correct\b|right (?:answer|one|choice|option)|(?:final )?answer\b)"
     r"|\s(?:as )?the (?:final |correct |right )?(?:result|answer|solution|response)\b",
@@ -29,7 +29,7 @@ WRITTEN_BEFORE = re.compile(
     r"|displayed|shows?(?= ?(?:the (?:number|value|text|word|letter)|['\"\d]))|number(?! of))\b",
     re.IGNORECASE,
 )
-WRITTEN_BEHIND = re.compile(
+WRITTEN_AFTER = re.compile(
     r"['\")\]]*\s(?:\w+\s)?(?:(?:is|are)\s)?(?:printed|written|shown|displayed|stamped|engraved|painted|appears)\b",
     re.I,
 )
@@ -55,8 +55,8 @@ NEW_STATEMENT = re.compile(
 def sentence_around(text: str, start: int, end: int) -> tuple[str, str]:
     """The text before and after `text[start:end]` in its sentence, up to `CONTEXT_CHARS` characters each."""
     before = re.split(r"[.!?;]\s|\n", text[max(0, start - CONTEXT_CHARS) : start])[-1]
-    behind = re.split(r"[.!?;](?:\s|$)|\n", text[end : end + CONTEXT_CHARS])[0]
-    return before, behind
+    after = re.split(r"[.!?;](?:\s|$)|\n", text[end : end + CONTEXT_CHARS])[0]
+    return before, after
 
 
 def is_announced(text: str, start: int, end: int) -> bool:
@@ -64,7 +64,7 @@ def is_announced(text: str, start: int, end: int) -> bool:
     before = text[max(0, start - CONTEXT_CHARS) : start]
     if text[start].isdigit() and before.endswith("solution is "):  # that of a flask may be blue
         return True
-    return bool(ANNOUNCED_BEFORE.search(before) or ANNOUNCED_BEHIND.match(sentence_around(text, start, end)[1]))
+    return bool(ANNOUNCED_BEFORE.search(before) or ANNOUNCED_AFTER.match(sentence_around(text, start, end)[1]))
 
 
 def governs(verb: re.Pattern, before: str) -> bool:
@@ -75,12 +75,12 @@ def governs(verb: re.Pattern, before: str) -> bool:
 
 def is_presented_as_written(text: str, start: int, end: int) -> bool:
     """Whether `text[start:end]` is presented as something written in the image: "labelled 12", "reads '12'"."""
-    before, behind = sentence_around(text, start, end)
-    is_quoted = before.endswith(("'", '"')) and behind.lstrip(" .,").startswith(("'", '"'))
-    return is_quoted or governs(WRITTEN_BEFORE, before) or WRITTEN_BEHIND.match(behind) is not None
+    before, after = sentence_around(text, start, end)
+    is_quoted = before.endswith(("'", '"')) and after.lstrip(" .,").startswith(("'", '"'))
+    return is_quoted or governs(WRITTEN_BEFORE, before) or WRITTEN_AFTER.match(after) is not None
 
 
 def is_read_off_scale(text: str, start: int, end: int) -> bool:
     """Whether `text[start:end]` is presented as read off an axis, scale or dial: "the needle points to 30"."""
-    before, behind = sentence_around(text, start, end)
-    return governs(READ_OFF, before.rpartition(":")[2]) and SCALE.search(f"{before} {behind}") is not None
+    before, after = sentence_around(text, start, end)
+    return governs(READ_OFF, before.rpartition(":")[2]) and SCALE.search(f"{before} {after}") is not None

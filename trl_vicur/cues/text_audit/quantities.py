@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .expressions import EXPRESSION, NUMBER, evaluate
 from .number_words import ROMAN_NUMERAL, number_words_to_digits, read_roman_numeral, skip_fill
-from .units import UNIT_BEHIND, convert, read_unit
+from .units import UNIT_AFTER, convert, read_unit
 
 
 # Parsing an expression takes milliseconds: longer ones, and more than this many per text, are not parsed
@@ -85,7 +85,7 @@ def find_quantities(text: str) -> tuple[Quantity, ...]:
         ):
             continue
         decade = DECADE.match(text, position - 4) if position >= 4 else None
-        unit_match = None if decade else UNIT_BEHIND.match(text, position)
+        unit_match = None if decade else UNIT_AFTER.match(text, position)
         if text[position : position + 1].isalpha() and not unit_match and not decade:
             continue
         unit = read_unit(unit_match[1]) if unit_match else None
@@ -192,8 +192,8 @@ def read_time_of_day(match: re.Match) -> Quantity | None:
 
 def read_day(match: re.Match) -> Quantity:
     """December 24, the 24th of December: month and day."""
-    month = MONTHS.index((match["month"] or match["month_behind"])[:3]) + 1
-    return Quantity((month, int(match["day_behind"] or match["day"])), *match.span(), "date")
+    month = MONTHS.index((match["month"] or match["month_after"])[:3]) + 1
+    return Quantity((month, int(match["day_after"] or match["day"])), *match.span(), "date")
 
 
 def read_ratio(match: re.Match) -> Quantity:
@@ -243,7 +243,7 @@ READINGS: list[tuple[re.Pattern, Callable[[re.Match], Quantity | None]]] = [
     (
         re.compile(
             rf"\b(?P<day>\d{{1,2}})(?:st|nd|rd|th)?{FILLED}(?: of)? (?P<month>{MONTH})(?![a-z])"
-            rf"|\b(?P<month_behind>{MONTH}) (?P<day_behind>\d{{1,2}})(?:st|nd|rd|th)?\b(?![.,:]?\d)"
+            rf"|\b(?P<month_after>{MONTH}) (?P<day_after>\d{{1,2}})(?:st|nd|rd|th)?\b(?![.,:]?\d)"
         ),
         read_day,
     ),

@@ -178,15 +178,15 @@ def find_formulas(cue: str, shown: str, has_visible_text: bool) -> Iterator[str]
     text = number_words_to_digits(cue)
     found = list(OTHER_FORMULAS.finditer(text))
     for match in EXPRESSIONS.finditer(text):
-        before, behind = text[max(0, match.start() - 40) : match.start()], text[match.end() : match.end() + 20]
-        is_left_side, is_right_side = behind.lstrip().startswith("="), before.rstrip().endswith("=")
+        before, after = text[max(0, match.start() - 40) : match.start()], text[match.end() : match.end() + 20]
+        is_left_side, is_right_side = after.lstrip().startswith("="), before.rstrip().endswith("=")
         if VARIABLE.search(match[0]):
             is_reading = not has_visible_text and READING.search(before)
             is_formula = (is_left_side or is_right_side and not is_reading) and re.search(r"\w\W*\w", match[0])
         elif limits := RANGE.fullmatch(match[0]):
             is_formula = is_left_side or float(limits[1]) > float(limits[2]) and not SCORE.search(before)
         else:
-            is_formula = is_calculation(match[0]) and not FORMAT.match(behind)
+            is_formula = is_calculation(match[0]) and not FORMAT.match(after)
             is_formula = is_formula or is_left_side and re.search(r"\d[^\d.,]+\d", match[0])
         if is_formula:
             found.append(match)

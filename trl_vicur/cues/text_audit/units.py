@@ -22,7 +22,7 @@ UNIT_WORD = (
 SIMPLE_UNIT = rf"(?:{UNIT_WORD}|{UNIT_SYMBOL})(?![a-zA-Z])(?:\^?\{{?[23]\}}?(?!\d)|\s(?:squared|cubed))?"
 UNIT = rf"(?:°\s?[CF]\b|[°%€£¢]|(?:(?:square|sq|cubic)\.?\s)?{SIMPLE_UNIT}(?:(?:\s?/\s?|\sper\s){SIMPLE_UNIT})?)"
 # "12 cm", "a 12-cm side", "a quarter of an hour", "half a ton" (where half has become digits)
-UNIT_BEHIND = re.compile(rf"\s{{0,30}}-?(?:of an? |(?<=\x1f )an? )?({UNIT})")
+UNIT_AFTER = re.compile(rf"\s{{0,30}}-?(?:of an? |(?<=\x1f )an? )?({UNIT})")
 
 # One unit for all currencies: question and answer seldom repeat which one it is
 PINT_NAMES = {
