@@ -23,8 +23,9 @@ from PIL import Image as PILImage
 from tiny_models import make_processor
 
 from trl_vicur import ViCuRConfig
+from trl_vicur.trainer.checks.datasets import check_dataset
 from trl_vicur.trainer.checks.receipts import receipt_of
-from trl_vicur.trainer.checks.rows import RowChecker, check_dataset
+from trl_vicur.trainer.checks.rows import RowChecker
 
 
 FEATURES = Features(

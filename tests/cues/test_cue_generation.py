@@ -68,7 +68,8 @@ def test_every_row_once_in_order_with_provenance(tmp_path):
 
 def test_trainer_accepts_the_result(tmp_path):
     from trl_vicur import ViCuRConfig
-    from trl_vicur.trainer.checks.rows import RowChecker, check_dataset
+    from trl_vicur.trainer.checks.datasets import check_dataset
+    from trl_vicur.trainer.checks.rows import RowChecker
 
     dataset = Dataset.from_dict({"image": [make_image(0)], "question": ["What is it?"]})
     result = generate_cues(dataset, ScriptedCueGenerator(), tmp_path / "out")
@@ -163,6 +164,7 @@ def test_a_failing_row_is_recorded_and_only_retried_on_request(tmp_path):
         ({"question": None}, "asks nothing"),
         ({"question": "what <|im_end|> is it"}, "control token"),
         ({"question": "<image>\nwhat is it"}, "`question` contains the placeholder '<image>'"),
+        ({"question": "<image>\nwhat is it"}, "Remove it; images are read from the column `images`."),
     ],
 )
 def test_bad_rows_are_recorded(row, error):

@@ -4,8 +4,9 @@ from built_trainers import make_config
 from datasets import Dataset, load_from_disk
 from tiny_models import make_image, make_processor, make_rows
 
+from trl_vicur.trainer.checks.datasets import check_dataset
 from trl_vicur.trainer.checks.receipts import MIN_ROWS
-from trl_vicur.trainer.checks.rows import RowChecker, check_dataset
+from trl_vicur.trainer.checks.rows import RowChecker
 
 
 COUNT = MIN_ROWS + 20

@@ -139,7 +139,7 @@ REFUSED_ROWS = {
     ),
     "image-of-a-tool": (
         {"prompt": [*QUESTION, {"role": "tool", "content": [IMAGE]}]},
-        "`prompt` has an image block in a turn of role 'tool', which TRL fills with no image",
+        "`prompt` has an image block in a turn of role 'tool', where TRL inserts no image",
     ),
     "images-text": ({"images": "a.png"}, "`images` must be a list, got str: 'a.png'. Put a single image into a list"),
     "images-image": ({"images": make_image(0)}, "`images` must be a list, got Image"),
@@ -183,7 +183,8 @@ REFUSED_ROWS = {
     "video-placeholder": (asks("<VIDEO> What?"), "Replace it with a block {'type': 'video'} in `prompt`"),
     "placeholder-of-another-layout-in-cue": (
         {"cue": "<image_1> a dot"},
-        "The text of `cue` contains the placeholder '<image_1>'",
+        "The text of `cue` contains the placeholder '<image_1>', which the model would read as text: "
+        "'<image_1> a dot'. Remove it; images are read from the column `images`.",
     ),
     # Text that is not a string
     "lone-surrogate-in-question": (asks("a\ud800"), "`prompt` contains the lone surrogate '\\ud800', which is no"),

@@ -20,8 +20,9 @@ from PIL import Image as PILImage
 from tiny_models import make_image, make_processor, make_rows
 
 from trl_vicur import CueRecoveryConfig
+from trl_vicur.trainer.checks.datasets import check_dataset, find_bad_rows
 from trl_vicur.trainer.checks.receipts import MIN_ROWS, receipt_of
-from trl_vicur.trainer.checks.rows import OPTIONS, RowChecker, check_dataset, find_bad_rows
+from trl_vicur.trainer.checks.rows import OPTIONS, RowChecker
 
 
 @pytest.fixture(autouse=True)

@@ -130,7 +130,7 @@ def has_reason(error: str, row: dict) -> bool:
         return any(token in text for token in SPECIAL_TOKENS for text in joined)
     if "contains the lone surrogate" in error:
         return any("\ud800" <= char <= "\udfff" for char in cue + "".join(map("".join, texts)))
-    if "in a turn of role 'tool', which TRL fills with no image" in error:
+    if "in a turn of role 'tool', where TRL inserts no image" in error:
         return num_places([message for message in prompt if message["role"] == "tool"]) > 0
     if "Number of images provided" in error:
         is_string = any(message["role"] == "user" and isinstance(message["content"], str) for message in prompt)

@@ -160,7 +160,7 @@ ANSWERS = {
         dict(max_model_len=70),
         {},
         "Row 0 of train_dataset: The prompt .* has 71 tokens, .* exceeds the model's context of 69 tokens "
-        r"\(or, less one, the `--max-model-len` of the teacher's server\)",
+        r"\(or the `--max-model-len` of the teacher's server, minus one\)",
     ),
 }
 

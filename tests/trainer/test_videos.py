@@ -263,7 +263,7 @@ REFUSED = {
         "The frames of a video have the sizes [(32, 64), (64, 64)], expected one. Resize them.",
     ),
     "no-such-frame": ({"videos": [["a.png", "b.png"]]}, "An image ('a.png') cannot be read: there is no such file"),
-    "one-frame": ({"videos": [FRAMES[:1]]}, "The processor takes no video of the shape (1, 64, 64, 3)"),
+    "one-frame": ({"videos": [FRAMES[:1]]}, "The processor does not accept a video of the shape (1, 64, 64, 3)"),
     "missing-place": (
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]},
         "Number of videos provided (1) does not match number of video placeholders (0). Give `prompt` a block",
@@ -327,5 +327,5 @@ def test_unsupported_uses_of_videos_are_refused(tmp_path, family, arguments, has
 def test_sharded_vision_tower_is_refused(tmp_path, processor, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ValueError, match="would let processes with a sharded vision tower wait for each other"):
+    with pytest.raises(ValueError, match="would make ranks with a sharded vision tower wait for each other"):
         make_trainer(tmp_path, processor, rows=make_rows(4))

@@ -71,7 +71,7 @@ def cue_messages(row: dict[str, Any], question_column: str, prompt: CuePrompt) -
     question = question_text(row[question_column] or "")
     if not question.strip():
         raise ValueError(f"`{question_column}` is {shorten(row[question_column])}, which asks nothing.")
-    check_placeholders(question_column, question)
+    check_placeholders(question_column, row[question_column])
     if found := CONTROL_TOKEN.search(fold_text(question)):
         raise ValueError(f"The question contains the control token {found.group()!r}: {shorten(question)}.")
     images = [read_image(image) for image in row_images(row)]

@@ -43,17 +43,27 @@ def check_messages(messages: Any) -> None:
                 )
 
 
-def check_placeholders(column: str, value: Any) -> None:
+def check_placeholders(column: str, value: str | list[dict[str, Any]] | None) -> None:
     """
+    Args:
+        column (`str`):
+            The dataset column that the value is from.
+        value (`str` or `list[dict]`, *optional*):
+            A text, or the messages of a conversation.
+
     Raises:
         `ValueError`: If a string in the value contains another format's placeholder, which a model would read as text.
     """
     for text in all_strings(value):
         if placeholder := PLACEHOLDER.search(text):
             kind = placeholder[1].lower()
+            if isinstance(value, str):
+                fix = f"Remove it; {kind}s are read from the column `{kind}s`"
+            else:
+                fix = f"Replace it with a block {{'type': '{kind}'}} in `{column}`, or remove it"
             raise ValueError(
                 f"The text of `{column}` contains the placeholder {placeholder[0]!r}, which the model would read as "
-                f"text: {shorten(text)}. Replace it with a block {{'type': '{kind}'}} in `prompt`, or remove it."
+                f"text: {shorten(text)}. {fix}."
             )
 
 

@@ -20,8 +20,9 @@ from ..cue_recovery import CueRecoveryConfig
 from ..hub.names import naming_model
 from ..train import TRAINING_ARGUMENTS, CueRecoveryArguments, load_datasets, make_peft_config, parse_launch_arguments
 from ..trainer import ViCuRConfig
+from ..trainer.checks.datasets import find_bad_rows
 from ..trainer.checks.options import check_options, check_something_trains
-from ..trainer.checks.rows import RowChecker, find_bad_rows
+from ..trainer.checks.rows import RowChecker
 from ..trainer.checks.sharding import Sharding, find_sharding
 from ..trainer.teachers.teacher_server import TeacherServer
 

@@ -2,7 +2,7 @@ import math
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from string import Formatter
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from trl import DistillationConfig
 
@@ -323,3 +323,10 @@ class ViCuRConfig(DistillationConfig):
                 f"`temperature` is {self.temperature}, but vLLM scores the tokens of a prompt at temperature 1, "
                 "whatever it is asked for. Set `temperature=1.0`, or leave out `teacher_model_server_url`."
             )
+
+
+def template_variables(args: ViCuRConfig) -> dict[str, Any]:
+    """The variables that prompts are rendered with: `chat_template_kwargs`, `{}` if it is not set."""
+    variables = args.chat_template_kwargs or {}
+    assert isinstance(variables, dict)  # `TrainingArguments` has parsed a string
+    return variables

@@ -59,9 +59,11 @@ from .checkpoints import (
 from .checks.adapter_base import (
     refusing_adapters_that_rewrite_the_base,
 )
+from .checks.datasets import check_dataset
 from .checks.options import adapter_configs, check_options, check_something_trains
-from .checks.rows import ROW_NAME, RowChecker, check_dataset, with_row_number
+from .checks.rows import RowChecker, with_row_number
 from .checks.sharding import find_sharding
+from .checks.streams import ROW_NAME
 from .collapse import CollapseCallback
 from .lm_head import LMHead
 from .losses import (

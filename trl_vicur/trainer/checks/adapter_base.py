@@ -1,8 +1,8 @@
 """
 Check that a model whose adapter is disabled is, and stays, its base model.
 
-`disable_adapter()` removes the adapter from the forward pass. It does not undo changes of the base weights when the
-adapter was attached (PiSSA and its relatives move a part of them into the adapter), nor the training of base weights
+`disable_adapter()` removes the adapter from the forward pass. It does not undo changes that attaching the adapter made
+to the base weights (PiSSA and its relatives move a part of them into the adapter), nor the training of base weights
 together with the adapter (`bias`).
 """
 
@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -21,19 +21,24 @@ from transformers import PreTrainedModel
 from trl.trainer import distillation_trainer
 
 
-# LoRA initializations that leave the base unchanged, for adapters attached elsewhere; for others, weights are compared
+# LoRA initializations that leave the base unchanged. Only adapters that the user attached are judged by this list; for
+# those that TRL attaches, weights before and after are compared
 KEEPING_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @contextmanager
 def refusing_adapters_that_rewrite_the_base() -> Iterator[None]:
     """
-    While active, the adapter that TRL attaches must not change the base weights: their checksums are compared.
+    While active, compare checksums of the base weights before and after TRL attaches an adapter.
+
+    Also with a separate teacher: a saved adapter that needs a rewritten base gives wrong results wherever LoRA weights
+    are added to the published ones, such as in vLLM.
 
     Raises:
-        `ValueError`: If it changes one.
+        `ValueError`: If attaching the adapter changed a base weight.
     """
-    attach = distillation_trainer.get_peft_model
+    # TRL has no hook between loading the model and attaching the adapter, so replace the function that it calls
+    attach = distillation_trainer.get_peft_model  # pyright: ignore[reportPrivateImportUsage]
 
     def attach_and_compare(model: PreTrainedModel, peft_config: PeftConfig, **kwargs: Any) -> PeftModel:
         before = {name: (parameter, _checksum(parameter)) for name, parameter in model.named_parameters()}
@@ -47,29 +52,30 @@ def refusing_adapters_that_rewrite_the_base() -> Iterator[None]:
         if changed:
             raise ValueError(
                 f"Attaching the adapter rewrote {len(changed)} weight(s) of the base model, among them "
-                f"'{changed[0]}'{_named_initialization(peft_config)}. The model without its adapter, which teaches by "
-                "default, would not be the base, and the saved adapter would fit only this rewritten base. Choose an "
-                "initialization that leaves the base unchanged, e.g. `init_lora_weights=True`."
+                f"'{changed[0]}'{_named_initialization(peft_config)}. The saved adapter would fit only this rewritten "
+                "base, not the published model; and the model without its adapter, which is the teacher in "
+                "self-distillation, would not be the published model either. Choose an initialization that leaves the "
+                "base unchanged, e.g. `init_lora_weights=True`."
             )
         return peft_model
 
-    distillation_trainer.get_peft_model = attach_and_compare
+    distillation_trainer.get_peft_model = attach_and_compare  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield
     finally:
-        distillation_trainer.get_peft_model = attach
+        distillation_trainer.get_peft_model = attach  # pyright: ignore[reportPrivateImportUsage]
 
 
 def check_attached_adapters(peft_configs: dict[str, PeftConfig]) -> None:
     """
-    Check adapters that the user attached, by their configs, since the original base weights are not known.
+    Check adapters that the user attached, by their configs, because the original base weights are unknown.
 
     Args:
         peft_configs (`dict[str, PeftConfig]`):
             The adapters' configs by name.
 
     Raises:
-        `ValueError`: If an adapter's initialization rewrites the base, or if it trains a part of the base.
+        `ValueError`: If an adapter's initialization rewrites the base, or if the adapter trains a part of the base.
     """
     for name, config in peft_configs.items():
         if not isinstance(config, LoraConfig):
@@ -78,14 +84,14 @@ def check_attached_adapters(peft_configs: dict[str, PeftConfig]) -> None:
         if not keeps_base or config.bias != "none":
             what = f" (`bias={config.bias!r}`)" if keeps_base else _named_initialization(config)
             raise ValueError(
-                f"The adapter '{name}' of the model changes weights of the base{what}, so the model without it is not "
-                "the base, which is to be the teacher. Pass the base model and a `peft_config` without this option, "
-                "or pass the base as `teacher_model`."
+                f"The adapter '{name}' of the model changes weights of the base{what}, so the model without the "
+                "adapter is not the base, which is the teacher here. Pass the base model and a `peft_config` without "
+                "this option, or pass the base as `teacher_model`."
             )
 
 
 def trainable_base_weights(model: PeftModel) -> list[str]:
-    """Names of the trainable weights outside adapters, which keep their trained values when adapters are disabled."""
+    """Names of trainable weights outside adapters; disabling adapters does not restore their initial values."""
     in_adapters = set()
     for module in model.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -96,9 +102,9 @@ def trainable_base_weights(model: PeftModel) -> list[str]:
 
 
 def _named_initialization(config: PeftConfig) -> str:
-    """The option that sets an adapter's initialization, in parentheses, for an error."""
+    """The option that sets an adapter's initialization, in parentheses, for error messages."""
     if not isinstance(config, LoraConfig):
-        return f" ({config.peft_type.value})"
+        return f" ({PeftType(config.peft_type).value})"
     if config.kasa_config is not None:
         return f" (`kasa_config={config.kasa_config!r}`)"
     return f" (`init_lora_weights={config.init_lora_weights!r}`)"

@@ -10,18 +10,14 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import datasets
+import datasets.config
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 
 from ...data.rows import VISUAL_COLUMNS
-
-
-if TYPE_CHECKING:
-    from .rows import RowChecker
+from .rows import RowChecker
 
 
 logger = logging.getLogger(__name__)
@@ -30,19 +26,19 @@ logger = logging.getLogger(__name__)
 MIN_ROWS = 100
 
 
-def receipt_of(dataset: Dataset, checker: "RowChecker") -> Path | None:
+def receipt_of(dataset: Dataset, checker: RowChecker) -> Path | None:
     """
-    The file whose presence says that all rows of the dataset have passed this check.
+    The file that exists if all rows of the dataset have passed this check.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The dataset.
         checker ([`RowChecker`]):
-            The check of a row.
+            Checks a row.
 
     Returns:
-        `Path` or `None`: `None` if the dataset is small, if caching is off ([`~datasets.disable_caching`]), or if rows
-        may change unnoticed, because a transform makes them or their images are URLs.
+        `Path` or `None`: `None` if the dataset is small, if caching is off ([`~datasets.disable_caching`]), or if
+        changes of rows cannot be noticed because a transform computes them or their images are URLs.
     """
     if len(dataset) < MIN_ROWS or not datasets.is_caching_enabled() or dataset.format["type"] is not None:
         return None
@@ -61,7 +57,7 @@ def receipt_of(dataset: Dataset, checker: "RowChecker") -> Path | None:
 
 
 def write_receipt(receipt: Path) -> None:
-    """Remember that a dataset has passed. If the file cannot be written, the next run checks again."""
+    """Record that a dataset has passed. If the file cannot be written, the next run checks again."""
     try:
         receipt.parent.mkdir(parents=True, exist_ok=True)
         receipt.touch()
@@ -80,10 +76,10 @@ def _file_state(path: str) -> tuple[str, int, int] | str:
 
 def _paths(values: pa.Array) -> Iterator[str]:
     """
-    Paths of a column's images and videos that are files outside the dataset.
+    Paths of a column's images and videos that are stored in files outside the dataset.
 
     Raises:
-        `ValueError`: If one is a URL, or if the column's type is not that of images or videos.
+        `ValueError`: If one is a URL, or if the column cannot hold images or videos.
     """
     if isinstance(values, pa.ExtensionArray):
         values = values.storage
@@ -91,7 +87,8 @@ def _paths(values: pa.Array) -> Iterator[str]:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         yield from _paths(values.flatten())
     elif pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
-        yield from _paths(pc.struct_field(values, "path").filter(pc.is_null(pc.struct_field(values, "bytes"))))
+        fields = dict(zip([field.name for field in kind], values.flatten(), strict=True))
+        yield from _paths(fields["path"].filter(fields["bytes"].is_null()))
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         for path in values.to_pylist():
             if path is not None and not path.startswith("data:"):

@@ -1,44 +1,31 @@
-"""Checks of the datasets before training, so that no bad row costs a training run."""
+"""Check that a dataset row can be trained on, without decoding more of it than its errors need."""
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from accelerate.utils import gather_object
-from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
-from datasets import Image as ImageFeature
 from PIL import Image, ImageFile
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
-from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from ...cue_recovery import CueRecoveryConfig
 from ...data.images import image_size, read_video
 from ...data.messages import all_strings, check_messages, check_placeholders, control_token_pattern, message_texts
-from ...data.rows import VISUAL_COLUMNS, RowReader, row_images, row_videos, shorten
+from ...data.rows import VISUAL_COLUMNS, row_images, row_videos, shorten
 from ...data.teacher_prompt import add_privilege
 from ..privilege import get_privilege, privilege_column
-from ..vicur_config import ViCuRConfig
+from ..vicur_config import ViCuRConfig, template_variables
 from ..vision.videos import add_videos
-from .receipts import receipt_of, write_receipt
 
 
-# Column with the name of each row of a stream
-ROW_NAME = "streamed_row_name"
-ROWS_PER_BATCH = 16
 SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-# Options that the check of a row depends on. `tests/trainer/test_checked_datasets.py` fails if one is missing here
+# Options that the check of a row reads. `test_the_receipt_depends_on_every_option_that_the_check_reads` compares
 OPTIONS = (
     "privilege",
     "cue_column",
@@ -50,6 +37,13 @@ OPTIONS = (
     "use_vllm",
     "teacher_model_server_url",
 )
+
+
+@runtime_checkable
+class CountsMultimodalTokens(Protocol):
+    """A processor that computes the number of an image's tokens from the image's size."""
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]]) -> Mapping[str, list[int]]: ...
 
 
 class RowChecker:
@@ -66,7 +60,7 @@ class RowChecker:
         has_tools (`bool`, *optional*, defaults to `False`):
             Whether the model can call tools.
         is_sharded (`bool`, *optional*, defaults to `False`):
-            Whether processes share the weights among them.
+            Whether the ranks hold shards of the weights.
         recovery_configs (list of [`CueRecoveryConfig`], *optional*):
             Configs of the student's recovery modules, with resolved sink tokens.
     """
@@ -91,6 +85,7 @@ class RowChecker:
         self.max_prompt_length = max_length - (args.max_completion_length or 0)
         self.max_length = max_length
         self.control_token = control_token_pattern(processing_class)
+        self.template_variables = template_variables(args)
 
     @cached_property
     def digest(self) -> str:
@@ -111,7 +106,7 @@ class RowChecker:
     def check(self, row: dict[str, Any]) -> None:
         """
         Raises:
-            `ValueError`: With what is wrong and how to mend it; without the row's number, which the caller knows.
+            `ValueError`: With the problem and its fix, but without the row's number, which the caller knows.
         """
         check_columns(list(row), "The row", self.args)
         prompt = row["prompt"]
@@ -124,16 +119,15 @@ class RowChecker:
                 f"`prompt` ends in a turn of role {prompt[-1]['role']!r}, expected 'user' or 'tool': the student "
                 "completes the prompt with a turn of its own. Remove the last turn."
             )
-        privilege = get_privilege(row, self.args)
+        column, privilege = privilege_column(self.args), get_privilege(row, self.args)
         template = self.args.teacher_prompt_template
         teacher_prompt = add_privilege(prompt, privilege, template)
         self._check_texts("prompt", prompt)
         check_placeholders("prompt", prompt)
-        if privilege is not None:
-            column = privilege_column(self.args)
+        if column is not None and privilege is not None:
             self._check_text(column, privilege)
             check_placeholders(column, privilege)
-            # The template may hold control tokens of its own
+            # The template may contain control tokens
             self._check_texts(f"prompt` with `{column}", teacher_prompt, self.control_token.findall(template))
         images, videos = row_images(row), row_videos(row)
         if videos:
@@ -147,7 +141,7 @@ class RowChecker:
 
     def _check_videos_are_supported(self) -> None:
         processor = type(self.processing_class).__name__
-        for is_so, problem, mend in (
+        for is_refused, problem, fix in (
             (
                 "video_grid_thw" not in self.processing_class.model_input_names,
                 f"a {processor} lays out in a way that ViCuRTrainer does not know",
@@ -160,15 +154,15 @@ class RowChecker:
                 "Pass the teacher as `teacher_model`",
             ),
             (self.has_tools, "TRL does not pass on to turns that answer tools", "Train without `tools`"),
-            (self.is_sharded, "would let processes with a sharded vision tower wait for each other", "Train with DDP"),
+            (self.is_sharded, "would make ranks with a sharded vision tower wait for each other", "Train with DDP"),
         ):
-            if is_so:
-                raise ValueError(f"The row has videos, which {problem}. {mend}, or give the frames as images.")
+            if is_refused:
+                raise ValueError(f"The row has videos, which {problem}. {fix}, or give the frames as images.")
 
     def _check_texts(self, name: str, prompt: list[dict[str, Any]], allowed: Sequence[str] = ()) -> None:
         for message in prompt:
             texts = list(message_texts([message]))
-            # Chat templates write the blocks of a turn side by side, some of them without outer white space
+            # Chat templates concatenate the blocks of a turn, some of them stripped
             joined = ["".join(texts), "".join(text.strip() for text in texts)]
             for text in [*all_strings(message), *joined]:
                 self._check_text(name, text, allowed)
@@ -182,13 +176,14 @@ class RowChecker:
             )
         if surrogate := SURROGATE.search(text):
             raise ValueError(
-                f"The text of `{name}` contains the lone surrogate {surrogate.group()!r}, which is no character: "
-                f"{shorten(text)}. Read the text anew with its right encoding, or remove it."
+                f"The text of `{name}` contains the lone surrogate {surrogate.group()!r}, which is not a character: "
+                f"{shorten(text)}. Read the text again with the right encoding, or remove it."
             )
 
     def _check_visual_blocks(self, prompt: list[dict[str, Any]], num_images: int, num_videos: int) -> None:
         """
-        As many blocks as images and videos, and bare ones; where there are none, they go before the first user turn.
+        Check that the prompt has a bare block for each image and video, or no blocks at all (then images and videos go
+        before the text of the first user turn).
         """
         for message in prompt:
             content = message.get("content")
@@ -199,7 +194,7 @@ class RowChecker:
                 if message["role"] == "tool":
                     raise ValueError(
                         f"`prompt` has {'an' if kind == 'image' else 'a'} {kind} block in a turn of role 'tool', "
-                        f"which TRL fills with no {kind}. Move it into a user turn."
+                        f"where TRL inserts no {kind}. Move it into a user turn."
                     )
                 if kind in block:
                     raise ValueError(
@@ -211,7 +206,7 @@ class RowChecker:
         except ValueError as error:
             raise ValueError(
                 f"{str(error).rstrip('.')}. Give `prompt` a block {{'type': 'image'}} for each image and "
-                "{'type': 'video'} for each video, or nothing but strings."
+                "{'type': 'video'} for each video, or make all contents strings."
             ) from error
 
     def _check_length(
@@ -229,7 +224,7 @@ class RowChecker:
         if length > self.max_prompt_length:
             server = ""
             if self.args.teacher_model_server_url is not None:
-                server = " (or, less one, the `--max-model-len` of the teacher's server)"
+                server = " (or the `--max-model-len` of the teacher's server, minus one)"
             raise ValueError(
                 f"The prompt (as the teacher sees it) has {length} tokens, {num_visual_tokens} of them visual; with "
                 f"`max_completion_length={self.args.max_completion_length}` it exceeds the model's context of "
@@ -249,12 +244,12 @@ class RowChecker:
                 )
 
     def _text_token_ids(self, prompt: list[dict[str, Any]], num_images: int, num_videos: int) -> list[int]:
-        """Token ids of the rendered prompt, with placeholders of images and videos not yet expanded."""
+        """Token ids of the rendered prompt, in which each image and video is still one placeholder."""
         text = self.processing_class.apply_chat_template(
             _fill_prompt(prompt, num_images, num_videos),
             tokenize=False,
             add_generation_prompt=True,
-            **(self.args.chat_template_kwargs or {}),
+            **self.template_variables,
         )
         return self.processing_class.tokenizer.encode(text, add_special_tokens=False)
 
@@ -262,7 +257,7 @@ class RowChecker:
     def _num_image_tokens(self, image_sizes: tuple[tuple[int, int], ...]) -> int:
         if not image_sizes:
             return 0
-        if hasattr(self.processing_class, "_get_num_multimodal_tokens"):
+        if isinstance(self.processing_class, CountsMultimodalTokens):
             sizes = [[height, width] for width, height in image_sizes]
             try:
                 return sum(self.processing_class._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
@@ -271,7 +266,7 @@ class RowChecker:
                     f"The processor does not accept images of the sizes {list(image_sizes)}, in pixels: {error}. "
                     "Crop or pad the image, or remove the row."
                 ) from error
-        # SmolVLM's and LFM2-VL's processors cannot tell without an image
+        # SmolVLM's and LFM2-VL's processors count only what they have processed
         return sum(map(self._num_tokens_of_blank_image, image_sizes))
 
     @lru_cache(maxsize=10_000)  # noqa: B019
@@ -281,16 +276,18 @@ class RowChecker:
 
     @lru_cache(maxsize=10_000)  # noqa: B019
     def _num_video_tokens(self, shape: tuple[int, ...]) -> int:
-        """Of a blank video of the same shape, with the time stamps that some processors write before its frames."""
+        """Tokens of a blank video of this shape, with the time stamps that some processors write before its frames."""
         video = {"type": "video", "video": np.zeros(shape, np.uint8)}
         try:
             token_ids = self._tokenize([{"role": "user", "content": [video]}])
         except ValueError as error:
             raise ValueError(
-                f"The processor takes no video of the shape {shape} (frames, height, width, channels): {error}. Give "
-                "it more or larger frames, or remove the row."
+                f"The processor does not accept a video of the shape {shape} (frames, height, width, channels): "
+                f"{error}. Use more or larger frames, or remove the row."
             ) from error
-        if self.processing_class.video_token_id not in token_ids:
+        # `ProcessorMixin` does not declare the attribute, but processors of videos have it
+        video_token_id: int = self.processing_class.video_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        if video_token_id not in token_ids:
             raise ValueError(
                 f"The row has videos, for which a {type(self.processing_class).__name__} writes the tokens of images; "
                 "its model cannot have both in one batch. Give the frames as images, or use a model of the Qwen-VL "
@@ -300,173 +297,15 @@ class RowChecker:
 
     def _tokenize(self, prompt: list[dict[str, Any]]) -> list[int]:
         inputs = self.processing_class.apply_chat_template(
-            [prompt], tokenize=True, return_dict=True, **(self.args.chat_template_kwargs or {})
+            [prompt], tokenize=True, return_dict=True, **self.template_variables
         )
-        return inputs["input_ids"][0]
+        # transformers annotates the return value as `str` alone, which it is without `tokenize`
+        return inputs["input_ids"][0]  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def _fill_prompt(prompt: list[dict[str, Any]], num_images: int, num_videos: int) -> list[dict[str, Any]]:
-    """The prompt with blocks for so many images and videos."""
+    """The prompt with a block for each image and video, without their contents."""
     return prepare_multimodal_messages(add_videos(prompt, [None] * num_videos, num_images), images=[None] * num_images)
-
-
-def check_dataset(
-    dataset: Dataset | IterableDataset, name: str, checker: RowChecker, args: ViCuRConfig, min_rows: int = 1
-) -> Dataset | IterableDataset:
-    """
-    Check a dataset's columns and, unless it is streamed, each of its rows. Processes share the rows between them.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The dataset. Rows of an iterable dataset are checked as they are used.
-        name (`str`):
-            What to call it in errors.
-        checker ([`RowChecker`]):
-            The check of a row.
-        args ([`ViCuRConfig`]):
-            Training configuration.
-        min_rows (`int`, *optional*, defaults to `1`):
-            How many rows it must have.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset; for a stream the result of
-        [`name_streamed_rows`].
-
-    Raises:
-        `ValueError`: If it is no dataset, has too few rows, misses a column or holds a bad row; names the column, or
-            the row by number.
-    """
-    check_shape(dataset, name, args, min_rows)
-    if isinstance(dataset, IterableDataset):
-        return name_streamed_rows(dataset, name)
-    receipt = receipt_of(dataset, checker)
-    if all(_of_all_processes(receipt is not None and receipt.exists(), args)):
-        return dataset
-    first = next(_problems(dataset, name, checker, args), None)
-    # Every rank raises the dataset's first problem, not the first of its own share
-    if problems := [problem for problem in _of_all_processes(first, args) if problem is not None]:
-        raise ValueError(min(problems)[1])
-    if receipt is not None:
-        write_receipt(receipt)
-    return dataset
-
-
-def find_bad_rows(
-    dataset: Dataset | IterableDataset, name: str, checker: RowChecker, args: ViCuRConfig, min_rows: int = 1
-) -> Iterator[ValueError]:
-    """
-    The errors that [`check_dataset`] would raise one by one: that there are too few rows, then for each bad row the
-    one that names it, in their order. Arguments as there.
-
-    Raises:
-        `ValueError`: If it is no dataset or misses a column.
-    """
-    try:
-        check_shape(dataset, name, args, min_rows)
-    except TooFewRowsError as error:
-        yield error
-    if isinstance(dataset, Dataset):
-        for _, problem in _problems(dataset, name, checker, args):
-            yield ValueError(problem)
-
-
-class TooFewRowsError(ValueError):
-    """The dataset has fewer rows than one step needs."""
-
-
-def check_shape(dataset: Dataset | IterableDataset, name: str, args: ViCuRConfig, min_rows: int = 1) -> None:
-    """
-    Run the checks of [`check_dataset`] that need no rows. Arguments as there.
-
-    Raises:
-        `ValueError`: If it is not a dataset or lacks a column.
-        [`TooFewRowsError`]: If it has too few rows.
-    """
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        held = f" of {list(dataset)}" if isinstance(dataset, dict) else ""
-        raise ValueError(
-            f"{name} must be a `datasets.Dataset` or `IterableDataset`, got a {type(dataset).__name__}{held}. Choose "
-            "one split, or build it with `Dataset.from_list`."
-        )
-    if dataset.column_names is not None:
-        check_columns(dataset.column_names, name, args)
-    if isinstance(dataset, Dataset) and len(dataset) < min_rows:
-        raise TooFewRowsError(
-            f"{name} has {len(dataset)} row(s), expected at least {min_rows}: an incomplete batch is left out. Take "
-            "more rows, or a smaller batch (`per_device_train_batch_size`, `gradient_accumulation_steps`, processes)."
-        )
-
-
-def _of_all_processes(value: Any, args: ViCuRConfig) -> list[Any]:
-    return gather_object([value]) if args.world_size > 1 else [value]
-
-
-class _RowProblems(TorchDataset):
-    """Each row's problem, or `None`: a dataset for a `DataLoader`, so that its workers check rows in parallel."""
-
-    def __init__(self, dataset: Dataset, name: str, checker: RowChecker, numbers: range):
-        self.rows = RowReader(dataset)
-        self.name = name
-        self.checker = checker
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[int, str] | None:
-        number = self.numbers[index]
-        try:
-            with_row_number(self.checker.check, lambda: self.rows[number], f"Row {number} of {self.name}")
-        except ValueError as error:
-            return number, str(error)
-
-
-def _problems(dataset: Dataset, name: str, checker: RowChecker, args: ViCuRConfig) -> Iterator[tuple[int, str]]:
-    """Number and problem of each bad row in this rank's share of the dataset, in order."""
-    numbers = range(args.process_index, len(dataset), args.world_size)
-    num_workers = args.dataset_num_proc or 1
-    loader = DataLoader(
-        _RowProblems(dataset, name, checker, numbers),
-        batch_size=ROWS_PER_BATCH,
-        collate_fn=list,
-        # For a few rows, starting workers takes longer than the check
-        num_workers=num_workers if num_workers > 1 and len(numbers) > num_workers * ROWS_PER_BATCH else 0,
-        generator=torch.Generator(),  # a draw from the global one would change the weights of a new adapter
-    )
-    is_silent = args.disable_tqdm or args.process_index != 0
-    with tqdm(total=len(numbers), desc=f"Checking {name}", unit="row", disable=is_silent) as progress:
-        for batch in loader:
-            yield from filter(None, batch)
-            progress.update(len(batch))
-
-
-def name_streamed_rows(dataset: IterableDataset, name: str) -> IterableDataset:
-    """
-    Add a column [`ROW_NAME`] to a stream, so that errors name the row however rows are shuffled, repeated, skipped or
-    split between ranks. Images stay undecoded, so that the check of a row finds unreadable ones.
-
-    Args:
-        dataset ([`~datasets.IterableDataset`]):
-            The stream. Rows that already have a name keep it.
-        name (`str`):
-            What to call the stream in errors.
-    """
-    features = dataset.features
-    if features is not None:
-        dataset = dataset.cast(Features({column: _undecoded(feature) for column, feature in features.items()}))
-        features = Features({**dataset.features, ROW_NAME: Value("string")})
-    return dataset.map(
-        lambda row, number: {ROW_NAME: f"Streamed row {number} of {name}", **row}, with_indices=True, features=features
-    )
-
-
-def _undecoded(feature: Any) -> Any:
-    if isinstance(feature, dict):
-        return {key: _undecoded(value) for key, value in feature.items()}
-    if isinstance(feature, (List, LargeList)):
-        return type(feature)(_undecoded(feature.feature))
-    # If the feature sets a mode, `datasets` must decode and convert the image
-    return ImageFeature(decode=False) if isinstance(feature, ImageFeature) and feature.mode is None else feature
 
 
 def check_columns(column_names: list[str], name: str, args: ViCuRConfig) -> None:
@@ -483,16 +322,16 @@ def check_columns(column_names: list[str], name: str, args: ViCuRConfig) -> None
             )
     if not any(column in column_names for column in VISUAL_COLUMNS):
         raise ValueError(
-            f"{name} has no column `images` or `image`, only {column_names}. Nor has it `videos` or `video`. Rows "
-            "without one may be None."
+            f"{name} has no column `images` or `image`, only {column_names}, nor `videos` or `video`. "
+            "Add one; in rows without images it may be None."
         )
 
 
 def with_row_number(check: Callable[[dict], None], get_row: Callable[[], dict], row_name: str) -> None:
-    """Run `check` on a row; errors, also those of reading it, name the row."""
+    """Run `check` on a row, and name the row in all errors, including those of reading it."""
     try:
         check(get_row())
     except ValueError as error:
         raise ValueError(f"{row_name}: {error}") from error
-    except Exception as error:  # that reading the row, e.g. a transform of the user's, has raised
+    except Exception as error:  # e.g. from a transform of the user's
         raise ValueError(f"{row_name} cannot be read: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""How processes share the weights among them, and what cannot be trained so."""
+"""How ranks shard the weights, and what cannot be trained with each kind of sharding."""
 
 import os
 from typing import Literal
@@ -6,25 +6,25 @@ from typing import Literal
 from accelerate import ParallelismConfig
 from accelerate.utils import parse_flag_from_env
 from peft import PeftConfig
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..vicur_config import ViCuRConfig
 
 
-# DeepSpeed's ZeRO-1 and ZeRO-2 leave the weights whole, in buffers of their own. Other FSDPs are named by version
+# "DeepSpeed" is ZeRO-1 or ZeRO-2, which keep whole weights in buffers of their own. FSDP is named by its version
 Sharding = Literal["FSDP1", "FSDP2", "DeepSpeed", "ZeRO-3"] | str
 
 
 def find_sharding(args: ViCuRConfig) -> Sharding | None:
     """
-    What this process has been told by `accelerate launch`, or by its options.
+    Read from the training options, or from the environment that `accelerate launch` has set, how weights are sharded.
 
     Args:
         args ([`ViCuRConfig`]):
             Training configuration.
 
     Returns:
-        `str` or `None`: `None` where each process has all weights to itself.
+        `str` or `None`: `None` if each rank holds all weights.
     """
     if is_deepspeed_zero3_enabled():
         return "ZeRO-3"
@@ -39,22 +39,22 @@ def find_sharding(args: ViCuRConfig) -> Sharding | None:
 
 def check_sharding(sharding: Sharding | None, args: ViCuRConfig, peft_configs: list[PeftConfig | None]) -> None:
     """
-    Check that weights in such shards can be trained.
+    Check that weights with this sharding can be trained.
 
     Args:
         sharding (`str`, *optional*):
-            What [`find_sharding`] returns.
+            Result of [`find_sharding`].
         args ([`ViCuRConfig`]):
             Training configuration.
         peft_configs (`list[PeftConfig | None]`):
             Configs of the adapters that train; `None` for the model's own weights.
 
     Raises:
-        `ValueError`: If they cannot.
+        `ValueError`: If the sharding, or an option together with it, is not supported.
     """
     parallelism = args.parallelism_config
     if parallelism is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        parallelism = ParallelismConfig()  # reads the sizes that `accelerate launch` was given
+        parallelism = ParallelismConfig()  # reads the sizes that `accelerate launch` has set
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         sizes = ", ".join(f"{name}={getattr(parallelism, name)}" for name in ("tp_size", "cp_size", "sp_size"))
         raise ValueError(
@@ -63,7 +63,7 @@ def check_sharding(sharding: Sharding | None, args: ViCuRConfig, peft_configs: l
         )
     if sharding == "ZeRO-3":
         raise ValueError(
-            "DeepSpeed's ZeRO-3 is not supported: losses and the teacher's copy would read shards of weights. "
+            "DeepSpeed's ZeRO-3 is not supported: the losses and the teacher's copy would read shards of weights. "
             "Use FSDP2 (examples/accelerate_configs/fsdp2.yaml), or ZeRO-2 where the models fit whole."
         )
     if sharding is not None and sharding.startswith("FSDP") and sharding != "FSDP2":
@@ -72,8 +72,8 @@ def check_sharding(sharding: Sharding | None, args: ViCuRConfig, peft_configs: l
         )
     if sharding is not None and args.teacher_model_kind == "ema":
         raise ValueError(
-            "`teacher_model_kind='ema'` exchanges the student's weights, which FSDP and DeepSpeed keep in "
-            "buffers of their own. Train with DDP, or choose `teacher_model_kind='base'` or `'live'`."
+            "`teacher_model_kind='ema'` exchanges the student's weights, which FSDP and DeepSpeed keep in buffers of "
+            "their own. Train with DDP, or choose `teacher_model_kind='base'` or `'live'`."
         )
     if sharding == "FSDP2" and any(getattr(config, "trainable_token_indices", None) for config in peft_configs):
         raise ValueError(
