@@ -21,7 +21,7 @@ from tiny_trainers import make_config, make_rows, weights
 from transformers import TrainerCallback
 
 from trl_vicur import CueRecoveryConfig, ViCuRTrainer
-from trl_vicur.trainer.checkpoints import get_last_checkpoint
+from trl_vicur.trainer.checkpoints import check_batches, get_last_checkpoint
 from trl_vicur.trainer.teachers.student_teachers import EMATeacher
 
 
@@ -223,7 +223,7 @@ def test_checkpoint_of_a_run_over_other_batches_is_refused(tmp_path, checkpoints
         trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
 
 
-def test_rollouts_of_another_partition_or_number_of_processes_are_refused(tmp_path):
+def test_rollouts_of_another_batch_shape_objective_or_teacher_are_refused(tmp_path):
     train(tmp_path, num_iterations=2, max_steps=1)
     for arguments, option in (
         (dict(per_device_train_batch_size=4, gradient_accumulation_steps=1), "per_device_train_batch_size=2"),
@@ -231,6 +231,9 @@ def test_rollouts_of_another_partition_or_number_of_processes_are_refused(tmp_pa
     ):
         with pytest.raises(ValueError, match=f"made with `{option}`.*between two steps on the same rollouts"):
             train(tmp_path, resume=True, num_iterations=2, **arguments)
+    served = make_config(tmp_path, num_iterations=2, teacher_model_server_url="http://localhost")
+    with pytest.raises(ValueError, match=r"with `bool\(teacher_model_server_url\)=False`, but this run has .*True"):
+        check_batches(tmp_path / "checkpoint-1", served, Dataset.from_list(make_rows(8)))
     batches = tmp_path / "checkpoint-1" / "batches.json"
     batches.write_text(batches.read_text().replace('"num_processes": 1', '"num_processes": 2'))
     (tmp_path / "checkpoint-1" / "checkpoint_files.json").write_text("{}")

@@ -34,8 +34,7 @@ def load_split(
         split (`str`, *optional*, defaults to `"train"`):
             Name of the split; files have only one.
         streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read rows on demand, without downloading the whole dataset. Folders that `save_to_disk` wrote
-            are always read on demand.
+            Whether to return a stream, whose rows are read when they are used.
 
     Raises:
         `ValueError`: If the dataset or split does not exist, or a file is corrupt.
@@ -45,11 +44,11 @@ def load_split(
         raise ValueError(f"The generation of cues in {name!r} has not finished. Run its command again to finish it.")
     if (path / STATE).exists() or (path / "dataset_dict.json").exists():
         dataset = load_from_disk(name)
-        if not isinstance(dataset, DatasetDict):
-            return dataset
-        if split not in dataset:
-            raise ValueError(f"{name!r} has no split {split!r}, only {list(dataset)}. Choose one of them.")
-        return dataset[split]
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"{name!r} has no split {split!r}, only {list(dataset)}. Choose one of them.")
+            dataset = dataset[split]
+        return dataset.to_iterable_dataset() if streaming else dataset
     source, data_files = name, None
     if path.is_file():
         if path.suffix not in FORMATS:

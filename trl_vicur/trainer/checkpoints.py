@@ -33,10 +33,10 @@ FILE_LIST_NAME = "checkpoint_files.json"
 BATCHES_NAME = "batches.json"
 # Rollouts of each rank, in a checkpoint that was saved between two steps on the same rollouts
 ROLLOUTS_NAME = "rollouts_{}.pt"
-# Options that set how a step's rows are divided, the order of rows, and the contents of rollouts
-PARTITION = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
-ORDER = ("len(train_dataset)", "shuffle_dataset", "seed")
-OF_ROLLOUTS = ("distillation_mode", "privilege")
+# Options that set how a step's rows are split into micro-batches, the order of rows, and the contents of rollouts
+BATCH_SHAPE = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
+ROW_ORDER = ("len(train_dataset)", "shuffle_dataset", "seed")
+ROLLOUT_CONTENTS = ("distillation_mode", "privilege", "bool(teacher_model_server_url)")
 # Not read by a resumed run (the first stays at home when a checkpoint is pushed, the second may be edited), and the
 # list itself
 NOT_LISTED = (TRAINING_ARGS_NAME, "README.md", FILE_LIST_NAME)
@@ -146,6 +146,8 @@ def batch_settings(args: ViCuRConfig, train_dataset: Dataset | IterableDataset) 
         "seed": args.seed,
         "distillation_mode": args.distillation_mode,
         "privilege": args.privilege,
+        # Whether rollouts hold a server's scores. The address itself may change, and should not be published
+        "bool(teacher_model_server_url)": args.teacher_model_server_url is not None,
     }
 
 
@@ -169,20 +171,22 @@ def check_batches(directory: str | os.PathLike, args: ViCuRConfig, train_dataset
     is_within_rollouts = any(Path(directory).glob(ROLLOUTS_NAME.format("*")))
     names = ["num_iterations"]
     if is_within_rollouts or _rows_per_step(saved) != _rows_per_step(settings):
-        names += PARTITION
+        names += BATCH_SHAPE
     if is_within_rollouts:
-        names += OF_ROLLOUTS
+        names += ROLLOUT_CONTENTS
     if not args.ignore_data_skip:
-        names += ORDER
-    differing = [name for name in names if saved[name] != settings[name]]
+        names += ROW_ORDER
+    differing = [name for name in names if saved.get(name) != settings[name]]
     if not differing:
         return
-    of_checkpoint, of_run = (", ".join(f"`{name}={each[name]!r}`" for name in differing) for each in (saved, settings))
-    if is_within_rollouts and not {*differing} <= {*ORDER}:
+    of_checkpoint, of_run = (
+        ", ".join(f"`{name}={each.get(name)!r}`" for name in differing) for each in (saved, settings)
+    )
+    if is_within_rollouts and not {*differing} <= {*ROW_ORDER}:
         reason = "It was saved between two steps on the same rollouts, whose layout depends on these settings"
     else:
         reason = "The run would repeat or skip rows"
-    hint = ", or set `ignore_data_skip=True` to restart the epoch's rows" if {*differing} <= {*ORDER} else ""
+    hint = ", or set `ignore_data_skip=True` to restart the epoch's rows" if {*differing} <= {*ROW_ORDER} else ""
     raise CheckpointError(
         f"The checkpoint {str(directory)!r} was made with {of_checkpoint}, but this run has {of_run}. {reason}. "
         f"Resume with the checkpoint's settings{hint}, or start a new run from its weights."
@@ -190,7 +194,7 @@ def check_batches(directory: str | os.PathLike, args: ViCuRConfig, train_dataset
 
 
 def _rows_per_step(settings: dict[str, Any]) -> int:
-    return math.prod(settings[name] for name in PARTITION)
+    return math.prod(settings[name] for name in BATCH_SHAPE)
 
 
 def get_last_checkpoint(folder: str | os.PathLike) -> str | None:

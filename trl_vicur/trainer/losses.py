@@ -13,7 +13,6 @@ than most teachers differ from their student. Liger's loss is the exception. Aut
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -28,7 +27,6 @@ from trl.kernels.chunked_logprob import (
     _forward_tile,
     _use_triton,
 )
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .lm_head import LMHead, add_products
 
@@ -370,30 +368,14 @@ def _over_token_chunks(
     chunk_size = max(1, chunk_logits // heads[0].weight.shape[0])
     chunks = list(zip(*(each.split(chunk_size) for each in (states, *others)), strict=True))
     if heads[0].trains:
-
-        def gathered_function(*chunk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with _gathered(heads):
-                return function(*chunk)
-
         # Backward computes each chunk's logits again: what a token adds to the head's gradient depends on the loss
-        results = [checkpoint(gathered_function, *chunk, use_reentrant=False) for chunk in chunks]
+        results = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+    elif torch.is_grad_enabled() and states.requires_grad:
+        results = [_ValuesWithGradients.apply(function, *chunk) for chunk in chunks]
     else:
-        with _gathered(heads):
-            if torch.is_grad_enabled() and states.requires_grad:
-                results = [_ValuesWithGradients.apply(function, *chunk) for chunk in chunks]
-            else:
-                results = [function(*chunk) for chunk in chunks]
+        results = [function(*chunk) for chunk in chunks]
     values, entropy = (torch.cat(parts) for parts in zip(*results, strict=True))
     return values, entropy
-
-
-@contextmanager
-def _gathered(heads: list[LMHead]) -> Iterator[None]:
-    """While active, heads that DeepSpeed ZeRO-3 has partitioned are whole."""
-    with ExitStack() as stack:
-        for head in heads:
-            stack.enter_context(maybe_gather_lm_head_ctx(head.weight, head.bias))
-        yield
 
 
 class _ValuesWithGradients(torch.autograd.Function):
@@ -456,23 +438,22 @@ class _TokenLogprobs(torch.autograd.Function):
         # For each token: largest logit, sum of exponentials, that sum weighted by logits, the token's logit, unused
         statistics = states.new_zeros(5, len(states), dtype=torch.float32)
         statistics[0] = -math.inf
-        with _gathered([LMHead(weight, bias)]):
-            for tokens, start, tile in _tiles(states, weight, bias):
-                largest, total, weighted, token_logit, unused = statistics[:, tokens]
-                fold = _forward_tile
-                if _use_triton(tile.device):
-                    fold = chunked_logprob._forward_kernel[(len(tile),)]
-                running = (largest, total, weighted, unused, unused, unused, token_logit)
-                fold(
-                    tile,
-                    tile.stride(0),
-                    token_ids[tokens],
-                    *running,
-                    start,
-                    tile.shape[1],
-                    **outputs,
-                    **ctx.options,
-                )
+        for tokens, start, tile in _tiles(states, weight, bias):
+            largest, total, weighted, token_logit, unused = statistics[:, tokens]
+            fold = _forward_tile
+            if _use_triton(tile.device):
+                fold = chunked_logprob._forward_kernel[(len(tile),)]
+            running = (largest, total, weighted, unused, unused, unused, token_logit)
+            fold(
+                tile,
+                tile.stride(0),
+                token_ids[tokens],
+                *running,
+                start,
+                tile.shape[1],
+                **outputs,
+                **ctx.options,
+            )
         largest, total, weighted, token_logit, _ = statistics
         log_total = largest + total.log()
         entropy = log_total - weighted / total
@@ -488,32 +469,31 @@ class _TokenLogprobs(torch.autograd.Function):
             for each, needed in zip((states, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
         grad_logprobs = grad_logprobs.contiguous()
-        with _gathered([LMHead(weight, bias)]):
-            for tokens, start, tile in _tiles(states, weight, bias):
-                size, columns = tile.shape
-                to_gradient = _backward_tile
-                if _use_triton(tile.device):
-                    to_gradient = chunked_logprob._backward_kernel[(size, -(-columns // ctx.options["BLOCK_SIZE"]))]
-                unused = log_total[tokens]  # in place of entropies and their gradients
-                to_gradient(
-                    tile,
-                    tile.stride(0),
-                    token_ids[tokens],
-                    log_total[tokens],
-                    unused,
-                    grad_logprobs[tokens],
-                    unused,
-                    start,
-                    columns,
-                    HAS_LOGPROB_GRAD=True,
-                    HAS_ENTROPY_GRAD=False,
-                    **ctx.options,
-                )
-                grad_rows = None if grad_states is None else grad_states[tokens]
-                end = start + columns
-                add_products(tile, states[tokens], weight[start:end], grad_rows, grad_weight, start)
-                if grad_bias is not None:
-                    grad_bias[start:end] += tile.sum(dim=0)
+        for tokens, start, tile in _tiles(states, weight, bias):
+            size, columns = tile.shape
+            to_gradient = _backward_tile
+            if _use_triton(tile.device):
+                to_gradient = chunked_logprob._backward_kernel[(size, -(-columns // ctx.options["BLOCK_SIZE"]))]
+            unused = log_total[tokens]  # in place of entropies and their gradients
+            to_gradient(
+                tile,
+                tile.stride(0),
+                token_ids[tokens],
+                log_total[tokens],
+                unused,
+                grad_logprobs[tokens],
+                unused,
+                start,
+                columns,
+                HAS_LOGPROB_GRAD=True,
+                HAS_ENTROPY_GRAD=False,
+                **ctx.options,
+            )
+            grad_rows = None if grad_states is None else grad_states[tokens]
+            end = start + columns
+            add_products(tile, states[tokens], weight[start:end], grad_rows, grad_weight, start)
+            if grad_bias is not None:
+                grad_bias[start:end] += tile.sum(dim=0)
         gradients = zip((grad_states, grad_weight, grad_bias), (states, weight, bias), strict=True)
         return *(None if grad is None else grad.to(each.dtype) for grad, each in gradients), None, None, None, None
 

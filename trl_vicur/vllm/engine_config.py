@@ -172,8 +172,8 @@ def _check_tied_embeddings(config: "CueRecoveryConfig", adapter: str, model_conf
         if is_own and (".lora_" in name or not config.train_base):
             raise ValueError(
                 f"The cue recovery adapter {adapter!r} has {name!r}, which vLLM cannot serve as it was trained: "
-                "embeddings and head are one weight in the served model, and the adapter changes one of them. Train "
-                "with other `target_modules`, or serve with transformers."
+                "embeddings and head are one weight in the served model (`tie_word_embeddings`), but the adapter "
+                "changes only one of the two. Train with other `target_modules`, or serve with transformers."
             )
 
 
