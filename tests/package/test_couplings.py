@@ -171,7 +171,7 @@ def test_triton_kernels_have_the_parameters_that_we_pass(name, parameters):
     }
     assert kernels.get(name) == parameters.split(), (
         f"trl {version('trl')} has another `{name}` in trl.kernels.chunked_logprob, with {kernels.get(name)}. "
-        "losses.py launches it with positional arguments in the order above: read what it does now and adapt the call."
+        "token_chunks.py launches it with these positional arguments: read what it does now and adapt the call."
     )
 
 

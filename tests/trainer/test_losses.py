@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from trl_vicur.trainer import lm_head, losses
+from trl_vicur.trainer import lm_head, token_chunks
 from trl_vicur.trainer.lm_head import LMHead
 from trl_vicur.trainer.losses import (
     full_divergence,
@@ -50,10 +50,10 @@ BETAS = [0.0, 0.3, 0.5, 1.0]
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """Splits the few tokens and columns of these tests into chunks, too; the last chunk is smaller."""
-    monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", 16 * 70)
+    monkeypatch.setattr(token_chunks, "CPU_CHUNK_LOGITS", 16 * 70)
     monkeypatch.setattr(lm_head, "CPU_WEIGHT_BLOCK", 16 * 20)
-    monkeypatch.setattr(losses, "TILE_TOKENS", 16)
-    monkeypatch.setattr(losses, "TILE_COLUMNS", 32)
+    monkeypatch.setattr(token_chunks, "TILE_TOKENS", 16)
+    monkeypatch.setattr(token_chunks, "TILE_COLUMNS", 32)
 
 
 def reference_divergence(student_logits, teacher_logits, beta):
@@ -428,7 +428,7 @@ class LargestFloat32(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", ["sampled", "full", "topk"])
 def test_no_head_is_copied_to_float32(objective, monkeypatch):
-    monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", 8 * 70)
+    monkeypatch.setattr(token_chunks, "CPU_CHUNK_LOGITS", 8 * 70)
     pair = make_half_pair(torch.bfloat16, trains_head=False)
     with LargestFloat32() as largest:
         values_and_gradients(objective, pair)
@@ -440,14 +440,14 @@ def test_gpu_kernels_agree_with_their_torch_form():
     pytest.importorskip("triton")
     program = """
         import torch
-        from trl_vicur.trainer import losses
+        from trl_vicur.trainer import losses, token_chunks
 
-        losses.TILE_TOKENS, losses.TILE_COLUMNS = 3, 40
+        token_chunks.TILE_TOKENS, token_chunks.TILE_COLUMNS = 3, 40
         for dtype in (torch.float32, torch.bfloat16):
             for softcapping in (None, 4.0):
                 results = []
                 for uses_triton in (True, False):
-                    losses._use_triton = lambda device: uses_triton
+                    token_chunks._use_triton = lambda device: uses_triton
                     torch.manual_seed(0)
                     states, weight, bias = (
                         torch.randn(shape).to(dtype).requires_grad_() for shape in ((5, 16), (70, 16), (70,))

@@ -1,6 +1,4 @@
-"""
-Language-model heads as the losses read them: weight, bias, logit scale and soft-cap.
-"""
+"""Language-model heads as the losses read them: weight, bias, logit scale and soft-cap."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +16,7 @@ from trl.kernels.chunked_divergence import _project
 from trl.kernels.chunked_logprob import _addmm_fp32
 
 
-# Number of head weights that are cast to another dtype at a time. On a CPU this is 4 MiB in float32, which stays in
+# Number of head weights that are cast to another dtype at a time. On a CPU these are 4 MiB in float32, which stay in
 # its cache until the product
 CPU_WEIGHT_BLOCK = 2**20
 WEIGHT_BLOCK = 2**24
@@ -29,7 +27,7 @@ _transforms: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyD
 
 class LMHead(NamedTuple):
     """
-    A language-model head: its weights, and the transform that the model applies to their product with hidden states.
+    A language-model head: its weights, and what the model does to their product with the hidden states.
 
     Args:
         weight (`torch.Tensor` of shape `(vocab, hidden)`):
@@ -56,18 +54,20 @@ class LMHead(NamedTuple):
             `ValueError`: If the losses cannot compute the logits of `model(...)` from its hidden states and this head.
         """
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        head = base.get_output_embeddings()
-        _check_head(base, head)
+        assert isinstance(base, PreTrainedModel)
+        head = _find_head(base)
         if base not in _transforms:
             _transforms[base] = _read_transform(base, head)
         if isinstance(head, FSDPModule):
-            # FSDP gathers a head that is sharded by itself only for its own forward. Backward reduces and frees it
+            # FSDP2 gathers a separately sharded head for the head's own forward only. Backward reduces and frees it
             head.unshard()
-        # PEFT's wrapper for `trainable_token_indices` has the merged weight and computes without bias
-        return cls(head.weight, getattr(head, "bias", None), *_transforms[base])
+        # PEFT's wrapper for `trainable_token_indices` has no bias while its adapter is active, nor does it add one
+        bias = getattr(head, "bias", None)
+        assert isinstance(head.weight, torch.Tensor) and isinstance(bias, torch.Tensor | None)
+        return cls(head.weight, bias, *_transforms[base])
 
     def detach(self) -> "LMHead":
-        """A copy without gradient, which keeps these weights when the model's are swapped for others."""
+        """A copy without gradient. It keeps these weights when others are swapped into the model."""
         return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     @property
@@ -94,21 +94,29 @@ class LMHead(NamedTuple):
         return product
 
 
-def _check_head(model: PreTrainedModel, head: nn.Module | None) -> None:
-    """Raise a `ValueError` unless the head is a product with a weight that can be read."""
-    is_product = type(head).forward is nn.Linear.forward
-    if not is_product and not isinstance(head, AuxiliaryTrainingWrapper):  # PEFT's, which returns the trained weight
+def _find_head(model: PreTrainedModel) -> nn.Linear | AuxiliaryTrainingWrapper:
+    """
+    The model's head, or PEFT's wrapper of it, whose `weight` is the trained one.
+
+    Raises:
+        `ValueError`: Unless the head is a product with a weight that can be read.
+    """
+    head = model.get_output_embeddings()
+    is_other_product = isinstance(head, nn.Linear) and type(head).forward is not nn.Linear.forward
+    if is_other_product or not isinstance(head, nn.Linear | AuxiliaryTrainingWrapper):
         raise ValueError(
             f"The language-model head of {type(model).__name__} is a {type(head).__module__}.{type(head).__name__}, "
-            "but the losses multiply with the weight of an `nn.Linear` and would omit anything else that it computes. "
+            "but the losses multiply with the weight of an `nn.Linear` and would omit anything else it computes. "
             "Leave the head out of the adapter's `target_modules` (`modules_to_save` can train it as a whole) and do "
             "not quantize it."
         )
+    assert isinstance(head.weight, torch.Tensor)
     if head.weight.is_meta:
         raise ValueError(
             f"The language-model head of {type(model).__name__} is offloaded: its weight is on the device 'meta', "
             "where the losses cannot read it. Place the head on a GPU or the CPU in `device_map`."
         )
+    return head
 
 
 class _BackboneOutput(tuple):
@@ -126,23 +134,23 @@ class _BackboneOutput(tuple):
 
 @contextmanager
 def _calls_replaced(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """While active, calls of these modules run the given functions; their hooks and weights are not touched."""
+    """While active, calls of these modules run the given functions instead, without hooks and without weights."""
     with ExitStack() as stack:
         for module, function in replacements.items():
-            # `nn.Module.__call__` runs this, if it is set (by `nn.Module.compile`), instead of hooks and forward
+            # If this attribute is set, as by `nn.Module.compile`, `nn.Module.__call__` runs it and nothing else
             stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
             module._compiled_call_impl = function
         yield
 
 
 @torch.no_grad()
-def _read_transform(model: PreTrainedModel, head: nn.Module) -> tuple[float, float | None]:
+def _read_transform(model: PreTrainedModel, head: nn.Linear | AuxiliaryTrainingWrapper) -> tuple[float, float | None]:
     """
     Probe a model for its logit scale and soft-cap.
 
-    Text configs are no guide: LLaVA-NeXT does not scale the logits of a Granite, nor Aya Vision those of a Cohere2. So
-    run the model's own forward with a backbone that returns known states and a head that returns known products. That
-    reads no weights, so it works for sharded, offloaded and quantized models.
+    The text config does not say: LLaVA-NeXT does not scale the logits of a Granite, nor Aya Vision those of a Cohere2.
+    So run the model's own forward with a backbone that returns known states and a head that returns known products.
+    This reads no weights, so it works for sharded, offloaded and quantized models.
 
     Raises:
         `ValueError`: If the model does anything else to the product, or if the head's input is not the backbone's
@@ -173,7 +181,7 @@ def _read_transform(model: PreTrainedModel, head: nn.Module) -> tuple[float, flo
         raise ValueError(f"{refusal}its head is not called once with the output of `{model.base_model_prefix}`.")
     scale, limit = (logits.flatten()[:2].double() / torch.tensor([tiny, 1.0])).tolist()
     softcapping = None if abs(limit) > abs(scale) * huge / 2 else limit
-    expected = LMHead(head.weight, None, scale, softcapping).transform(products)
+    expected = LMHead(products, None, scale, softcapping).transform(products)  # the weight does not matter
     if scale == 0 or not torch.allclose(logits.float().cpu(), expected, rtol=1e-5, atol=1e-9):
         raise ValueError(f"{refusal}it does more to their product than scale or soft-cap it.")
     return scale, softcapping
@@ -194,18 +202,18 @@ class _Float32Linear(torch.autograd.Function):
         return output.view(shape)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         states, weight = ctx.saved_tensors
         shape = states.shape
-        states, gradient = states.flatten(0, -2), gradient.flatten(0, -2)
+        states, gradient = states.flatten(0, -2), grad_outputs[0].flatten(0, -2)
         needs_states, needs_weight, needs_bias = ctx.needs_input_grad
         grad_states = torch.zeros_like(states, dtype=torch.float32) if needs_states else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for start, end in _weight_blocks(weight):
             add_products(gradient[:, start:end], states, weight[start:end], grad_states, grad_weight, start)
         return (
-            grad_states.view(shape).to(states.dtype) if needs_states else None,
-            grad_weight.to(weight.dtype) if needs_weight else None,
+            None if grad_states is None else grad_states.view(shape).to(states.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
             gradient.sum(dim=0).to(ctx.bias_dtype) if needs_bias else None,
         )
 

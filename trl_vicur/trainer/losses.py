@@ -1,10 +1,11 @@
 """
 The distillation objectives, per completion token.
 
-All of them accept the last hidden states of the scored tokens and the two language-model heads, so that the logits of
-shape (tokens, vocabulary) never exist as a whole. TRL's kernels do that, or Liger's. On a CPU with a frozen head, and
-for the top-k divergence, for which there is no kernel, it is torch over chunks of tokens: it takes three products with
-a head where the kernels take five, and less memory.
+First the objectives as functions of log-probabilities, then the same from what a model's backbone computes: the last
+hidden states of the scored tokens and the two language-model heads. The latter never hold the logits of all tokens,
+`(tokens, vocabulary)`: on a CPU with a frozen head they are plain PyTorch over chunks of tokens, which takes three
+products with a head; elsewhere they are TRL's or Liger's kernels, which take five and more memory (there is no kernel
+for the top-k divergence). `test_frozen_head_changes_neither_values_nor_gradients` holds the two together.
 
 The operands of a product with a head have the hidden states' dtype, as in the model. The product accumulates in
 float32, and logits and losses stay in float32: bfloat16 would round logits by up to 2⁻⁹ of their value, which is more
@@ -12,65 +13,17 @@ than most teachers differ from their student. Liger's loss is the exception. Aut
 """
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from trl.kernels import chunked_logprob
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction, _project
-from trl.kernels.chunked_logprob import (
-    _BLOCK_SIZE,
-    OPTIONAL_OUTPUTS,
-    _backward_tile,
-    _forward_tile,
-    _use_triton,
-)
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from .lm_head import LMHead, add_products
+from .lm_head import LMHead
+from .token_chunks import TokenLogprobs, over_token_chunks
 
 
-# Size of a tile of float32 logits. With its bfloat16 copy for the backward products it needs no more memory than TRL's
-# bfloat16 tile of 4,096 x 32,768
-TILE_TOKENS = 4096
-TILE_COLUMNS = 8192
-# Logits of a chunk of tokens. On a CPU 64 MiB, above what the C library's heap keeps for itself and fragments; a GPU
-# wants more to be busy
-CPU_CHUNK_LOGITS = 2**24
-CHUNK_LOGITS = 2**26
-
-
-def token_logprobs(
-    hidden_states: torch.Tensor, head: LMHead, token_ids: torch.Tensor, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Log-probability of each token and entropy of its distribution.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(tokens, hidden)`):
-            Hidden states that predict the tokens.
-        head ([`LMHead`]):
-            Head of the model that they come from.
-        token_ids (`torch.Tensor` of shape `(tokens,)`):
-            The tokens.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Softmax temperature.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Log-probabilities (in nats, differentiable) and entropies (without
-            gradient), both `(tokens,)`.
-    """
-    if hidden_states.device.type != "cpu" or head.trains:
-        return _TokenLogprobs.apply(
-            hidden_states, head.weight, head.bias, token_ids, temperature, head.softcapping, head.logit_scale
-        )
-
-    def chunk_logprobs(states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs = head.logits(states, temperature).log_softmax(dim=-1)
-        return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), _entropy(logprobs)
-
-    return _over_token_chunks(chunk_logprobs, hidden_states, token_ids, heads=[head])
+# --- From log-probabilities ---
 
 
 def sampled_token_loss(
@@ -91,7 +44,7 @@ def sampled_token_loss(
         logprobs (`torch.Tensor` of shape `(tokens,)`):
             Student's log-probabilities of the sampled tokens.
         old_logprobs (`torch.Tensor` of shape `(tokens,)`):
-            The same when the tokens were sampled; without gradient.
+            Student's log-probabilities when the tokens were sampled; without gradient.
         teacher_logprobs (`torch.Tensor` of shape `(tokens,)`):
             Teacher's log-probabilities; without gradient.
         epsilon (`float`):
@@ -152,14 +105,14 @@ def importance_sampling_ratio(
     clip_max: float | None,
 ) -> torch.Tensor:
     """
-    Weights that correct for tokens that vLLM sampled with other probabilities than the model has in training, as in
-    TRL's `GRPOTrainer`: p_train / p_vLLM, truncated to `[clip_min, clip_max]`, or zero outside.
+    Weights that correct for sampling tokens with vLLM, whose probabilities differ from those in training by rounding.
+    As in TRL's `GRPOTrainer`: p_train / p_vLLM, truncated to `[clip_min, clip_max]`, or zero outside.
 
     Args:
         logprobs (`torch.Tensor` of shape `(tokens,)`):
             The model's log-probabilities of the sampled tokens in training; without gradient.
         sampling_logprobs (`torch.Tensor` of shape `(tokens,)`):
-            Those with which they were sampled. NaN where unknown, which gives no correction.
+            The log-probabilities that they were sampled with. NaN where unknown, which means no correction.
         mask (`torch.Tensor` of shape `(batch, completion)`):
             `True` at the tokens.
         mode (`str`):
@@ -183,6 +136,67 @@ def importance_sampling_ratio(
     if constraint == "truncate":
         return ratio.clamp(low, high)
     return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+
+
+def _generalized_jsd(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tensor:
+    """Divergence `(tokens,)` of two sets of log-probabilities `(tokens, categories)`."""
+    if beta == 0.0:
+        return (teacher.exp() * (teacher - student)).sum(dim=-1)
+    if beta == 1.0:
+        return (student.exp() * (student - teacher)).sum(dim=-1)
+    log_beta, log_rest = torch.log(torch.tensor([beta, 1 - beta], dtype=student.dtype, device=student.device))
+    mixture = torch.logaddexp(student + log_rest, teacher + log_beta)
+    from_teacher = (teacher.exp() * (teacher - mixture)).sum(dim=-1)
+    from_student = (student.exp() * (student - mixture)).sum(dim=-1)
+    return beta * from_teacher + (1 - beta) * from_student
+
+
+def _with_rest(logprobs: torch.Tensor) -> torch.Tensor:
+    """Append the log of the probability that `logprobs` `(tokens, k)` leave over."""
+    # Clamped below zero: rounding can make the sum exceed one, and the log of nothing is not finite
+    covered = logprobs.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logprobs, torch.log(-torch.expm1(covered))], dim=-1)
+
+
+@torch.no_grad()
+def _entropy(logprobs: torch.Tensor) -> torch.Tensor:
+    """Entropy `(tokens,)` of log-probabilities `(tokens, vocab)`."""
+    return -torch.linalg.vecdot(logprobs.exp(), logprobs)
+
+
+# --- From hidden states and heads ---
+
+
+def token_logprobs(
+    hidden_states: torch.Tensor, head: LMHead, token_ids: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probability of each token and entropy of its distribution.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(tokens, hidden)`):
+            Hidden states that predict the tokens.
+        head ([`LMHead`]):
+            Head of the model that computed them.
+        token_ids (`torch.Tensor` of shape `(tokens,)`):
+            The tokens.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Softmax temperature.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Log-probabilities (in nats, differentiable) and entropies (without
+            gradient), both `(tokens,)`.
+    """
+    if hidden_states.device.type != "cpu" or head.trains:
+        return TokenLogprobs.apply(
+            hidden_states, head.weight, head.bias, token_ids, temperature, head.softcapping, head.logit_scale
+        )
+
+    def chunk_logprobs(states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs = head.logits(states, temperature).log_softmax(dim=-1)
+        return logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), _entropy(logprobs)
+
+    return over_token_chunks(chunk_logprobs, hidden_states, token_ids, heads=[head])
 
 
 def full_divergence(
@@ -236,7 +250,7 @@ def full_divergence(
         logprobs = student_head.logits(student, temperature).log_softmax(dim=-1)
         return _generalized_jsd(logprobs, teacher_logprobs, beta), _entropy(logprobs)
 
-    return _over_token_chunks(chunk_divergence, student_states, teacher_states, heads=[student_head, teacher_head])
+    return over_token_chunks(chunk_divergence, student_states, teacher_states, heads=[student_head, teacher_head])
 
 
 def liger_divergence_sum(
@@ -248,18 +262,18 @@ def liger_divergence_sum(
     temperature: float = 1.0,
 ) -> torch.Tensor:
     """
-    The divergence of [`full_divergence`] by Liger's fused linear JSD, which only knows the sum over all tokens.
+    Sum over tokens of [`full_divergence`], by Liger's fused linear JSD. Same arguments.
 
     It rounds logits to the hidden states' dtype.
 
     Raises:
-        `ValueError`: If a model scales or caps its logits, which Liger's loss does not do.
+        `ValueError`: If a model scales or caps its logits, which Liger's loss does not support.
     """
     for head in (student_head, teacher_head):
         if head.logit_scale != 1.0 or head.softcapping is not None:
             raise ValueError(
-                f"Liger's fused JSD knows neither logit scale nor soft-capping, but the model has {head.logit_scale=} "
-                f"and {head.softcapping=}. Set `use_liger_kernel=False`."
+                f"Liger's fused JSD supports neither logit scale nor soft-capping, but the model has "
+                f"{head.logit_scale=} and {head.softcapping=}. Set `use_liger_kernel=False`."
             )
     num_tokens = student_states.shape[0]
     if num_tokens == 0:
@@ -285,7 +299,7 @@ def topk_logprobs(
     states: torch.Tensor, head: LMHead, k: int, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    A teacher's most likely tokens.
+    The teacher's most likely tokens.
 
     Args:
         states (`torch.Tensor` of shape `(tokens, hidden)`):
@@ -293,7 +307,7 @@ def topk_logprobs(
         head ([`LMHead`]):
             Teacher's head.
         k (`int`):
-            How many tokens; at most all of the vocabulary.
+            Number of tokens; at most the whole vocabulary.
         temperature (`float`, *optional*, defaults to `1.0`):
             Softmax temperature.
 
@@ -304,10 +318,11 @@ def topk_logprobs(
 
     def chunk_logprobs(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs = head.logits(states, temperature).log_softmax(dim=-1)
-        return tuple(logprobs.topk(min(k, logprobs.shape[-1]), dim=-1))
+        top_logprobs, top_ids = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
+        return top_logprobs, top_ids
 
     with torch.no_grad():
-        return _over_token_chunks(chunk_logprobs, states, heads=[head])
+        return over_token_chunks(chunk_logprobs, states, heads=[head])
 
 
 def topk_divergence(
@@ -322,7 +337,7 @@ def topk_divergence(
     Generalized Jensen-Shannon divergence over the teacher's `k` most likely tokens and one bucket for all others.
 
     The bucket keeps both sides distributions, so this is a true divergence: never negative, and never more than
-    [`full_divergence`]. Arguments and return values as there, but for what is known of the teacher:
+    [`full_divergence`]. Same arguments and return values, except for the teacher's:
 
     Args:
         top_logprobs (`torch.Tensor` of shape `(tokens, k)`):
@@ -338,202 +353,4 @@ def topk_divergence(
         divergence = _generalized_jsd(_with_rest(logprobs.gather(-1, top_ids)), _with_rest(top_logprobs), beta)
         return divergence, _entropy(logprobs)
 
-    return _over_token_chunks(chunk_divergence, student_states, top_logprobs, top_ids, heads=[student_head])
-
-
-def _over_token_chunks(
-    function: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    states: torch.Tensor,
-    *others: torch.Tensor,
-    heads: list[LMHead],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Apply a function of tokens to few of them at a time, so that only their logits exist.
-
-    Args:
-        function (`Callable`):
-            Gives two tensors with a row for each token: a value, differentiable in the states and the first head, and
-            one without gradient, as a rule an entropy.
-        states (`torch.Tensor` of shape `(tokens, hidden)`):
-            Its first argument.
-        others (`torch.Tensor` of shape `(tokens, ...)`):
-            Its further arguments, without gradient.
-        heads (`list[LMHead]`):
-            The heads that it uses.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Both for all tokens.
-    """
-    chunk_logits = CPU_CHUNK_LOGITS if states.device.type == "cpu" else CHUNK_LOGITS
-    chunk_size = max(1, chunk_logits // heads[0].weight.shape[0])
-    chunks = list(zip(*(each.split(chunk_size) for each in (states, *others)), strict=True))
-    if heads[0].trains:
-        # Backward computes each chunk's logits again: what a token adds to the head's gradient depends on the loss
-        results = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
-    elif torch.is_grad_enabled() and states.requires_grad:
-        results = [_ValuesWithGradients.apply(function, *chunk) for chunk in chunks]
-    else:
-        results = [function(*chunk) for chunk in chunks]
-    values, entropy = (torch.cat(parts) for parts in zip(*results, strict=True))
-    return values, entropy
-
-
-class _ValuesWithGradients(torch.autograd.Function):
-    """
-    Values of tokens, with their gradients computed at once, so that backward needs no logits.
-
-    A token's value depends on no other token's hidden state, so each row of their sum's gradient is one token's.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        function: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-        states: torch.Tensor,
-        *others: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.num_others = len(others)
-        with torch.enable_grad():
-            states = states.detach().requires_grad_()
-            values, entropy = function(states, *others)
-            (gradients,) = torch.autograd.grad(values.sum(), states)
-        ctx.save_for_backward(gradients)
-        ctx.mark_non_differentiable(entropy)
-        return values.detach(), entropy
-
-    @staticmethod
-    def backward(ctx, grad_values: torch.Tensor, _) -> tuple[torch.Tensor | None, ...]:
-        (gradients,) = ctx.saved_tensors
-        return None, (grad_values.unsqueeze(-1) * gradients).to(gradients.dtype), *[None] * ctx.num_others
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """
-    TRL's `ChunkedLogProbFunction` with float32 tiles of logits; TRL's tiles have the hidden states' dtype.
-
-    bfloat16 has steps of 0.125 at a logit of 28, which gave 27 % of the small advantages the wrong sign. The kernels
-    that reduce the tiles are TRL's; `test_frozen_head_changes_neither_values_nor_gradients` compares the result with
-    the plain form.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        states: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        token_ids: torch.Tensor,
-        temperature: float,
-        softcapping: float | None,
-        logit_scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.options = {
-            "logit_scale": logit_scale,
-            "softcap": softcapping or 1.0,
-            "inv_t": 1 / temperature,
-            "HAS_SOFTCAP": softcapping is not None,
-            "BLOCK_SIZE": _BLOCK_SIZE,
-        }
-        outputs = {f"HAS_{name.upper()}": name == "entropy" for name in OPTIONAL_OUTPUTS}
-        # For each token: largest logit, sum of exponentials, that sum weighted by logits, the token's logit, unused
-        statistics = states.new_zeros(5, len(states), dtype=torch.float32)
-        statistics[0] = -math.inf
-        for tokens, start, tile in _tiles(states, weight, bias):
-            largest, total, weighted, token_logit, unused = statistics[:, tokens]
-            fold = _forward_tile
-            if _use_triton(tile.device):
-                fold = chunked_logprob._forward_kernel[(len(tile),)]
-            running = (largest, total, weighted, unused, unused, unused, token_logit)
-            fold(
-                tile,
-                tile.stride(0),
-                token_ids[tokens],
-                *running,
-                start,
-                tile.shape[1],
-                **outputs,
-                **ctx.options,
-            )
-        largest, total, weighted, token_logit, _ = statistics
-        log_total = largest + total.log()
-        entropy = log_total - weighted / total
-        ctx.save_for_backward(states, weight, bias, token_ids, log_total)
-        ctx.mark_non_differentiable(entropy)
-        return token_logit - log_total, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logprobs: torch.Tensor, _) -> tuple[torch.Tensor | None, ...]:
-        states, weight, bias, token_ids, log_total = ctx.saved_tensors
-        grad_states, grad_weight, grad_bias = (
-            torch.zeros_like(each, dtype=torch.float32) if needed else None
-            for each, needed in zip((states, weight, bias), ctx.needs_input_grad[:3], strict=True)
-        )
-        grad_logprobs = grad_logprobs.contiguous()
-        for tokens, start, tile in _tiles(states, weight, bias):
-            size, columns = tile.shape
-            to_gradient = _backward_tile
-            if _use_triton(tile.device):
-                to_gradient = chunked_logprob._backward_kernel[(size, -(-columns // ctx.options["BLOCK_SIZE"]))]
-            unused = log_total[tokens]  # in place of entropies and their gradients
-            to_gradient(
-                tile,
-                tile.stride(0),
-                token_ids[tokens],
-                log_total[tokens],
-                unused,
-                grad_logprobs[tokens],
-                unused,
-                start,
-                columns,
-                HAS_LOGPROB_GRAD=True,
-                HAS_ENTROPY_GRAD=False,
-                **ctx.options,
-            )
-            grad_rows = None if grad_states is None else grad_states[tokens]
-            end = start + columns
-            add_products(tile, states[tokens], weight[start:end], grad_rows, grad_weight, start)
-            if grad_bias is not None:
-                grad_bias[start:end] += tile.sum(dim=0)
-        gradients = zip((grad_states, grad_weight, grad_bias), (states, weight, bias), strict=True)
-        return *(None if grad is None else grad.to(each.dtype) for grad, each in gradients), None, None, None, None
-
-
-def _tiles(
-    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> Iterator[tuple[slice, int, torch.Tensor]]:
-    """Tiles of the float32 logits, each with its tokens and first column. All tiles share one buffer."""
-    buffer = states.new_empty(min(len(states), TILE_TOKENS), min(len(weight), TILE_COLUMNS), dtype=torch.float32)
-    for first in range(0, len(states), TILE_TOKENS):
-        tokens = slice(first, min(first + TILE_TOKENS, len(states)))
-        rows = states[tokens]
-        for start in range(0, len(weight), TILE_COLUMNS):
-            end = min(start + TILE_COLUMNS, len(weight))
-            tile = buffer[: len(rows), : end - start]
-            _project(tile, rows, weight, bias, start, end, states.dtype)
-            yield tokens, start, tile
-
-
-@torch.no_grad()
-def _entropy(logprobs: torch.Tensor) -> torch.Tensor:
-    """Entropy `(tokens,)` of log-probabilities `(tokens, vocab)`."""
-    return -torch.linalg.vecdot(logprobs.exp(), logprobs)
-
-
-def _with_rest(logprobs: torch.Tensor) -> torch.Tensor:
-    """Append the log of the probability that `logprobs` `(tokens, k)` leave over."""
-    # Clamped below zero: rounding can make the sum exceed one, and the log of nothing is not finite
-    covered = logprobs.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7)
-    return torch.cat([logprobs, torch.log(-torch.expm1(covered))], dim=-1)
-
-
-def _generalized_jsd(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tensor:
-    """Divergence `(tokens,)` of two sets of log-probabilities `(tokens, categories)`."""
-    if beta == 0.0:
-        return (teacher.exp() * (teacher - student)).sum(dim=-1)
-    if beta == 1.0:
-        return (student.exp() * (student - teacher)).sum(dim=-1)
-    log_beta, log_rest = torch.log(torch.tensor([beta, 1 - beta], dtype=student.dtype, device=student.device))
-    mixture = torch.logaddexp(student + log_rest, teacher + log_beta)
-    from_teacher = (teacher.exp() * (teacher - mixture)).sum(dim=-1)
-    from_student = (student.exp() * (student - mixture)).sum(dim=-1)
-    return beta * from_teacher + (1 - beta) * from_student
+    return over_token_chunks(chunk_divergence, student_states, top_logprobs, top_ids, heads=[student_head])

@@ -1,4 +1,4 @@
-"""Rollouts with TRL's vLLM: its engine gets the module, and nothing of earlier weights remains in it."""
+"""Rollouts with vLLM through TRL: the engine gets the recovery module, and forgets what earlier weights computed."""
 
 import json
 import math
@@ -21,58 +21,61 @@ def engine_with_module(get_model: Callable[[], PeftModel]) -> Iterator[None]:
     """
     While active, the engine that TRL starts has a recovery module like the model's.
 
-    TRL names a model to vLLM and has no way to name a module beside it. The module's weights come with each
+    TRL's `VLLMGeneration` passes the engine the name of a model and has no option for engine arguments such as
+    `hf_overrides`; with one, this function becomes superfluous. The weights of the module arrive with each
     synchronization, as do those of LoRA, merged.
 
     Args:
         get_model (`Callable[[], PeftModel]`):
-            Gives the model, which may be made while this is active.
+            Returns the student. It is called when the engine starts.
     """
-    make_llm = vllm_generation.LLM
+    make_llm = vllm_generation.LLM  # pyright: ignore[reportPrivateImportUsage]
 
     def make_llm_with_module(*args: Any, **kwargs: Any) -> Any:
-        model = get_model()
-        module = model.peft_config[model.active_adapter].module_options()
-        return make_llm(*args, hf_overrides={"cue_recovery": module}, **kwargs)
+        config = get_model().active_peft_config
+        assert isinstance(config, CueRecoveryConfig)  # else the caller needs no module in the engine
+        return make_llm(*args, hf_overrides={"cue_recovery": config.module_options()}, **kwargs)
 
-    vllm_generation.LLM = make_llm_with_module
+    vllm_generation.LLM = make_llm_with_module  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield
     finally:
-        vllm_generation.LLM = make_llm
+        vllm_generation.LLM = make_llm  # pyright: ignore[reportPrivateImportUsage]
 
 
 class StudentGeneration:
     """
-    TRL's generation with vLLM, and what rollouts of a student that sees need besides: vLLM reads the very prompts that
-    are trained on, no image token is sampled, image features of earlier weights are forgotten with these weights, and
-    the sampled tokens' log-probabilities are kept.
+    TRL's generation with vLLM, and what rollouts of a vision-language student need in addition: vLLM reads exactly the
+    prompts that are trained on, samples no image tokens, drops image features of earlier weights, and the
+    log-probabilities of the sampled tokens are kept.
 
     Args:
         generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
             TRL's generation.
         recovery_config ([`CueRecoveryConfig`], *optional*):
-            That of the student, if it has a module.
+            Config of the student's recovery module, if it has one.
 
     Raises:
-        `ValueError`: If the server rolls out without the student's module, or with another one, or if it does not tell
-            the probabilities that it samples with.
+        `ValueError`: If the server rolls out without the student's module or with another one, or if it does not
+            report the log-probabilities that it samples with.
     """
 
     def __init__(self, generation: VLLMGeneration, recovery_config: CueRecoveryConfig | None = None):
         self._generation = generation
         if generation.mode == "server" and generation.accelerator.is_main_process:
             _check_server(generation.vllm_client, recovery_config)
-        generation.logprobs = 0  # that of the sampled token alone
-        # A sampled image token would mismatch the image features; TRL suppresses it in transformers' rollouts only
+        generation.logprobs = 0  # of the sampled token only
+        # TRL#3847: the model would look for image features of a sampled image token. TRL suppresses these tokens in
+        # rollouts by transformers only
         bias = dict.fromkeys(visual_token_ids(generation.model.config), -100.0)
         generation.generation_kwargs = {"logit_bias": bias} | generation.generation_kwargs
         self.sampled_logprobs: list[list[float]] = []
-        """Of the last call: per completion those of its tokens, as vLLM sampled them; NaN where it does not know."""
+        """Log-probabilities of the last call's tokens, by completion, as vLLM sampled them; NaN where not reported."""
 
     def sync_weights(self) -> None:
         self._generation.sync_weights()
-        # TRL resets the prefix cache only; a vision tower that trains would go on seeing as before
+        # TRL#7198: TRL resets the prefix cache only, so images would keep the features of the vision tower's earlier
+        # weights. Remove once a release of TRL with TRL#7200 is required
         if self.mode == "colocate":
             self.llm.llm_engine.reset_encoder_cache()
         elif self.accelerator.is_main_process:
@@ -81,17 +84,18 @@ class StudentGeneration:
 
     def generate(self, prompts: list[list[int]], images: list[list | None] | None, **kwargs: Any) -> tuple:
         """
-        As TRL's.
+        Generate as TRL's `VLLMGeneration.generate` does.
 
         Raises:
-            `RuntimeError`: If vLLM makes other tokens of an image than the trainer's processor does.
+            `RuntimeError`: If vLLM expands an image to other tokens than the trainer's processor.
         """
         unexpanded = prompts
         if self.mode == "colocate" and images is not None:
-            # vLLM puts all of an image's tokens in the place of the first that it finds, and would leave the others
+            # TRL#6294: vLLM replaces an image's first token by all of the image's tokens and would keep the others.
+            # Remove once TRL's `DistillationTrainer` passes unexpanded prompts (TRL#6718 does for GRPO and RLOO)
             image_token_id = self.model.config.image_token_id
             unexpanded = [
-                [token for before, token in pairwise([None, *ids]) if not before == token == image_token_id]
+                ids[:1] + [token for before, token in pairwise(ids) if not before == token == image_token_id]
                 for ids in prompts
             ]
         output = self._generation.generate(unexpanded, images, **kwargs)
@@ -116,15 +120,15 @@ def _check_server(client: VLLMClient, config: CueRecoveryConfig | None) -> None:
     mode = model_config["logprobs_mode"]
     if mode != "processed_logprobs":
         raise ValueError(
-            f"The vLLM server at {client.base_url} tells {mode!r}, which are not of what it samples. Start it with "
-            "`--logprobs-mode processed_logprobs`."
+            f"The vLLM server at {client.base_url} reports {mode!r}, which are not the log-probabilities that it "
+            "samples with. Start it with `--logprobs-mode processed_logprobs`."
         )
     student = None if config is None else config.module_options()
     served = model_config["hf_overrides"].get("cue_recovery")
     if served != student:
-        options = {} if config is None else {name: value for name, value in student.items() if value is not None}
-        mend = f"with `--hf-overrides '{json.dumps({'cue_recovery': options})}'`" if options else "without"
+        options = {name: value for name, value in (student or {}).items() if value is not None}
+        fix = f"with `--hf-overrides '{json.dumps({'cue_recovery': options})}'`" if options else "without"
         raise ValueError(
             f"The vLLM server at {client.base_url} has the recovery module {served!r}, but the student's is "
-            f"{student!r}. Start it {mend}; weights come from training."
+            f"{student!r}. Start it {fix}; the weights come from training."
         )
