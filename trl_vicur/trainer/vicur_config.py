@@ -1,10 +1,11 @@
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from string import Formatter
 from typing import Any, Literal, get_args
 
-from trl import DistillationConfig
+from trl.trainer.distillation_config import DistillationConfig
 
 from ..data.rows import VISUAL_COLUMNS
 from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE
@@ -15,6 +16,49 @@ TeacherModelKind = Literal["base", "live", "ema"]
 PrefixRejection = Literal["none", "completion", "sentence"]
 DistillationMode = Literal["sampled_token", "full_logits", "topk_logits"]
 ImportanceSamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+def _is_count(value: float) -> bool:
+    return type(value) is int and value >= 1
+
+
+CHOICES = {
+    "privilege": get_args(Privilege),
+    "missing_privilege": ("error", "none"),
+    "teacher_model_kind": get_args(TeacherModelKind),
+    "distillation_mode": get_args(DistillationMode),
+    "prefix_rejection": get_args(PrefixRejection),
+    "loss_aggregation": ("token", "sequence"),
+    "vllm_importance_sampling_mode": get_args(ImportanceSamplingMode),
+    "share_vision_features": ("auto", "never"),
+}
+# What numbers must be, in words and as a check that NaN fails. Some are TRL's options, which TRL does not check
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "teacher_sync_steps": ("an integer of at least 1", _is_count),
+    "distillation_topk": ("an integer of at least 1", _is_count),
+    "dataset_num_proc": ("an integer of at least 1", _is_count),
+    "num_iterations": ("an integer of at least 1", _is_count),
+    "max_completion_length": ("an integer of at least 1", _is_count),
+    "teacher_update_rate": ("in (0, 1]", lambda value: 0.0 < value <= 1.0),
+    "beta": ("in [0, 1]", lambda value: 0.0 <= value <= 1.0),
+    "temperature": ("positive and finite", lambda value: 0.0 < value < math.inf),
+    "top_p": ("in (0, 1]", lambda value: 0.0 < value <= 1.0),
+    "max_grad_norm": ("at least 0", lambda value: value >= 0.0),
+    "epsilon": ("in (0, 1)", lambda value: 0.0 < value < 1.0),
+    "epsilon_high": ("positive", lambda value: value > 0.0),
+    "advantage_clip": ("positive", lambda value: value > 0.0),
+    "prefix_rejection_threshold": ("positive", lambda value: value > 0.0),
+    "vllm_importance_sampling_clip_max": ("positive", lambda value: value > 0.0),
+    "vllm_importance_sampling_clip_min": ("positive", lambda value: value > 0.0),
+}
+CAN_BE_NONE = {
+    "dataset_num_proc",
+    "max_completion_length",
+    "max_grad_norm",
+    "epsilon_high",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+}
 
 
 @dataclass
@@ -37,21 +81,21 @@ class ViCuRConfig(DistillationConfig):
         teacher_prompt_template (`str`, *optional*, defaults to `"{prompt}\n\n[Hint]: {privilege}"`):
             How the privilege is added to the text of the last user turn.
         missing_privilege (`str`, *optional*, defaults to `"error"`):
-            What happens to rows without privilege: `"error"` refuses the dataset, `"none"` lets the teacher see the
+            How rows without privilege are handled: `"error"` refuses the dataset, `"none"` shows the teacher the
             student's prompt.
 
         > Parameters that control the check of the datasets
 
         dataset_num_proc (`int`, *optional*):
-            Number of worker processes with which each rank checks its share of the rows before training. By default
-            the rank checks them itself.
+            Number of worker processes that check the rows of each rank before training. By default, the rank checks
+            them itself.
 
         > Parameters that control the teacher model in self-distillation (without `teacher_model`)
 
         teacher_model_kind (`str`, *optional*, defaults to `"base"`):
             `"base"` is the frozen initial student (with PEFT the model without its adapter, or a copy if base weights
-            train as well, as with `bias="all"`), `"live"` the current student, `"ema"` an
-            exponential moving average of the student.
+            train as well, as with `bias="all"`), `"live"` the current student, `"ema"` an exponential moving average
+            of the student.
         teacher_update_rate (`float`, *optional*, defaults to `0.05`):
             Weight of the student in each update of the `"ema"` teacher.
         teacher_sync_steps (`int`, *optional*, defaults to `1`):
@@ -62,25 +106,26 @@ class ViCuRConfig(DistillationConfig):
         teacher_model_server_url (`str`, *optional*):
             Address of a vLLM server (0.31 or later) that serves the teacher, e.g. `"http://localhost:8000"`, started
             with `vllm serve TEACHER --enable-scale-out` and, for `"topk_logits"`, `--max-logprobs` of at least
-            `distillation_topk`. It scores the token ids of the student's completions behind the teacher's prompt, with
-            the same images; no copy of the teacher is loaded. Waited for at most `vllm_server_timeout` seconds. What
-            the server does not give is refused: `distillation_mode="full_logits"`, and a `temperature` other than 1.
+            `distillation_topk`. It scores the token ids of the student's completions after the teacher's prompt, with
+            the same images; no copy of the teacher is loaded. The trainer waits up to `vllm_server_timeout` seconds
+            for the server. Options that need more than the server returns are refused:
+            `distillation_mode="full_logits"`, and a `temperature` other than 1.
 
         > Parameters that control the objective
 
         distillation_mode (`str`, *optional*, defaults to `"sampled_token"`):
             `"sampled_token"` is the paper's objective: the teacher's and student's log-probabilities of the sampled
             token give its advantage in a PPO loss (Eq. 6-8). `"full_logits"` is the generalized JSD over the whole
-            vocabulary, chosen by `beta`. `"topk_logits"` is the same over the teacher's most likely tokens and one
-            bucket for the rest.
+            vocabulary; `beta` selects it. `"topk_logits"` is the same over the teacher's most likely tokens and one
+            bucket for all others.
         distillation_topk (`int`, *optional*, defaults to `100`):
-            Number of tokens of `"topk_logits"`.
+            Number of the teacher's most likely tokens in `"topk_logits"`.
         num_iterations (`int`, *optional*, defaults to `1`):
             Optimizer steps on each generation batch (μ in the GRPO algorithm).
         epsilon (`float`, *optional*, defaults to `0.2`):
             Clip range of the importance ratio in `"sampled_token"`.
         epsilon_high (`float`, *optional*):
-            Upper clip range, if it is to differ from `epsilon`.
+            Upper clip range. By default `epsilon`.
         advantage_clip (`float`, *optional*, defaults to `10.0`):
             Largest absolute advantage in `"sampled_token"`, in nats: the difference of the two log-probabilities is
             clamped. The authors' code also clamps each log-probability at −10 before the difference, so that a token
@@ -106,7 +151,7 @@ class ViCuRConfig(DistillationConfig):
         vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_truncate"`):
             `"token_truncate"` clips the ratio of each token, `"token_mask"` leaves out tokens whose ratio is outside
             of the bounds; `"sequence_truncate"` and `"sequence_mask"` do so with the product of a completion's ratios.
-            The advantage is a token's own here, so the default is, too (TRL's is `"sequence_mask"`).
+            Advantages are per token here, and so is the default (TRL's is `"sequence_mask"`).
         vllm_importance_sampling_clip_max (`float`, *optional*, defaults to `3.0`):
             Upper bound of the ratio. `None` for no bound.
         vllm_importance_sampling_clip_min (`float`, *optional*):
@@ -115,13 +160,13 @@ class ViCuRConfig(DistillationConfig):
         > Parameters that control memory and speed
 
         share_vision_features (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` encodes each image and video once for rollout, student and teacher, as far as they have the same
-            vision weights: all three in self-distillation with a frozen vision tower, rollout and student with an
+            `"auto"` encodes each image and video once for rollout, student and teacher, as far as their vision weights
+            are the same: all three in self-distillation with a frozen vision tower, rollout and student with an
             external teacher, rollout and teacher where the vision tower of a `"live"` teacher trains. The features of
-            one generation batch are kept until the next one. `"never"` lets each pass encode its own.
+            one generation batch are kept until the next one. `"never"` encodes images and videos in each pass.
 
     Raises:
-        `ValueError`: If an option has none of its allowed values, or if options contradict each other.
+        `ValueError`: If the value of an option is not allowed, or if options contradict each other.
     """
 
     privilege: Privilege = field(
@@ -137,13 +182,13 @@ class ViCuRConfig(DistillationConfig):
     missing_privilege: Literal["error", "none"] = field(
         default="error",
         metadata={
-            "help": "What happens to rows without privilege: 'error' refuses the dataset, 'none' lets the teacher see "
+            "help": "How rows without privilege are handled: 'error' refuses the dataset, 'none' shows the teacher "
             "the student's prompt."
         },
     )
     dataset_num_proc: int | None = field(
         default=None,
-        metadata={"help": "Number of worker processes with which each rank checks its share of the rows."},
+        metadata={"help": "Number of worker processes that check the rows of each rank before training."},
     )
     teacher_model_kind: TeacherModelKind = field(
         default="base",
@@ -161,8 +206,8 @@ class ViCuRConfig(DistillationConfig):
     teacher_model_server_url: str | None = field(
         default=None,
         metadata={
-            "help": "Address of a vLLM server that serves the teacher, e.g. 'http://localhost:8000', in place of a "
-            "copy of it; started with `vllm serve TEACHER --enable-scale-out --max-logprobs 100`."
+            "help": "Address of a vLLM server that serves the teacher, e.g. 'http://localhost:8000', so that no copy "
+            "of it is loaded. Start it with `vllm serve TEACHER --enable-scale-out --max-logprobs 100`."
         },
     )
     distillation_mode: DistillationMode = field(
@@ -172,12 +217,12 @@ class ViCuRConfig(DistillationConfig):
             "or 'topk_logits' (the same over the teacher's most likely tokens)."
         },
     )
-    distillation_topk: int = field(default=100, metadata={"help": "Number of tokens of 'topk_logits'."})
+    distillation_topk: int = field(
+        default=100, metadata={"help": "Number of the teacher's most likely tokens in 'topk_logits'."}
+    )
     num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on each generation batch."})
     epsilon: float = field(default=0.2, metadata={"help": "Clip range of the importance ratio in 'sampled_token'."})
-    epsilon_high: float | None = field(
-        default=None, metadata={"help": "Upper clip range, if it is to differ from `epsilon`."}
-    )
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. By default `epsilon`."})
     advantage_clip: float = field(
         default=10.0, metadata={"help": "Largest absolute advantage in 'sampled_token', in nats."}
     )
@@ -212,84 +257,62 @@ class ViCuRConfig(DistillationConfig):
         },
     )
     vllm_importance_sampling_clip_max: float | None = field(
-        default=3.0, metadata={"help": "Upper bound of the ratio that corrects for vLLM."}
+        default=3.0, metadata={"help": "Upper bound of the ratio that corrects vLLM rollouts."}
     )
     vllm_importance_sampling_clip_min: float | None = field(
-        default=None, metadata={"help": "Lower bound of the ratio that corrects for vLLM."}
+        default=None, metadata={"help": "Lower bound of the ratio that corrects vLLM rollouts."}
     )
     share_vision_features: Literal["auto", "never"] = field(
         default="auto",
         metadata={
-            "help": "'auto' encodes each image and video once for rollout, student and teacher, as far as they have "
-            "the same vision weights; 'never' lets each pass encode its own."
+            "help": "'auto' encodes each image and video once for rollout, student and teacher, as far as their "
+            "vision weights are the same; 'never' encodes them in each pass."
         },
     )
 
     def __post_init__(self):
+        self._check_own_fields()
+        super().__post_init__()
+        self._check_choices()
+        self._check_ranges()
+        self._check_columns()
+        self._check_teacher_prompt_template()
+        if self.loss_aggregation == "sequence" and self.use_liger_kernel and self.distillation_mode == "full_logits":
+            raise ValueError(
+                "`loss_aggregation='sequence'` needs the divergence of each token, but Liger's fused JSD returns only "
+                "the sum. Set `use_liger_kernel=False`."
+            )
+        if self.teacher_model_server_url is not None:
+            self._check_teacher_server()
+
+    def _check_own_fields(self) -> None:
         if taken := sorted(ViCuRConfig.__annotations__.keys() & DistillationConfig.__dataclass_fields__.keys()):
             names = ", ".join(f"`{name}`" for name in taken)
             raise ImportError(
                 f"TRL {version('trl')} has options of its own named {names}, which trl-vicur {version('trl-vicur')} "
                 "defines with another meaning. Install `trl==1.16.*`, or a newer trl-vicur."
             )
-        super().__post_init__()
-        choices = {
-            "privilege": get_args(Privilege),
-            "missing_privilege": ("error", "none"),
-            "teacher_model_kind": get_args(TeacherModelKind),
-            "distillation_mode": get_args(DistillationMode),
-            "prefix_rejection": get_args(PrefixRejection),
-            "loss_aggregation": ("token", "sequence"),
-            "vllm_importance_sampling_mode": get_args(ImportanceSamplingMode),
-            "share_vision_features": ("auto", "never"),
-        }
-        for name, allowed in choices.items():
+
+    def _check_choices(self) -> None:
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
-        # NaN is in no range
-        ranges = {
-            "teacher_sync_steps": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
-            "distillation_topk": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
-            "dataset_num_proc": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
-            "num_iterations": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
-            "max_completion_length": ("an integer of at least 1", lambda value: type(value) is int and value >= 1),
-            "teacher_update_rate": ("in (0, 1]", lambda value: 0.0 < value <= 1.0),
-            "beta": ("in [0, 1]", lambda value: 0.0 <= value <= 1.0),
-            "temperature": ("positive and finite", lambda value: 0.0 < value < math.inf),
-            "top_p": ("in (0, 1]", lambda value: 0.0 < value <= 1.0),
-            "max_grad_norm": ("at least 0", lambda value: value >= 0.0),
-            "epsilon": ("in (0, 1)", lambda value: 0.0 < value < 1.0),
-            "epsilon_high": ("positive", lambda value: value > 0.0),
-            "advantage_clip": ("positive", lambda value: value > 0.0),
-            "prefix_rejection_threshold": ("positive", lambda value: value > 0.0),
-            "vllm_importance_sampling_clip_max": ("positive", lambda value: value > 0.0),
-            "vllm_importance_sampling_clip_min": ("positive", lambda value: value > 0.0),
-        }
-        can_be_none = (
-            "dataset_num_proc",
-            "max_completion_length",
-            "max_grad_norm",
-            "epsilon_high",
-            "vllm_importance_sampling_clip_max",
-            "vllm_importance_sampling_clip_min",
-        )
-        for name, (expected, is_allowed) in ranges.items():
+
+    def _check_ranges(self) -> None:
+        for name, (expected, is_allowed) in RANGES.items():
             value = getattr(self, name)
-            if value is None and name in can_be_none:
+            if value is None and name in CAN_BE_NONE:
                 continue
             if not isinstance(value, (int, float)) or not is_allowed(value):
                 raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
+
+    def _check_columns(self) -> None:
         for name in ("cue_column", "answer_column"):
             value = getattr(self, name)
             if not isinstance(value, str) or value in ("", "prompt", *VISUAL_COLUMNS):
                 raise ValueError(f"`{name}` must name a column of its own, got {value!r}.")
-        if self.loss_aggregation == "sequence" and self.use_liger_kernel and self.distillation_mode == "full_logits":
-            raise ValueError(
-                "`loss_aggregation='sequence'` needs the divergence of each token, but Liger's fused JSD only gives "
-                "the sum. Set `use_liger_kernel=False`."
-            )
-        if self.teacher_model_server_url is not None:
-            self._check_teacher_server()
+
+    def _check_teacher_prompt_template(self) -> None:
         try:
             fields = list(Formatter().parse(self.teacher_prompt_template))
         except (TypeError, ValueError):
@@ -320,8 +343,8 @@ class ViCuRConfig(DistillationConfig):
             )
         if self.temperature != 1.0:
             raise ValueError(
-                f"`temperature` is {self.temperature}, but vLLM scores the tokens of a prompt at temperature 1, "
-                "whatever it is asked for. Set `temperature=1.0`, or leave out `teacher_model_server_url`."
+                f"`temperature` is {self.temperature}, but vLLM always scores prompt tokens at temperature 1. "
+                "Set `temperature=1.0`, or leave out `teacher_model_server_url`."
             )
 
 
