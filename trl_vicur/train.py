@@ -105,6 +105,8 @@ def make_peft_config(model_args: ModelConfig, recovery_args: CueRecoveryArgument
         lora = {each.name: getattr(lora_config, each.name) for each in fields(LoraConfig) if each.init}
         if model_args.lora_target_modules is None:  # by default all linear layers of the decoder
             del lora["target_modules"]
+        if model_args.lora_task_type == ModelConfig.lora_task_type:  # TRL's default, for language models
+            lora["task_type"] = None  # PEFT's `AutoPeftModel` refuses adapters that have one
     return CueRecoveryConfig(
         layer_interval=recovery_args.layer_interval,
         sink_token=recovery_args.sink_token,

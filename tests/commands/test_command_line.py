@@ -169,6 +169,13 @@ def test_every_lora_option_reaches_the_adapter_with_the_module():
     assert {name for name in names if getattr(theirs, name) != getattr(ours, name)} == {"peft_type"}
 
 
+def test_adapter_has_no_task_type_unless_one_is_given():
+    """`AutoPeftModel` refuses adapters that have one, and TRL's default is `CAUSAL_LM`."""
+    model_args = ModelConfig(model_name_or_path="m", use_peft=True)
+    assert get_peft_config(model_args).task_type == "CAUSAL_LM"
+    assert make_peft_config(model_args, CueRecoveryArguments()).task_type is None
+
+
 def run_train(tmp_path, model, dataset, *options) -> None:
     arguments = ["--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", str(tmp_path / "student")]
     small = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_steps", "1"]
