@@ -151,7 +151,7 @@ def test_head_of_the_page(tmp_path):
     head = re.sub(r"\s+", " ", write(tmp_path, dataset).head)
     assert "6 of 8 cues (75.0%) may be used" in head
     assert re.search(r"Answer leak .*? 1 12.5% Reasoning leak .*? 0 0.0% Failed .*? 1 12.5%", head)
-    assert "the smaller gap is the better privilege" in head
+    assert "a privilege with a smaller gap is better" in head
     assert "cue 0.062 8 answer 0.500 8" in head
     assert "0.875 8" in head
     assert "Teacher accuracy" not in head  # was not measured
