@@ -23,17 +23,17 @@ the image.
 
 | column | |
 |---|---|
-| `cue` | the cue; none where it failed |
-| `cue_error` | why there is none |
+| `cue` | the cue; empty if it failed |
+| `cue_error` | why it failed |
 | `cue_provenance` | generator, model and its revision, version of the prompt, sampling settings and seed |
 {%- if audit %}
 | `cue_usable` | whether the text audit found neither a leak nor control text |
-| `cue_answer_leak` | `none`, `possible` (the answer stands in the cue, but may be there to be seen) or `leak` |
-| `cue_reasoning_leak`, `cue_control_text` | whether the cue holds part of the solution, or text that steers a model |
-| `cue_reasons` | what was found |
+| `cue_answer_leak` | `none`, `possible` (the cue states the answer, but the image may show it) or `leak` |
+| `cue_reasoning_leak`, `cue_control_text` | whether the cue has part of the solution, or text that steers a model |
+| `cue_reasons` | the findings |
 {%- endif %}
 
-The other columns are those of the dataset that the cues were made for.
+The other columns come from the dataset that the cues were written for.
 
 ## How the cues were made
 
