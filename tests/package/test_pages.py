@@ -213,9 +213,11 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch, config: pyt
             assert name in entry_points(group="lmms_eval.models").names
         case ["pre-commit", _, "--config", file, *_]:
             assert Path(file).is_file()
-        case ["python3", "-m", "venv", ".venv"] | [".", ".venv/bin/activate"] | ["export", _]:
-            pass
-        case ["ruff" | "pyright" | "git" | "grep", *_]:
+        case (
+            ["python3", "-m", "venv", ".venv"]
+            | [".", ".venv/bin/activate"]
+            | ["export" | "ruff" | "pyright" | "git" | "grep", *_]
+        ):
             pass
         case _:
             raise AssertionError("This test does not know such commands.")
