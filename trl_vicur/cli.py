@@ -13,13 +13,13 @@ class Command(NamedTuple):
 
     Args:
         name (`str`):
-            What follows `trl-vicur` on the command line, one word or several.
+            One or more words after `trl-vicur` on the command line.
         summary (`str`):
             One line of help.
         example (`str`):
             Arguments of a typical call.
         function (`str`):
-            The function that runs it, as `"module:name"` within this package. It takes the list of arguments.
+            The function that runs it, as `"module:name"` within this package. Its parameter is the list of arguments.
         resumes (`bool`, *optional*, defaults to `False`):
             Whether the same command resumes an interrupted run.
     """

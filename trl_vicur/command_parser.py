@@ -48,7 +48,7 @@ class CommandParser(TrlParser):
         usage (`str`):
             Short form of its arguments.
         description (`str`):
-            What the command does, in a few sentences.
+            Description of the command, in a few sentences.
         examples (`str`):
             Calls, shown line by line.
     """

@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 
 
@@ -29,5 +30,6 @@ def dataset_digest(dataset: Dataset) -> str:
             hasher.update(len(data).to_bytes(8, "little") + data)
 
     for batch in dataset.with_format("arrow").iter(batch_size=100):
+        assert isinstance(batch, pa.Table)  # datasets annotates the batches of every format as dicts
         update(batch.to_pydict())
     return hasher.hexdigest()

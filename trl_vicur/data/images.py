@@ -82,7 +82,8 @@ def _image_source(image: Any) -> str | BytesIO:
             return BytesIO(response.read())
     if "://" in path:
         with fsspec.open(path, "rb") as file:
-            return BytesIO(file.read())
+            # fsspec annotates a single file as a list of files
+            return BytesIO(file.read())  # pyright: ignore[reportAttributeAccessIssue]
     if not Path(path).is_file():  # opening a pipe could wait forever
         raise ValueError("there is no such file")
     return path

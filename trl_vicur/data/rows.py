@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 
 
@@ -59,7 +60,11 @@ class RowReader:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         row = self.others[number]
-        return row if self.visuals is None else {**row, **self.visuals[number].to_pylist()[0]}
+        if self.visuals is None:
+            return row
+        visuals = self.visuals[number]
+        assert isinstance(visuals, pa.Table)  # datasets annotates the rows of every format as dicts
+        return {**row, **visuals.to_pylist()[0]}
 
 
 def shorten(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a teacher reads: the student's prompt with the privilege added to its last user turn."""
+"""The teacher's prompt: the student's prompt with the privilege added to its last user turn."""
 
 import re
 from string import Formatter
@@ -16,9 +16,9 @@ def add_privilege(prompt: list[dict[str, Any]], privilege: str | None, template:
         prompt (`list[dict]`):
             Messages of a conversational prompt; contents are strings or lists of blocks.
         privilege (`str`, *optional*):
-            The privileged text. `None` leaves the prompt as it is.
+            The privileged text. `None` leaves the prompt unchanged.
         template (`str`):
-            Template with the fields `{prompt}` and `{privilege}`. Braces within the two texts are text.
+            Template with the fields `{prompt}` and `{privilege}`. Braces in the two texts are literal.
 
     Returns:
         `list[dict]`: New messages; the given ones are not modified.
@@ -30,7 +30,7 @@ def add_privilege(prompt: list[dict[str, Any]], privilege: str | None, template:
         return prompt
     index = next((i for i in reversed(range(len(prompt))) if prompt[i]["role"] == "user"), None)
     if index is None:
-        raise ValueError("`prompt` has no message with role 'user' that the teacher's privilege could be added to.")
+        raise ValueError("`prompt` has no message with role 'user' to add the teacher's privilege to.")
     content = prompt[index]["content"]
     if isinstance(content, str):
         content = template.format(prompt=content, privilege=privilege)
@@ -48,9 +48,9 @@ def add_privilege(prompt: list[dict[str, Any]], privilege: str | None, template:
 
 def hint_marker(template: str) -> str:
     """
-    The text that identifies a leaked hint, e.g. `"Hint"`: the words before the privilege on its line or, if it has
-    none, the last line before it that has words. An empty string if there are none after the start of the template, or
-    after the prompt if that comes first.
+    The text that identifies a leaked hint, e.g. `"Hint"`: the words before the privilege on its line or, if there are
+    none, the nearest earlier line with words. If `{prompt}` comes first, text before it does not count. Empty if no
+    words are left.
     """
     introduction = ""
     for literal, field, _, _ in Formatter().parse(template):

@@ -17,7 +17,8 @@ def end_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
     config = model.generation_config
     end_ids: int | list[int] | None = None if config is None else config.eos_token_id
     if end_ids is None:
-        end_ids = tokenizer.eos_token_id
+        # transformers annotates the ids of all special tokens as ids or texts
+        end_ids = tokenizer.eos_token_id  # pyright: ignore[reportAssignmentType]
     if end_ids is None:
         raise ValueError(
             "Neither the model's generation config nor its tokenizer has an end token, so generation would not stop. "

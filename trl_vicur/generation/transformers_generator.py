@@ -155,14 +155,16 @@ class TransformersGenerator:
 
     def encode(self, conversations: list[list[dict[str, Any]]]) -> "BatchFeature":
         """Tokenize conversations: left-padded model inputs, on the model's device and in its data type."""
-        return self.processing_class.apply_chat_template(
+        inputs = self.processing_class.apply_chat_template(
             conversations,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(self.model.device, self.model.dtype)
+        )
+        # transformers annotates the result as text, which it is only without `tokenize`
+        return inputs.to(self.model.device, self.model.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _read(self, request: ChatRequest) -> list[dict[str, Any]]:
         messages = request.messages()
@@ -176,7 +178,10 @@ class TransformersGenerator:
         if self._generation["do_sample"]:
             torch.manual_seed(requests[0].seed)
         with torch.no_grad():
-            output_ids = self.model.generate(**inputs, **self._generation)
+            # pyright binds `generate` neither to a model of transformers' auto classes nor to one of PEFT
+            output_ids = self.model.generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+                **inputs, **self._generation
+            )
         completion_ids = output_ids[:, inputs["input_ids"].size(1) :]
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
         ended = torch.isin(completion_ids, completion_ids.new_tensor(self.end_ids)).any(1).tolist()

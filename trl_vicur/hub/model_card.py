@@ -30,7 +30,7 @@ pip install {% if is_recovery %}trl-vicur{% else %}transformers{% if is_adapter 
 
 ```python
 {% if is_recovery %}
-import trl_vicur  # tells PEFT what this adapter is
+import trl_vicur  # registers the adapter's method with PEFT
 {% endif %}
 {% if is_adapter %}
 from peft import PeftModel
@@ -60,8 +60,8 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 {% if is_recovery %}
 Without `import trl_vicur`, PEFT stops with `KeyError: 'CUE_RECOVERY'`.
-The recovery module reads the image in the prefill, all of it at once; inference engines that do not know it would \
-leave it out. vLLM knows it where trl-vicur is installed (Qwen3-VL and Qwen2.5-VL):
+The recovery module reads the whole image in the prefill; inference engines without support for it silently leave it \
+out. vLLM supports it if trl-vicur is installed (Qwen3-VL and Qwen2.5-VL):
 
 ```bash
 vllm serve {{ base_model or 'path/to/its/base-model' }} --max-model-len {{ max_model_len }} \\
@@ -69,7 +69,7 @@ vllm serve {{ base_model or 'path/to/its/base-model' }} --max-model-len {{ max_m
 ```
 
 {% elif not is_adapter %}
-vLLM serves it as any model of its family:
+vLLM serves it like any model of its family:
 
 ```bash
 vllm serve {{ model_id }} --max-model-len {{ max_model_len }}

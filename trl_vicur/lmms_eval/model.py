@@ -114,17 +114,17 @@ class ViCuRModel(lmms):
         self._world_size = self.accelerator.num_processes
         self.processor = AutoProcessor.from_pretrained(pretrained, revision=revision)
         model = AutoModelForImageTextToText.from_pretrained(pretrained, revision=revision, dtype=dtype)
-        model = model.to(self.accelerator.device if device is None else device)
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter)
-        self.model = model.eval()
+        # pyright does not bind methods that transformers decorates
+        model = model.to(device or self.accelerator.device)  # pyright: ignore[reportArgumentType]
+        end_ids = end_token_ids(model, self.processor.tokenizer)
+        self.model = (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
         self.batch_size = int(batch_size)
         self.system_prompt = system_prompt
         self.presence_penalty = presence_penalty
         self.generation_kwargs = {
             "max_new_tokens": max_new_tokens,
             "do_sample": temperature > 0,
-            "eos_token_id": end_token_ids(model, self.processor.tokenizer),
+            "eos_token_id": end_ids,
         }
         if temperature > 0:
             self.generation_kwargs |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -159,7 +159,8 @@ class ViCuRModel(lmms):
             prompt_length = inputs["input_ids"].size(1)
             penalty = PresencePenalty(self.presence_penalty, prompt_length)
             with torch.inference_mode():
-                output_ids = self.model.generate(
+                # pyright binds `generate` neither to a model of transformers' auto classes nor to one of PEFT
+                output_ids = self.model.generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
                     **inputs, **self.generation_kwargs, logits_processor=LogitsProcessorList([penalty])
                 )
             completion_ids = output_ids[:, prompt_length:]
