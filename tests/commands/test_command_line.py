@@ -183,6 +183,7 @@ def run_train(tmp_path, model, dataset, *options) -> None:
     main(["train", *arguments, *small, *options])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -203,6 +204,7 @@ def test_train_ends_with_the_error(tmp_path, capfd, model, dataset, options, mes
     assert f"\ntrl-vicur: {message}" in printed
 
 
+@pytest.mark.slow
 def test_error_during_training_has_a_traceback(tmp_path, capfd, model):
     """A bad row of a stream is found when it is used."""
     Dataset.from_list([{**row, "cue": ""} for row in make_rows(2)]).to_parquet(tmp_path / "rows.parquet")
@@ -212,6 +214,7 @@ def test_error_during_training_has_a_traceback(tmp_path, capfd, model):
     assert "Traceback" in printed and re.search("ValueError: Streamed row [01] of train_dataset: `cue` is ''", printed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_cpu", [["--use_cpu"], ["--cpu"]], ids=" ".join)
 def test_train_starts_the_requested_number_of_processes(tmp_path, capfd, model, on_cpu):
     """On a CPU, where accelerate would start one by default. It prints no warning about unset options."""
