@@ -112,8 +112,8 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
         # decoder layer has many weights; those that are not quantized have the dtype of its hidden states
         own = {id(parameter) for parameter in self.parameters()}
         weight = next(p for p in base_layer.parameters() if p.is_floating_point() and id(p) not in own)
-        # PEFT#2834: an adapter of offloaded weights, which are on "meta" between calls, would be created there and
-        # have no values. accelerate's hooks know the device that the weights run on
+        # Offloaded weights are on "meta" between calls; `_move_adapter_to_device_of_base_layer` would move the adapter
+        # there, where it loses its values. accelerate's hooks know the device that the weights run on
         hooks = (getattr(module, "_hf_hook", None) for module in base_layer.modules() if weight.is_meta)
         device = next((hook.execution_device for hook in hooks if isinstance(hook, AlignDevicesHook)), None)
         return weight.device if device is None else torch.device(device), weight.dtype
