@@ -9,17 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import CueRecoveryConfig
+from .families import decoder_layers, linear_layers_of_decoder, norm_eps, refuse_unsupported_family
 from .layer import CueRecoveryContext, CueRecoveryLayer
 from .positions import (
     carrying_layers,
-    decoder_layers,
     find_sinks,
     last_reading_layer,
-    linear_layers_of_decoder,
-    norm_eps,
     read_later,
     refuse_packed_rows,
-    refuse_unsupported_family,
     visual_token_ids,
 )
 from .saving import SavedCueRecovery, check_weights, refuse_disk_offload
