@@ -4,7 +4,8 @@ Training from the command line.
     trl-vicur train --config vicur.yaml
     accelerate launch --module trl_vicur.train --config vicur.yaml
 
-The first is the second with what `accelerate launch` needs found among the arguments.
+The first command runs the second, after splitting the arguments into those for `accelerate launch` and those for the
+training.
 """
 
 import argparse
@@ -20,8 +21,10 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
+from trl.scripts.utils import ScriptArguments
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from .cli import report
 from .command_parser import CommandParser
@@ -47,46 +50,46 @@ class CueRecoveryArguments:
     )
 
 
-# TRL's words for these speak of mixtures of datasets, which are not offered here
+# TRL's help texts for these options mention mixtures of datasets, which are not supported here
 HELP = {
     "model_name_or_path": "Id or folder of the model that becomes the student.",
-    "teacher_model_name_or_path": "Id or folder of a larger teacher. By default the student teaches itself.",
-    "dataset_name": "Id on the Hub, a folder that `trl-vicur cues generate` or `save_to_disk` made, or a file of JSON "
-    "lines, CSV or Parquet.",
+    "teacher_model_name_or_path": "Id or folder of a larger teacher. By default, the student teaches itself.",
+    "dataset_name": "Id on the Hub, a folder written by `trl-vicur cues generate` or `save_to_disk`, or a file "
+    "in JSON lines, CSV or Parquet.",
     "dataset_config": "Configuration of a dataset on the Hub.",
     "dataset_train_split": "Split to train on.",
     "dataset_test_split": "Split to evaluate on, with `--eval_strategy`.",
-    "dataset_streaming": "Whether to read rows when they are trained on; they are checked then.",
+    "dataset_streaming": "Whether to read, and check, rows only when they are trained on.",
 }
 REQUIRED = ("model_name_or_path", "dataset_name")
 TRAINING_ARGUMENTS = [ScriptArguments, ModelConfig, ViCuRConfig, CueRecoveryArguments]
 
 
 def make_parser(prog: str = "trl-vicur train") -> CommandParser:
-    """The parser of all training options: TRL's of scripts and models, `ViCuRConfig`'s, and the module's."""
+    """The parser of all training options: those of TRL's scripts and models, `ViCuRConfig`, and the module."""
     parser = CommandParser(
         TRAINING_ARGUMENTS,
         prog=prog,
         usage="--model_name_or_path MODEL --dataset_name DATASET --output_dir FOLDER [options]",
-        description="Distil a student from a teacher that sees visual cues. Takes the options of TRL's scripts, "
-        "DistillationConfig and TrainingArguments, and whatever `accelerate launch` takes, e.g. --num_processes.",
+        description="Distil a student from a teacher that sees visual cues. Accepts the options of TRL's scripts, "
+        "DistillationConfig and TrainingArguments, and all of `accelerate launch`, e.g. --num_processes.",
         examples="""
-            # an adapter of LoRA and the module; without `--use_peft …` the module alone
+            # train LoRA and the module; without `--use_peft …` the module alone
             trl-vicur train --model_name_or_path Qwen/Qwen3-VL-2B-Instruct --dataset_name geometry-cues \\
                 --use_peft --lora_r 16 --lora_alpha 32 --learning_rate 1e-4 --output_dir Qwen3-VL-2B-ViCuR
             # LoRA alone
             trl-vicur train … --use_peft --lora_r 16 --lora_alpha 32 --cue_recovery false
-            # options from a file, some of them replaced, on eight GPUs
+            # options from a file, one of them overridden, on eight GPUs
             trl-vicur train --config vicur_geometry3k.yaml --dataset_name me/geometry3k-with-cues --num_processes 8
-            # FSDP2 with TRL's own configuration of accelerate (or a file of yours)
+            # FSDP2 with TRL's configuration of accelerate (or a file of yours)
             trl-vicur train --config vicur_geometry3k.yaml --accelerate_config fsdp2
-            # before a GPU is rented: is this machine fit, and every row?
+            # before you rent a GPU: check this machine, the options and every row
             trl-vicur doctor --config vicur_geometry3k.yaml
         """,
     )
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
-        # Here, so that they are missed before anything is made of the other options
+        # Checked by the parser, so that a missing one is reported before errors of other options
         action.required = action.dest in REQUIRED
     parser.show_first("what is trained, and on what", ["help", "config", *HELP, "output_dir"])
     parser.show_first("the teacher and the loss (ViCuRConfig)", ViCuRConfig.__annotations__)
@@ -96,14 +99,14 @@ def make_parser(prog: str = "trl-vicur train") -> CommandParser:
 
 
 def make_peft_config(model_args: ModelConfig, recovery_args: CueRecoveryArguments) -> PeftConfig | None:
-    """The module with TRL's LoRA options; TRL's own adapter without the module."""
+    """The recovery module with TRL's LoRA options; without the module, TRL's own adapter."""
     lora_config = get_peft_config(model_args)
     if not recovery_args.cue_recovery:
         return lora_config
     lora = {}
     if lora_config is not None:
         lora = {each.name: getattr(lora_config, each.name) for each in fields(LoraConfig) if each.init}
-        if model_args.lora_target_modules is None:  # by default all linear layers of the decoder
+        if model_args.lora_target_modules is None:  # the module's default: all linear layers of the decoder
             del lora["target_modules"]
         if model_args.lora_task_type == ModelConfig.lora_task_type:  # TRL's default, for language models
             lora["task_type"] = None  # PEFT's `AutoPeftModel` refuses adapters that have one
@@ -117,16 +120,16 @@ def make_peft_config(model_args: ModelConfig, recovery_args: CueRecoveryArgument
     )
 
 
-def load_datasets(
-    script_args: ScriptArguments, training_args: ViCuRConfig
-) -> dict[str, Dataset | IterableDataset | None]:
-    """The trainer's `train_dataset` and, where it is evaluated on, its `eval_dataset`."""
+def load_datasets(script_args: ScriptArguments, training_args: ViCuRConfig) -> dict[str, Dataset | IterableDataset]:
+    """The trainer's `train_dataset` and, if the training evaluates, its `eval_dataset`."""
+    name = script_args.dataset_name
+    assert name is not None  # the callers have checked it
     splits = {"train_dataset": script_args.dataset_train_split}
     if training_args.eval_strategy != "no":
         splits["eval_dataset"] = script_args.dataset_test_split
     return {
-        name: load_split(script_args.dataset_name, script_args.dataset_config, split, script_args.dataset_streaming)
-        for name, split in splits.items()
+        key: load_split(name, script_args.dataset_config, split, script_args.dataset_streaming)
+        for key, split in splits.items()
     }
 
 
@@ -142,23 +145,26 @@ def make_trainer(
     Raises:
         `ValueError` or `OSError`: If an option, a model or a row of a dataset is refused.
     """
+    assert model_args.model_name_or_path is not None  # the parser requires it
     model_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     }
-    training_args.model_init_kwargs = {**model_kwargs, **(training_args.model_init_kwargs or {})}
+    teacher_kwargs = {**model_kwargs, "revision": training_args.teacher_model_revision}
+    init_kwargs, teacher_init_kwargs = training_args.model_init_kwargs, training_args.teacher_model_init_kwargs
+    # `TrainingArguments` has parsed strings
+    assert isinstance(init_kwargs, dict | None) and isinstance(teacher_init_kwargs, dict | None)
+    training_args.model_init_kwargs = {**model_kwargs, **(init_kwargs or {})}
     if training_args.teacher_model_name_or_path is not None:
-        teacher_kwargs = {**model_kwargs, "revision": training_args.teacher_model_revision}
-        training_args.teacher_model_init_kwargs = {
-            **teacher_kwargs,
-            **(training_args.teacher_model_init_kwargs or {}),
-        }
+        training_args.teacher_model_init_kwargs = {**teacher_kwargs, **(teacher_init_kwargs or {})}
+    datasets = load_datasets(script_args, training_args)
     return ViCuRTrainer(
         model=model_args.model_name_or_path,
         teacher_model=training_args.teacher_model_name_or_path,
         args=training_args,
-        **load_datasets(script_args, training_args),
+        train_dataset=datasets["train_dataset"],
+        eval_dataset=datasets.get("eval_dataset"),
         quantization_config=get_quantization_config(model_args),
         peft_config=make_peft_config(model_args, recovery_args),
     )
@@ -170,17 +176,13 @@ def main(
     training_args: ViCuRConfig,
     recovery_args: CueRecoveryArguments,
 ) -> None:
-    """Train, save and, where it is wanted, push."""
+    """Train and save, and push to the Hub on request."""
     try:
         trainer = make_trainer(script_args, model_args, training_args, recovery_args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(report(error))
-    resume_from_checkpoint = training_args.resume_from_checkpoint  # a text on the command line
-    resume_from_checkpoint = {"true": True, "false": False}.get(
-        str(resume_from_checkpoint).lower(), resume_from_checkpoint
-    )
     try:
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=read_resume_option(training_args))
     except CheckpointError as error:
         sys.exit(report(error))
     trainer.save_model(training_args.output_dir)
@@ -190,18 +192,24 @@ def main(
     trainer.accelerator.end_training()
 
 
+def read_resume_option(training_args: ViCuRConfig) -> str | bool | None:
+    """`resume_from_checkpoint`, in which the command line cannot tell `true` from a folder of this name."""
+    value = training_args.resume_from_checkpoint
+    return {"true": True, "false": False}.get(str(value).lower(), value)
+
+
 def parse_launch_arguments(options: list[str], training_arguments: Iterable[str] = ()) -> argparse.Namespace:
     """
-    What `accelerate launch` is told.
+    Parse the options that are meant for `accelerate launch`.
 
     Args:
         options (`list[str]`):
-            Options that are none of the training's.
+            Options that the training does not know.
         training_arguments (iterable of `str`, *optional*):
-            Options for this module, which it launches.
+            Options of the training, which `accelerate launch` passes on to this module.
 
     Raises:
-        `ValueError`: If it does not know one of the options either.
+        `ValueError`: If `accelerate launch` does not know one of the options either.
     """
     launch_args, unknown = launch_command_parser().parse_known_args(
         ["--quiet", *resolve_accelerate_config_argument(options), "--module", __name__, *training_arguments]
@@ -218,8 +226,8 @@ def parse_launch_arguments(options: list[str], training_arguments: Iterable[str]
 
 def set_launch_defaults(launch_args: argparse.Namespace) -> None:
     """
-    What `accelerate launch` takes without a file, but that it would tell of at every start; and on CPUs as many
-    processes as are asked for, where it would start one.
+    Set the defaults that `accelerate launch` uses without a configuration file, so that it does not warn about them at
+    every start. On CPUs, start as many processes as requested, where it would start one.
     """
     launch_args.num_processes = launch_args.num_processes or max(1, torch.accelerator.device_count())
     launch_args.num_machines = launch_args.num_machines or 1
@@ -227,21 +235,21 @@ def set_launch_defaults(launch_args: argparse.Namespace) -> None:
     launch_args.dynamo_backend = launch_args.dynamo_backend or "no"
     others = ("tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "mpirun_hostfile")
     if launch_args.num_processes > 1 and not any(getattr(launch_args, name) for name in others):
-        launch_args.multi_gpu = True  # its name for several processes
+        launch_args.multi_gpu = True  # accelerate's name for several processes, on CPUs as well
         if launch_args.cpu or not torch.accelerator.is_available():
             launch_args.cpu = False
             launch_args.training_script_args.append("--use_cpu")
 
 
 def train(arguments: list[str]) -> None:
-    """Runs `trl-vicur train`: this module, under `accelerate launch`."""
+    """Run `trl-vicur train`: launch this module with accelerate."""
     script_args, model_args, *_, of_config, of_command_line = make_parser().parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
     for name, value in zip(REQUIRED, (model_args.model_name_or_path, script_args.dataset_name), strict=True):
         if value is None:
             raise ValueError(f"`--{name}` is missing, on the command line and in the file of `--config`.")
-    # What the training does not know is for accelerate; in the command line it is taken out, in its order
+    # Options that the training does not know are for accelerate. Remove them, in order, from the command line
     left = deque(of_command_line)
     training_arguments = []
     for argument in arguments:
@@ -252,10 +260,10 @@ def train(arguments: list[str]) -> None:
     launch_args = parse_launch_arguments(of_config + of_command_line, training_arguments)
     try:
         launch_command(launch_args)
-    except ChildFailedError as error:  # torchrun's, when a process of several has failed
+    except ChildFailedError as error:  # raised by torchrun if one of several processes fails
         sys.exit(next(iter(error.failures.values())).exitcode)
 
 
 if __name__ == "__main__":
-    # What the file of `--config` has beyond these options is for accelerate, and was looked at by `train`
+    # Unknown options in the file of `--config` are for accelerate; `train` has checked them
     main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))

@@ -591,3 +591,11 @@ class NeedsMore(GraniteForCausalLM):
 def test_model_with_other_logits_is_refused(model_class, message):
     with pytest.raises(ValueError, match=f"cannot compute the logits of {model_class.__name__}.* {message}"):
         LMHead.from_model(model_class(GraniteConfig(**TEXT)))
+
+
+def test_head_is_checked_without_weights():
+    with torch.device("meta"):
+        supported, unsupported = MODELS["Granite"](), NeedsMore(GraniteConfig(**TEXT))
+    lm_head.check_head(supported)
+    with pytest.raises(ValueError, match="cannot compute the logits of NeedsMore"):
+        lm_head.check_head(unsupported)

@@ -1,1 +1,1 @@
-"""Is this machine fit to train, and every row of a dataset to be trained on?"""
+"""Check this machine, the options and every row of a dataset before a training."""

@@ -5,17 +5,17 @@ from .packages import check_packages
 
 def doctor(arguments: list[str]) -> None:
     """
-    Runs `trl-vicur doctor`.
+    Run `trl-vicur doctor`.
 
     Raises:
-        `ValueError`: If there is something that would stop a training.
+        `ValueError`: If something would stop a training.
     """
     packages, unmet = check_packages()
     if unmet:
-        # The rest needs them
+        # The other checks need these packages
         print_section("Packages", packages)
         raise ValueError(
-            "Packages are missing or not supported. Mend it with: pip install " + " ".join(map(repr, unmet))
+            "Packages are missing or not supported. Fix it with: pip install " + " ".join(map(repr, unmet))
         )
 
     from tqdm.auto import tqdm
@@ -31,7 +31,7 @@ def doctor(arguments: list[str]) -> None:
     if model_args.model_name_or_path is None:
         if script_args.dataset_name is not None:
             raise ValueError(
-                "A dataset is checked with a model's processor and chat template: name it with `--model`."
+                "Checking a dataset needs the model's processor and chat template. Name the model with `--model`."
             )
         return
 
@@ -43,14 +43,14 @@ def doctor(arguments: list[str]) -> None:
     num_errors = 0
     for error in check.find_bad_rows():
         num_errors += 1
-        tqdm.write(f"  {error}")  # beside the progress bar
+        tqdm.write(f"  {error}")  # above the progress bar
     if num_errors:
-        raise ValueError(f"A training would stop for {num_errors:,} reason(s), listed above. Mend or remove the rows.")
+        raise ValueError(f"A training would stop for {num_errors:,} reason(s), listed above. Fix or remove the rows.")
     print("  every row can be trained on")
 
 
 def print_section(title: str, lines: list[tuple[str, str]]) -> None:
-    """Prints what was found, a line each."""
+    """Print a title and one line for each finding."""
     width = max(len(name) for name, _ in lines) + 2
     print(title)
     for name, finding in lines:

@@ -1,24 +1,26 @@
-"""What this machine can do for a training: devices, fused kernels, rollout engines."""
+"""Capabilities of this machine: devices, fused kernels, rollout engines."""
 
 import warnings
 from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, version
 
 import torch
-from transformers.utils import (
+from transformers.utils.import_utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
     is_flash_attn_4_available,
+    is_flash_linear_attention_available,
     is_torch_bf16_gpu_available,
+    is_triton_available,
 )
-from transformers.utils.import_utils import is_flash_linear_attention_available, is_triton_available
 from trl.import_utils import is_vllm_available
 
 
 def describe_devices() -> list[tuple[str, str]]:
-    """Each accelerator and its memory, and whether it computes in bfloat16."""
-    if not torch.accelerator.is_available():
+    """Each accelerator with its memory, and whether it computes in bfloat16."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         return [("accelerator", "none: a training would run on the CPU, with `--use_cpu`")]
-    device_type = torch.accelerator.current_accelerator().type
+    device_type = accelerator.type
     module = torch.get_device_module(device_type)
     devices = []
     for index in range(torch.accelerator.device_count()):
@@ -29,8 +31,9 @@ def describe_devices() -> list[tuple[str, str]]:
 
 
 def describe_kernels() -> list[tuple[str, str]]:
-    """Which fused kernels a training would find, and which options ask for them."""
-    has_gpu = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("cuda", "xpu")
+    """The fused kernels that a training would find, and the options that enable them."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    has_gpu = accelerator is not None and accelerator.type in ("cuda", "xpu")
     has_triton = has_gpu and is_triton_available()
     needs = "needs a GPU" if not has_gpu else "needs the package triton"
     flash = {
@@ -57,7 +60,7 @@ def describe_kernels() -> list[tuple[str, str]]:
 
 
 def describe_rollout_engines() -> list[tuple[str, str]]:
-    """Which engines can generate completions, with the recovery module and without."""
+    """The engines that can generate completions, with the recovery module and without."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         has_vllm = is_vllm_available()
@@ -67,7 +70,9 @@ def describe_rollout_engines() -> list[tuple[str, str]]:
         vllm = f"{distribution} {version(distribution)}: `--use_vllm`" + "".join(
             f". {warning.message}" for warning in caught
         )
-    plugins = [each for each in entry_points(group="vllm.general_plugins") if each.dist.name == "trl-vicur"]
+    plugins = [
+        each for each in entry_points(group="vllm.general_plugins") if each.dist and each.dist.name == "trl-vicur"
+    ]
     return [
         ("transformers", "yes"),
         ("vLLM", vllm),
@@ -76,7 +81,7 @@ def describe_rollout_engines() -> list[tuple[str, str]]:
 
 
 def describe_package(name: str, use: str) -> str:
-    """The installed version of an optional package and what asks for it."""
+    """The installed version of an optional package, and how to use it."""
     try:
         return f"{name} {version(name)}: {use}"
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The packages that trl-vicur needs. Imports none of them, so that it can tell about those that cannot be imported."""
+"""The packages that trl-vicur needs. Imports none of them, so that it can report those that cannot be imported."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -8,15 +8,15 @@ from packaging.requirements import Requirement
 
 def check_packages() -> tuple[list[tuple[str, str]], list[str]]:
     """
-    Compare what is installed with what the package's metadata ask for.
+    Compare the installed packages with the requirements in trl-vicur's metadata.
 
     Returns:
         `tuple[list[tuple[str, str]], list[str]]`: Each package with its version and the supported ones; and the
-        requirements that are not met, as `pip install` takes them.
+        requirements that are not met, as arguments of `pip install`.
     """
     found = [("python", platform.python_version()), ("trl-vicur", version("trl-vicur"))]
     unmet = []
-    for requirement in map(Requirement, requires("trl-vicur")):
+    for requirement in map(Requirement, requires("trl-vicur") or []):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue  # of an extra
         needed = f"supported: {requirement.specifier}" if requirement.specifier else "any version"

@@ -1,4 +1,4 @@
-"""What the trainer would refuse, found without a model's weights."""
+"""Find out, without a model's weights, what the trainer would refuse."""
 
 import argparse
 from collections.abc import Iterator
@@ -10,24 +10,35 @@ from accelerate.commands.launch import _validate_launch_command
 from accelerate.utils import is_deepspeed_available
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from datasets import IterableDataset
-from peft import get_peft_model
+from peft import PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from trl import ModelConfig, ScriptArguments, get_quantization_config
+from trl.scripts.utils import ScriptArguments
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.utils import get_quantization_config
 
 from ..command_parser import CommandParser
 from ..cue_recovery import CueRecoveryConfig
 from ..hub.names import naming_model
-from ..train import TRAINING_ARGUMENTS, CueRecoveryArguments, load_datasets, make_peft_config, parse_launch_arguments
+from ..train import (
+    TRAINING_ARGUMENTS,
+    CueRecoveryArguments,
+    load_datasets,
+    make_peft_config,
+    parse_launch_arguments,
+    read_resume_option,
+)
 from ..trainer import ViCuRConfig
+from ..trainer.checkpoints import check_checkpoint
 from ..trainer.checks.datasets import find_bad_rows
-from ..trainer.checks.options import check_options, check_something_trains
+from ..trainer.checks.options import check_compilation, check_options, check_something_trains
 from ..trainer.checks.rows import RowChecker
 from ..trainer.checks.sharding import Sharding, find_sharding
+from ..trainer.lm_head import check_head
 from ..trainer.teachers.teacher_server import TeacherServer
 
 
-# Options that `--help` shows. The others of `trl-vicur train` are understood as well, since they may stand in its file
+# Options that `--help` shows. All other options of `trl-vicur train` are accepted, too, as its file may contain them
 SHOWN = {
     *("help", "config", "model_name_or_path", "model_revision", "max_completion_length", "chat_template_kwargs"),
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_strategy"),
@@ -40,61 +51,65 @@ SHOWN = {
 
 class LaunchPlan(NamedTuple):
     """
-    What `accelerate launch` would start.
+    The training that `accelerate launch` would start.
 
     Args:
         num_processes (`int`):
-            How many processes would train.
+            Number of processes.
         sharding (`str`, *optional*):
-            How they would share the weights among them.
+            How they would shard the weights.
+        dynamo_backend (`str`, *optional*, defaults to `"no"`):
+            Backend of `torch.compile` that it would turn on.
     """
 
     num_processes: int
     sharding: Sharding | None
+    dynamo_backend: str = "no"
 
     @classmethod
     def from_arguments(cls, launch_args: argparse.Namespace) -> "LaunchPlan":
         """
-        From the arguments of `accelerate launch`, and the file that they may name.
+        Read the arguments of `accelerate launch`, and its configuration file.
 
         Raises:
             `ValueError` or `OSError`: If it would not start.
         """
         launch_args, *_ = _validate_launch_command(launch_args)
+        num_processes, sharding = launch_args.num_processes, None
         if launch_args.cpu:
-            return cls(1, None)
-        if launch_args.use_deepspeed:
+            num_processes = 1
+        elif launch_args.use_deepspeed:
             is_zero3 = launch_args.zero_stage == 3
             if launch_args.deepspeed_config_file is not None:
                 is_zero3 = HfDeepSpeedConfig(launch_args.deepspeed_config_file).is_zero3()
-            return cls(launch_args.num_processes, "ZeRO-3" if is_zero3 else "DeepSpeed")
-        if launch_args.use_fsdp:
-            return cls(launch_args.num_processes, f"FSDP{launch_args.fsdp_version}")
-        return cls(launch_args.num_processes if launch_args.multi_gpu else 1, None)
+            sharding = "ZeRO-3" if is_zero3 else "DeepSpeed"
+        elif launch_args.use_fsdp:
+            sharding = f"FSDP{launch_args.fsdp_version}"
+        elif not launch_args.multi_gpu:
+            num_processes = 1
+        return cls(num_processes, sharding, launch_args.dynamo_backend or "no")
 
 
 def parse_arguments(
     arguments: list[str],
 ) -> tuple[ScriptArguments, ModelConfig, ViCuRConfig, CueRecoveryArguments, LaunchPlan]:
     """
-    The arguments of `trl-vicur doctor`: those of `trl-vicur train`, two of them with a short name, too; and what would
-    be launched.
+    Parse the arguments of `trl-vicur doctor`: those of `trl-vicur train`, two of which also have a short name here.
     """
     parser = CommandParser(
         TRAINING_ARGUMENTS,
         prog="trl-vicur doctor",
         usage="[--config FILE] [--model MODEL] [--dataset DATASET] [options]",
-        description="Tell what is installed and what this machine can do; and, for a model and a dataset, whether a "
-        "training would start: options and teacher are looked at, the model is built without its weights, the adapter "
-        "is attached, and every row is checked as the trainer does it. Needs no GPU. All options of `trl-vicur train` "
-        "are understood, those for accelerate as well; those below matter here. The exit status is 1 if something "
-        "would stop a training.",
+        description="Report what is installed and what this machine can do; and, for a model and a dataset, whether a "
+        "training would start: check options and teacher, build the model without its weights, attach the adapter, "
+        "and check every row as the trainer does. Needs no GPU. Accepts all options of `trl-vicur train`, including "
+        "those for accelerate; the ones below matter here. The exit status is 1 if something would stop a training.",
         examples="""
             # this machine
             trl-vicur doctor
-            # and every row of a dataset
+            # this machine, and every row of a dataset
             trl-vicur doctor --dataset geometry-cues --model Qwen/Qwen3-VL-2B-Instruct --max_completion_length 2048
-            # what a training is going to be given
+            # the options of a training
             trl-vicur doctor --config vicur_geometry3k.yaml --dataset me/geometry3k-with-cues
         """,
     )
@@ -103,7 +118,7 @@ def parse_arguments(
             action.help = argparse.SUPPRESS
     for name, dest in (("--model", "model_name_or_path"), ("--dataset", "dataset_name")):
         parser.add_argument(name, dest=dest, default=argparse.SUPPRESS, help=f"The same as `--{dest}`.")
-    # Options for a GPU are no errors where there is none yet
+    # `--use_cpu`, so that options for a GPU are not refused on a machine without one
     *training_arguments, of_launch = parser.parse_args_and_config(
         [*arguments, "--use_cpu"], return_remaining_strings=True
     )
@@ -112,19 +127,20 @@ def parse_arguments(
 
 class TrainingCheck:
     """
-    A training that is looked at before it is begun.
+    Checks a training before it starts.
 
     Args:
         script_args ([`~trl.ScriptArguments`]), model_args ([`~trl.ModelConfig`]), training_args ([`ViCuRConfig`]) and
             recovery_args ([`CueRecoveryArguments`]):
-            Its options.
+            Options of the training.
         launch_plan ([`LaunchPlan`]):
-            What would be launched.
+            The processes that would be launched.
 
     Raises:
-        `ValueError`: If the trainer would refuse the models or the options, or the teacher's server.
-        `OSError`: If there is no such model or dataset, or if the teacher's server cannot be reached.
-        `ImportError`: If a package is missing that the options ask for.
+        `ValueError`: If the trainer would refuse the models, the options, the teacher's server, or the checkpoint to
+            resume from.
+        `OSError`: If the model or the dataset does not exist, or if the teacher's server cannot be reached.
+        `ImportError`: If a package that the options need is missing.
     """
 
     def __init__(
@@ -139,10 +155,11 @@ class TrainingCheck:
         self.num_processes = launch_plan.num_processes
         self.sharding = launch_plan.sharding or find_sharding(training_args)
         name, revision = model_args.model_name_or_path, model_args.model_revision
+        assert name is not None  # the caller has checked it
         with naming_model(name):
-            options = {"revision": revision, "trust_remote_code": training_args.trust_remote_code}
-            self.config = AutoConfig.from_pretrained(name, **options)
-            self.processor = AutoProcessor.from_pretrained(name, **options)
+            trusts_code = training_args.trust_remote_code
+            self.config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusts_code)
+            self.processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trusts_code)
         self.peft_config = make_peft_config(model_args, recovery_args)
         self.datasets = {} if script_args.dataset_name is None else load_datasets(script_args, training_args)
         teacher = training_args.teacher_model_name_or_path
@@ -157,33 +174,38 @@ class TrainingCheck:
             quantization_config=get_quantization_config(model_args),
             sharding=self.sharding,
         )
+        check_compilation(training_args, launch_plan.dynamo_backend)
+        checkpoint = read_resume_option(training_args)
+        if isinstance(checkpoint, str):
+            check_checkpoint(checkpoint)
         if self.sharding in ("DeepSpeed", "ZeRO-3") and not is_deepspeed_available():
             raise ImportError(
                 "DeepSpeed is not installed. Install it with `pip install deepspeed`, or use FSDP2 or DDP."
             )
         self.max_length = self.config.get_text_config().max_position_embeddings
         if training_args.teacher_model_server_url is not None:
-            training_args.vllm_server_timeout = 0.0  # a training would wait for it
+            training_args.vllm_server_timeout = 0.0  # a training would wait for the server
             server = TeacherServer.from_config(training_args, self.processor, teacher)
             self.max_length = min(self.max_length, server.max_length)
 
     def describe_model(self) -> list[tuple[str, str]]:
         """
-        The model's size and what of it trains, from a model without weights that the adapter is attached to.
+        The model's size and the part that trains, from a model without weights that the adapter is attached to.
 
         Raises:
-            `ValueError`: If the adapter cannot be attached.
+            `ValueError`: If the adapter cannot be attached, or if the losses cannot compute the model's logits.
         """
+        adapter = self.peft_config
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(
                 self.config, trust_remote_code=self.training_args.trust_remote_code
             )
             size = sum(parameter.numel() for parameter in model.parameters())
             trained = "all of them"
-            if self.peft_config is not None:
-                if isinstance(self.peft_config, CueRecoveryConfig):
-                    self.peft_config.resolve_sink_token(self.processor)
-                model = get_peft_model(model, self.peft_config)
+            if adapter is not None:
+                if isinstance(adapter, CueRecoveryConfig):
+                    adapter.resolve_sink_token(self.processor)
+                model = get_peft_model(model, adapter)
                 if isinstance(model.get_output_embeddings(), BaseTunerLayer):
                     raise ValueError(
                         "The adapter has LoRA on `lm_head`, which TRL refuses: its losses read the weight of the head "
@@ -191,16 +213,18 @@ class TrainingCheck:
                     )
                 check_something_trains(model)
                 number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-                trained = f"{number / 1e6:,.1f}M, {self.peft_config.peft_type.value}"
+                trained = f"{number / 1e6:,.1f}M, {PeftType(adapter.peft_type).value}"
+        check_head(model)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
         return [
-            ("architecture", type(model.get_base_model() if self.peft_config else model).__name__),
+            ("architecture", type(base).__name__),
             ("parameters", f"{size / 1e6:,.1f}M"),
             ("trained", trained),
             ("context", f"{self.max_length:,} tokens"),
         ]
 
     def describe_datasets(self) -> list[tuple[str, str]]:
-        """How many rows each dataset has, and how many a step takes."""
+        """The number of rows of each dataset and of each step."""
         args = self.training_args
         factors = (args.per_device_train_batch_size, args.gradient_accumulation_steps, self.num_processes)
         return [
@@ -218,13 +242,13 @@ class TrainingCheck:
 
     @property
     def rows_per_step(self) -> int:
-        """How many rows of the training dataset a step takes, over all processes."""
+        """Number of rows of the training dataset in a step, over all processes."""
         args = self.training_args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.num_processes
 
     def find_bad_rows(self) -> Iterator[ValueError]:
         """
-        The errors of too few rows, and of each row that cannot be trained on.
+        Errors for a dataset with too few rows, and for each row that cannot be trained on.
 
         Raises:
             `ValueError`: If a column is missing.

@@ -53,9 +53,13 @@ class LMHead(NamedTuple):
         Raises:
             `ValueError`: If the losses cannot compute the logits of `model(...)` from its hidden states and this head.
         """
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        assert isinstance(base, PreTrainedModel)
-        head = _find_head(base)
+        base, head = _find_head(model)
+        assert isinstance(head.weight, torch.Tensor)
+        if head.weight.is_meta:
+            raise ValueError(
+                f"The language-model head of {type(base).__name__} is offloaded: its weight is on the device 'meta', "
+                "where the losses cannot read it. Place the head on a GPU or the CPU in `device_map`."
+            )
         if base not in _transforms:
             _transforms[base] = _read_transform(base, head)
         if isinstance(head, FSDPModule):
@@ -63,7 +67,7 @@ class LMHead(NamedTuple):
             head.unshard()
         # PEFT's wrapper for `trainable_token_indices` has no bias while its adapter is active, nor does it add one
         bias = getattr(head, "bias", None)
-        assert isinstance(head.weight, torch.Tensor) and isinstance(bias, torch.Tensor | None)
+        assert isinstance(bias, torch.Tensor | None)
         return cls(head.weight, bias, *_transforms[base])
 
     def detach(self) -> "LMHead":
@@ -94,29 +98,37 @@ class LMHead(NamedTuple):
         return product
 
 
-def _find_head(model: PreTrainedModel) -> nn.Linear | AuxiliaryTrainingWrapper:
+def check_head(model: PreTrainedModel | PeftModel) -> None:
     """
-    The model's head, or PEFT's wrapper of it, whose `weight` is the trained one.
+    Check that the losses can compute a model's logits. Reads no weights, so the model may be on the device "meta".
 
     Raises:
-        `ValueError`: Unless the head is a product with a weight that can be read.
+        `ValueError`: If they cannot.
     """
-    head = model.get_output_embeddings()
+    _read_transform(*_find_head(model))
+
+
+def _find_head(
+    model: PreTrainedModel | PeftModel,
+) -> tuple[PreTrainedModel, nn.Linear | AuxiliaryTrainingWrapper]:
+    """
+    The transformers model and its head, or PEFT's wrapper of the head, whose `weight` is the trained one.
+
+    Raises:
+        `ValueError`: Unless the head is a plain product.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    head = base.get_output_embeddings()
     is_other_product = isinstance(head, nn.Linear) and type(head).forward is not nn.Linear.forward
     if is_other_product or not isinstance(head, nn.Linear | AuxiliaryTrainingWrapper):
         raise ValueError(
-            f"The language-model head of {type(model).__name__} is a {type(head).__module__}.{type(head).__name__}, "
+            f"The language-model head of {type(base).__name__} is a {type(head).__module__}.{type(head).__name__}, "
             "but the losses multiply with the weight of an `nn.Linear` and would omit anything else it computes. "
             "Leave the head out of the adapter's `target_modules` (`modules_to_save` can train it as a whole) and do "
             "not quantize it."
         )
-    assert isinstance(head.weight, torch.Tensor)
-    if head.weight.is_meta:
-        raise ValueError(
-            f"The language-model head of {type(model).__name__} is offloaded: its weight is on the device 'meta', "
-            "where the losses cannot read it. Place the head on a GPU or the CPU in `device_map`."
-        )
-    return head
+    return base, head
 
 
 class _BackboneOutput(tuple):

@@ -62,7 +62,8 @@ def check_options(
     warn_about_thinking(processing_class, args)
     warn_about_hint_marker(args)
     check_sharding(sharding, args, peft_configs)
-    check_compilation(args)
+    # `accelerate launch --dynamo_backend` sets this variable and compiles without `torch_compile`
+    check_compilation(args, os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO"))
     check_choice_of_teacher(args, model, teacher_model, tools)
     check_vllm(args, peft_configs)
     check_quantization(config, quantization_config, peft_configs)
@@ -105,9 +106,7 @@ def warn_about_hint_marker(args: ViCuRConfig) -> None:
         )
 
 
-def check_compilation(args: ViCuRConfig) -> None:
-    # `accelerate launch --dynamo_backend` sets this variable and compiles without `torch_compile`
-    dynamo_backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+def check_compilation(args: ViCuRConfig, dynamo_backend: str) -> None:
     if args.torch_compile or dynamo_backend.upper() != "NO":
         option = "torch_compile=True" if args.torch_compile else f"dynamo_backend={dynamo_backend}"
         raise ValueError(
