@@ -28,7 +28,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer.utils import RepeatSampler
 
 from trl_vicur import ViCuRConfig
-from trl_vicur.trainer import vicur_config, vicur_trainer
+from trl_vicur.trainer import resuming, vicur_config
 from trl_vicur.trainer.checkpoints import FILE_LIST_NAME
 
 
@@ -198,7 +198,7 @@ def test_sampler_has_the_attributes_that_resuming_and_reuse_change():
     order = torch.randperm(again.num_samples, generator=torch.Generator().manual_seed(0)).tolist()
     assert expected == [*order[:2], *order[:2], *order[2:], *order[2:]], (
         f"RepeatSampler of trl {version('trl')} no longer draws one `torch.randperm` for each epoch, which "
-        "`ViCuRTrainer._init_training_state` repeats for the epochs of a resumed run."
+        "`ResumingMixin._init_training_state` repeats for the epochs of a resumed run."
     )
 
 
@@ -226,7 +226,7 @@ def test_only_trainer_state_is_written_after_list_of_checkpoint_files(tmp_path, 
     def files(directory) -> set[str]:
         return {path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file()}
 
-    write_file_list, save_state = vicur_trainer.write_file_list, TrainerState.save_to_json
+    write_file_list, save_state = resuming.write_file_list, TrainerState.save_to_json
     rotate = transformers.trainer.rotate_checkpoints
 
     def spy_list(directory):
@@ -242,7 +242,7 @@ def test_only_trainer_state_is_written_after_list_of_checkpoint_files(tmp_path, 
         events.append(("rotate", files(checkpoint)))
         rotate(*args, **kwargs)
 
-    monkeypatch.setattr(vicur_trainer, "write_file_list", spy_list)
+    monkeypatch.setattr(resuming, "write_file_list", spy_list)
     monkeypatch.setattr(TrainerState, "save_to_json", spy_state)
     monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", spy_rotate)
     checkpoint = tmp_path / "checkpoint-1"
@@ -250,7 +250,7 @@ def test_only_trainer_state_is_written_after_list_of_checkpoint_files(tmp_path, 
 
     order = [name for name, _ in events]
     why = (
-        "ViCuRTrainer._save_rng_state lists a checkpoint's files once Trainer has written all but trainer_state.json, "
+        "ResumingMixin._save_rng_state lists a checkpoint's files after Trainer wrote all but trainer_state.json, "
         "which seals it; older checkpoints may only be deleted after that (checkpoints.py)."
     )
     assert order == ["list", "state", "rotate"], f"transformers {version('transformers')} has the order {order}. {why}"

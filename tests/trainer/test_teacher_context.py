@@ -7,13 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import SPECIAL_TOKENS, make_image, make_processor
-from trl.data_utils import prepare_multimodal_messages
 
 from trl_vicur import ViCuRConfig
+from trl_vicur.data.examples import read_privilege, read_row
 from trl_vicur.data.messages import control_token_pattern
 from trl_vicur.data.teacher_prompt import add_privilege, hint_marker
 from trl_vicur.trainer.checks.rows import RowChecker
-from trl_vicur.trainer.privilege import get_privilege
 
 
 TEMPLATE = "{prompt}\n\n[Hint]: {privilege}"
@@ -24,25 +23,30 @@ def config(**arguments):
     return ViCuRConfig("unused", bf16=False, report_to="none", **arguments)
 
 
+def privilege_of(row, **arguments):
+    args = config(**arguments)
+    return read_privilege(row, args.privilege_column, args.missing_privilege)
+
+
 def test_privilege_comes_from_the_named_column():
     row = {"cue": "a red circle", "answer": "12", "evidence": "seen"}
-    assert get_privilege(row, config()) == "a red circle"
-    assert get_privilege(row, config(privilege="answer")) == "12"
-    assert get_privilege(row, config(cue_column="evidence")) == "seen"
-    assert get_privilege(row, config(privilege="none")) is None
+    assert privilege_of(row) == "a red circle"
+    assert privilege_of(row, privilege="answer") == "12"
+    assert privilege_of(row, cue_column="evidence") == "seen"
+    assert privilege_of(row, privilege="none") is None
 
 
 @pytest.mark.parametrize("missing", [None, "", "  \n"])
 def test_missing_privilege(missing):
     with pytest.raises(ValueError, match="`cue` is .*missing_privilege='none'"):
-        get_privilege({"cue": missing}, config())
-    assert get_privilege({"cue": missing}, config(missing_privilege="none")) is None
+        privilege_of({"cue": missing})
+    assert privilege_of({"cue": missing}, missing_privilege="none") is None
 
 
 @pytest.mark.parametrize("missing_privilege", ["error", "none"])
 def test_privilege_that_is_not_text(missing_privilege):
     with pytest.raises(ValueError, match=r"`cue` must be a string, got list: \['a'\]"):
-        get_privilege({"cue": ["a"]}, config(missing_privilege=missing_privilege))
+        privilege_of({"cue": ["a"]}, missing_privilege=missing_privilege)
 
 
 def test_hint_goes_into_the_last_user_turn():
@@ -135,8 +139,8 @@ def test_invariant_10_text_never_becomes_a_control_token(question, cue, answer):
             assert "control token" in str(error)
             assert any(token in text for token in SPECIAL_TOKENS)
             continue
-        prompt = add_privilege(row["prompt"], get_privilege(row, args), args.teacher_prompt_template)
-        messages = prepare_multimodal_messages(prompt, images=row["images"])
+        example = read_row(row, args.privilege_column, args.missing_privilege, args.teacher_prompt_template)
+        messages = example.teacher_prompt
         ids = PROCESSOR.apply_chat_template([messages], tokenize=True, return_dict=True, add_generation_prompt=True)
         special = set(PROCESSOR.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
         found = [PROCESSOR.tokenizer.convert_ids_to_tokens(i) for i in ids["input_ids"][0] if i in special]

@@ -723,7 +723,8 @@ def test_missing_privilege_none_shows_the_plain_prompt(tmp_path, processor):
     rows = make_rows(4)
     rows[1]["cue"] = None
     trainer = make_trainer(tmp_path, processor, rows=rows, missing_privilege="none")
-    prompts = trainer._teacher_prompts([trainer.train_dataset[0], trainer.train_dataset[1]], {})
+    examples = [trainer._read_row(trainer.train_dataset[number]) for number in range(2)]
+    prompts = trainer._teacher_prompts(examples, {})
     texts = processor.batch_decode(prompts["teacher_prompt_ids"])
     assert "[Hint]: noise number 0" in texts[0] and "Hint" not in texts[1]
 

@@ -270,6 +270,11 @@ class ViCuRConfig(DistillationConfig):
         },
     )
 
+    @property
+    def privilege_column(self) -> str | None:
+        """Dataset column with the privileged text; `None` if the teacher reads the student's prompt."""
+        return {"cue": self.cue_column, "answer": self.answer_column, "none": None}[self.privilege]
+
     def __post_init__(self):
         self._check_own_fields()
         super().__post_init__()

@@ -12,16 +12,14 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image, ImageFile
 from transformers import ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
 
 from ...cue_recovery import CueRecoveryConfig
+from ...data.examples import fill_prompt, read_privilege
 from ...data.images import image_size, read_video
 from ...data.messages import all_strings, check_messages, check_placeholders, control_token_pattern, message_texts
 from ...data.rows import VISUAL_COLUMNS, row_images, row_videos, shorten
 from ...data.teacher_prompt import add_privilege
-from ..privilege import get_privilege, privilege_column
 from ..vicur_config import ViCuRConfig, template_variables
-from ..vision.videos import add_videos
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -119,7 +117,8 @@ class RowChecker:
                 f"`prompt` ends in a turn of role {prompt[-1]['role']!r}, expected 'user' or 'tool': the student "
                 "completes the prompt with a turn of its own. Remove the last turn."
             )
-        column, privilege = privilege_column(self.args), get_privilege(row, self.args)
+        column = self.args.privilege_column
+        privilege = read_privilege(row, column, self.args.missing_privilege)
         template = self.args.teacher_prompt_template
         teacher_prompt = add_privilege(prompt, privilege, template)
         self._check_texts("prompt", prompt)
@@ -202,7 +201,7 @@ class RowChecker:
                         f"the {kind} into the column `{kind}s`."
                     )
         try:
-            _fill_prompt(prompt, num_images, num_videos)
+            fill_prompt(prompt, [None] * num_images, [None] * num_videos)
         except ValueError as error:
             raise ValueError(
                 f"{str(error).rstrip('.')}. Give `prompt` a block {{'type': 'image'}} for each image and "
@@ -246,7 +245,7 @@ class RowChecker:
     def _text_token_ids(self, prompt: list[dict[str, Any]], num_images: int, num_videos: int) -> list[int]:
         """Token ids of the rendered prompt, in which each image and video is still one placeholder."""
         text = self.processing_class.apply_chat_template(
-            _fill_prompt(prompt, num_images, num_videos),
+            fill_prompt(prompt, [None] * num_images, [None] * num_videos),
             tokenize=False,
             add_generation_prompt=True,
             **self.template_variables,
@@ -271,7 +270,7 @@ class RowChecker:
 
     @lru_cache(maxsize=10_000)  # noqa: B019
     def _num_tokens_of_blank_image(self, size: tuple[int, int]) -> int:
-        prompt = prepare_multimodal_messages([{"role": "user", "content": ""}], images=[Image.new("RGB", size)])
+        prompt = fill_prompt([{"role": "user", "content": ""}], [Image.new("RGB", size)], [])
         return len(self._tokenize(prompt))
 
     @lru_cache(maxsize=10_000)  # noqa: B019
@@ -303,17 +302,12 @@ class RowChecker:
         return inputs["input_ids"][0]  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
-def _fill_prompt(prompt: list[dict[str, Any]], num_images: int, num_videos: int) -> list[dict[str, Any]]:
-    """The prompt with a block for each image and video, without their contents."""
-    return prepare_multimodal_messages(add_videos(prompt, [None] * num_videos, num_images), images=[None] * num_images)
-
-
 def check_columns(column_names: list[str], name: str, args: ViCuRConfig) -> None:
     """
     Raises:
         `ValueError`: If a column that the trainer reads is missing.
     """
-    required = ["prompt", *filter(None, [privilege_column(args)])]
+    required = ["prompt", *filter(None, [args.privilege_column])]
     for column in required:
         if column not in column_names:
             raise ValueError(

@@ -1,0 +1,61 @@
+"""Defaults of a trainer's arguments, and what is read of a model before its weights are loaded."""
+
+import warnings
+
+from peft import PeftModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from trl.trainer.utils import get_config_model_id
+
+from ..hub.names import naming_model
+from .vicur_config import ViCuRConfig
+
+
+def load_defaults(
+    model: "str | PreTrainedModel | PeftModel", args: ViCuRConfig | None, processing_class: ProcessorMixin | None
+) -> tuple[ViCuRConfig, ProcessorMixin, PreTrainedConfig]:
+    """
+    Arguments of a trainer, with defaults for those that the user left out.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student, or its id or path.
+        args ([`ViCuRConfig`], *optional*):
+            Training configuration.
+        processing_class ([`~transformers.ProcessorMixin`], *optional*):
+            Processor of the student.
+
+    Returns:
+        `tuple[ViCuRConfig, ProcessorMixin, PreTrainedConfig]`: Training configuration, processor, and the student's
+            configuration.
+
+    Raises:
+        `OSError`: If there is no such model.
+    """
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    if args is None:
+        args = ViCuRConfig(f"{name.split('/')[-1]}-ViCuR")
+    revision = (args.model_init_kwargs or {}).get("revision")
+    with naming_model(name):
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(
+                name,
+                revision=revision,
+                truncation_side="left",
+                padding_side="left",
+                trust_remote_code=args.trust_remote_code,
+            )
+        if isinstance(model, str):
+            config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+        else:
+            config = model.config
+    return args, processing_class, config
+
+
+def leave_out_liger_kernels(args: ViCuRConfig) -> None:
+    """On a CPU, turn off the Triton kernels that `Trainer` would put into the model. The fused JSD runs anywhere."""
+    if args.use_liger_kernel and args.device.type == "cpu":
+        warnings.warn(
+            "`use_liger_kernel=True` on a CPU: Liger's Triton kernels need a GPU and are left out of the model; "
+            "only its fused loss is used."
+        )
+        args.use_liger_kernel = False
