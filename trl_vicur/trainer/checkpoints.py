@@ -13,9 +13,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
 from transformers import TrainerState
@@ -222,6 +221,26 @@ def get_last_checkpoint(folder: str | os.PathLike) -> str | None:
     return None
 
 
+def active_adapter(model: nn.Module) -> str | None:
+    """Name of the adapter that is trained; `None` for a whole model."""
+    if not isinstance(model, PeftModel):
+        return None
+    assert isinstance(model.active_adapter, str)  # a list with `PeftMixedModel` only
+    return model.active_adapter
+
+
+def active_adapter_config(model: nn.Module) -> PeftConfig | None:
+    """Config of the adapter that is trained; `None` for a whole model."""
+    name = active_adapter(model)
+    return model.peft_config[name] if isinstance(model, PeftModel) and name is not None else None
+
+
+def adapter_type(config: PeftConfig) -> str:
+    """Name of an adapter's PEFT method."""
+    assert isinstance(config.peft_type, PeftType)  # every configuration sets its own
+    return config.peft_type.value
+
+
 def check_adapter(directory: str, model: nn.Module) -> None:
     """
     Check that a checkpoint holds the adapter that is trained.
@@ -238,14 +257,13 @@ def check_adapter(directory: str, model: nn.Module) -> None:
     """
     refused = f"The checkpoint {directory!r} does not fit the model that is trained: "
     mend = " Resume with the settings that it was made with, or start anew."
-    adapter, saved = None, None
-    if is_peft_model(model):
-        adapter = model.peft_config[model.active_adapter]
-        if model.active_adapter != "default":  # as PEFT saves it
-            directory = os.path.join(directory, model.active_adapter)
+    adapter, saved = active_adapter_config(model), None
+    name = active_adapter(model)
+    if name is not None and name != "default":  # as PEFT saves it
+        directory = os.path.join(directory, name)
     if os.path.isfile(os.path.join(directory, ADAPTER_CONFIG_NAME)):
         saved = PeftConfig.from_pretrained(directory)
-    kinds = ["a whole model" if config is None else config.peft_type.value for config in (saved, adapter)]
+    kinds = ["a whole model" if config is None else adapter_type(config) for config in (saved, adapter)]
     if kinds[0] != kinds[1]:
         raise CheckpointError(f"{refused}it holds {kinds[0]}, but {kinds[1]} is trained.{mend}")
     if isinstance(adapter, CueRecoveryConfig):

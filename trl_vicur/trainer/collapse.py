@@ -79,7 +79,7 @@ class CollapseCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs,
     ) -> None:
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or logs is None:
             return
         for collapse in COLLAPSES:
             if collapse.title in self.reported or collapse.metric not in logs:

@@ -1,18 +1,13 @@
 """Diagnostics of a run: means over tokens, the gap between teacher and student, leaked hints, collapse."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..data.teacher_prompt import hint_marker
 from .collapse import CollapseCallback
 from .trackers import log_histogram
-
-
-if TYPE_CHECKING:
-    from trl import DistillationTrainer as TRLTrainer
-else:
-    TRLTrainer = object  # a mixin, for any of TRL's trainers that generate
+from .trl_trainer import TRLTrainer
 
 
 NUM_SEGMENTS = 4
@@ -46,8 +41,9 @@ class DiagnosticsMixin(TRLTrainer):
         # After the forward, so that the collective does not run inside of it; every rank has the same keys
         if self._diagnostics:
             totals = torch.stack([torch.stack([s.float(), n.float()]) for s, n in self._diagnostics.values()])
-            totals = self.accelerator.reduce(totals, reduction="sum").tolist()
-            for name, (total, count) in zip(self._diagnostics, totals, strict=True):
+            totals = self.accelerator.reduce(totals, reduction="sum")
+            assert isinstance(totals, torch.Tensor)  # accelerate returns the type that it gets
+            for name, (total, count) in zip(self._diagnostics, totals.tolist(), strict=True):
                 if count:  # short completions have no token in some of their segments
                     self._metrics[self._mode][name].append(total / count)
         return output
@@ -57,8 +53,9 @@ class DiagnosticsMixin(TRLTrainer):
         if self._advantages[self._mode]:
             advantages = torch.cat(self._advantages[self._mode])
             self._advantages[self._mode].clear()
-            advantages = self.accelerator.pad_across_processes(advantages, pad_index=float("nan"))
-            advantages = self.accelerator.gather(advantages)
+            nan: Any = float("nan")  # accelerate's annotation allows integers only
+            advantages = self.accelerator.gather(self.accelerator.pad_across_processes(advantages, pad_index=nan))
+            assert isinstance(advantages, torch.Tensor)  # accelerate returns the type that it gets
             advantages = advantages[~advantages.isnan()]
             if self.is_world_process_zero() and len(advantages):
                 name = f"{self._mode}/advantage/histogram"
@@ -87,5 +84,6 @@ class DiagnosticsMixin(TRLTrainer):
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
         counts = torch.tensor([float(text.count(self._hint_marker)) for text in texts], device=completion_ids.device)
         counts = self.accelerator.gather(counts)
+        assert isinstance(counts, torch.Tensor)  # accelerate returns the type that it gets
         self._metrics[self._mode]["hint_leakage"].append((counts > 0).float().mean().item())
         self._metrics[self._mode]["hint_leakage/occurrences"].append(counts.mean().item())

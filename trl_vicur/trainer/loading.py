@@ -34,7 +34,9 @@ def load_defaults(
     name = model if isinstance(model, str) else get_config_model_id(model.config)
     if args is None:
         args = ViCuRConfig(f"{name.split('/')[-1]}-ViCuR")
-    revision = (args.model_init_kwargs or {}).get("revision")
+    model_init_kwargs = args.model_init_kwargs or {}
+    assert isinstance(model_init_kwargs, dict)  # the configuration parses JSON strings
+    revision = model_init_kwargs.get("revision")
     with naming_model(name):
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(
@@ -48,6 +50,7 @@ def load_defaults(
             config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
         else:
             config = model.config
+    assert processing_class is not None  # `from_pretrained` raises if there is none
     return args, processing_class, config
 
 

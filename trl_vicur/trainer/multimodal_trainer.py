@@ -7,27 +7,22 @@ import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.nn import functional as F
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 from trl.trainer.utils import pad
 
 from ..cue_recovery.positions import visual_token_ids
 from .mixed_precision import autocast, compute_dtype
+from .trl_trainer import TRLTrainer
 from .vision.blank_image import BlankImageRow
 from .vision.features import get_backbone, is_vision_frozen, lend_features, record_features, split_by_sample
 from .vision.image_processing import images_processed_once
 from .vision.videos import VIDEO_KEYS, split_videos
-
-
-if TYPE_CHECKING:
-    from trl import DistillationTrainer as TRLTrainer
-else:
-    TRLTrainer = object  # a mixin, for any of TRL's trainers that generate
 
 
 class MultimodalMixin(TRLTrainer):
@@ -139,7 +134,7 @@ class MultimodalMixin(TRLTrainer):
             inputs |= {name: fields[name] for name in ("pixel_values", "image_grid_thw")}
             inputs["num_images"] = _count_blocks(prompts, "image")
         inputs |= split_videos(fields, _count_blocks(prompts, "video"))
-        return send_to_device(inputs, self.accelerator.device)
+        return {name: send_to_device(value, self.accelerator.device) for name, value in inputs.items()}
 
     def _pad_left(self, sequences: list[list[int]], padding_value: int = 0) -> torch.Tensor:
         return pad(

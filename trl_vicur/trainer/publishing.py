@@ -1,33 +1,25 @@
 """The model card, and what else a model needs before it is uploaded to the Hub."""
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from accelerate.utils import is_peft_model
 from trl.trainer.utils import get_config_model_id
 
 from ..cue_recovery import CueRecoveryConfig
 from ..hub.local_traces import ignore_training_files, remove_local_base_model
 from ..hub.model_card import complete_model_card, measured_metrics
 from ..hub.names import hub_dataset_name, hub_model_name
-from .checkpoints import forget_best_checkpoint
-from .teachers.teacher import Teacher
+from .checkpoints import active_adapter_config, adapter_type, forget_best_checkpoint
 from .training_settings import training_settings
-from .vicur_config import ViCuRConfig
-
-
-if TYPE_CHECKING:
-    from trl import DistillationTrainer as TRLTrainer
-else:
-    TRLTrainer = object  # a mixin, for any of TRL's trainers
+from .trl_trainer import TRLTrainer
 
 
 class PublishingMixin(TRLTrainer):
     """Writes a card that shows how to load the model and how it was trained, and keeps local paths off the Hub."""
 
-    args: ViCuRConfig
-    teacher: Teacher
+    @property
+    def _output_dir(self) -> str:
+        assert self.args.output_dir is not None  # the configuration fills in a default
+        return self.args.output_dir
 
     def create_model_card(
         self,
@@ -39,15 +31,15 @@ class PublishingMixin(TRLTrainer):
         super().create_model_card(model_name, dataset_name, tags)
         if not self.is_world_process_zero():
             return
-        peft_config = self.model.peft_config[self.model.active_adapter] if is_peft_model(self.model) else None
+        peft_config = active_adapter_config(self.model)
         is_recovery = isinstance(peft_config, CueRecoveryConfig)
         if is_recovery:
             names = ("layer_interval", "sink_token", "r", "train_base")
-            what_trains = {f"`{name}`": getattr(peft_config, name) for name in names}
+            what_trains: dict[str, object] = {f"`{name}`": getattr(peft_config, name) for name in names}
         else:
-            what_trains = {"trained": "all weights" if peft_config is None else peft_config.peft_type.value}
+            what_trains = {"trained": "all weights" if peft_config is None else adapter_type(peft_config)}
         complete_model_card(
-            os.path.join(self.args.output_dir, "README.md"),
+            str(Path(self._output_dir, "README.md")),
             model_name=model_name,
             model_id=self.hub_model_id or self.args.hub_model_id,
             base_model=hub_model_name(get_config_model_id(self.model.config)),
@@ -61,7 +53,7 @@ class PublishingMixin(TRLTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        output_dir = self.args.output_dir if output_dir is None else output_dir
+        output_dir = self._output_dir if output_dir is None else output_dir
         if self.is_world_process_zero():
             ignore_training_files(output_dir)
             self.complete_model(output_dir, self.hub_model_id)
@@ -82,17 +74,17 @@ class PublishingMixin(TRLTrainer):
         remove_local_base_model(directory)
         hub_model_id, self.hub_model_id = self.hub_model_id, model_id
         try:
-            name = Path(model_id or self.args.hub_model_id or self.args.output_dir).name
+            name = Path(model_id or self.args.hub_model_id or self._output_dir).name
             self.create_model_card(model_name=name, tags=tags)
         finally:
             self.hub_model_id = hub_model_id
-        card = Path(self.args.output_dir, "README.md").read_bytes()
+        card = Path(self._output_dir, "README.md").read_bytes()
         Path(directory, "README.md").write_bytes(card)
 
     def init_hf_repo(self, *args, **kwargs) -> None:  # transformers 5.16 has no `private` yet
         super().init_hf_repo(*args, **kwargs)
         if self.is_world_process_zero():
-            ignore_training_files(self.args.output_dir)
+            ignore_training_files(self._output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self.is_world_process_zero():

@@ -5,11 +5,12 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model, send_to_device
+from accelerate.utils import send_to_device
 from datasets import IterableDataset
+from peft import PeftModel
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,6 +21,7 @@ from .checkpoints import (
     FILE_LIST_NAME,
     ROLLOUTS_NAME,
     CheckpointError,
+    active_adapter,
     batch_settings,
     check_adapter,
     check_batches,
@@ -27,21 +29,12 @@ from .checkpoints import (
     get_last_checkpoint,
     write_file_list,
 )
-from .teachers.teacher import Teacher
-from .vicur_config import ViCuRConfig
-
-
-if TYPE_CHECKING:
-    from trl import DistillationTrainer as TRLTrainer
-else:
-    TRLTrainer = object  # a mixin, for any of TRL's trainers that generate
+from .trl_trainer import TRLTrainer
 
 
 class ResumingMixin(TRLTrainer):
     """Seals checkpoints, finds the newest complete one, and restores rollouts, row order and the teacher's state."""
 
-    args: ViCuRConfig
-    teacher: Teacher
     _train_sampler: RepeatSampler
 
     @property
@@ -60,6 +53,7 @@ class ResumingMixin(TRLTrainer):
             `CheckpointError` (a `ValueError`): If the checkpoint is incomplete or of another model or other options.
         """
         if resume_from_checkpoint is True:
+            assert self.args.output_dir is not None  # the configuration fills in a default
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise CheckpointError(
@@ -107,10 +101,11 @@ class ResumingMixin(TRLTrainer):
         return os.path.join(checkpoint, ROLLOUTS_NAME.format(self.args.process_index))
 
     def _load_best_model(self):
+        name = active_adapter(self.model)
         is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if is_whole and is_peft_model(self.model) and self.model.active_adapter != "default":
+        if is_whole and isinstance(self.model, PeftModel) and name not in (None, "default"):
             # PEFT saves an adapter that is not named "default" in a subfolder, where Trainer does not look
-            name = self.model.active_adapter
+            assert self.state.best_model_checkpoint is not None  # Trainer calls this only if there is one
             self.model.load_adapter(os.path.join(self.state.best_model_checkpoint, name), name)
         else:
             super()._load_best_model()
@@ -160,5 +155,9 @@ class ResumingMixin(TRLTrainer):
         self._buffered_inputs = None
         if checkpoint is not None and self._is_within_rollouts:
             # Load on the CPU first: `torch.load` may not know the rank's own device ("cpu:0")
-            rollouts = torch.load(self._rollouts_path(checkpoint), map_location="cpu", weights_only=True)
-            self._buffered_inputs = send_to_device(rollouts, self.args.device)
+            rollouts: list[dict[str, Any]] = torch.load(
+                self._rollouts_path(checkpoint), map_location="cpu", weights_only=True
+            )
+            self._buffered_inputs = [
+                {name: send_to_device(value, self.args.device) for name, value in batch.items()} for batch in rollouts
+            ]

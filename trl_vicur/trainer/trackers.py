@@ -2,7 +2,7 @@
 
 import torch
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 
 
 NUM_BINS = 64
@@ -22,19 +22,23 @@ def log_histogram(callbacks: list[TrainerCallback], name: str, values: torch.Ten
         step (`int`):
             Optimizer steps so far.
     """
-    values = values.float().cpu().numpy()
+    array = values.float().cpu().numpy()
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback):
-            callback.tb_writer.add_histogram(name, values, step, bins=NUM_BINS)
+            assert callback.tb_writer is not None  # the callback makes it when training begins
+            # torch's annotation allows only the names of NumPy's estimators
+            callback.tb_writer.add_histogram(name, array, step, bins=NUM_BINS)  # pyright: ignore[reportArgumentType]
             callback.tb_writer.flush()
         elif isinstance(callback, WandbCallback):
             import wandb
 
-            wandb.log({name: wandb.Histogram(values, num_bins=NUM_BINS), "train/global_step": step})
+            # the annotation of wandb lacks arrays
+            histogram = wandb.Histogram(array, num_bins=NUM_BINS)  # pyright: ignore[reportArgumentType]
+            wandb.log({name: histogram, "train/global_step": step})
         elif isinstance(callback, TrackioCallback):
             import trackio
 
-            histogram = trackio.Histogram(values, num_bins=NUM_BINS)
+            histogram = trackio.Histogram(array, num_bins=NUM_BINS)
             trackio.log({name: histogram, "train/global_step": step}, step=step)
 
 
@@ -54,11 +58,13 @@ def alert(callbacks: list[TrainerCallback], title: str, text: str, step: int) ->
     """
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback):
+            assert callback.tb_writer is not None
             callback.tb_writer.add_text(title, text, step)
             callback.tb_writer.flush()
         elif isinstance(callback, WandbCallback):
             import wandb
 
+            assert wandb.run is not None
             wandb.run.alert(title, text, level="WARN")
         elif isinstance(callback, TrackioCallback):
             import trackio

@@ -5,15 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from torch import nn
 from torch.utils.data import Sampler
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
-from trl import DistillationTrainer
-from trl.trainer.utils import pad
+from trl.trainer.distillation_trainer import DistillationTrainer
+from trl.trainer.utils import RepeatSampler, pad
 
 from ..cue_recovery import CueRecoveryConfig, record_update_ratios
 from ..data.examples import Example, read_row
@@ -44,6 +42,7 @@ from .sentences import sentence_end_tokens
 from .teachers.building import build_teacher
 from .teachers.scores import StateScores, TeacherScores
 from .teachers.separate_teacher import SeparateTeacher
+from .teachers.teacher import Model
 from .teachers.teacher_server import TeacherServer
 from .vicur_config import ViCuRConfig
 from .vision.features import is_vision_frozen, record_features
@@ -162,18 +161,20 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
             peft_config.resolve_sink_token(processing_class)
 
         # All rows are checked before the model is even loaded
-        is_served = args.teacher_model_server_url is not None
-        server = TeacherServer.from_config(args, processing_class, teacher_model) if is_served else None
+        server = None
+        if args.teacher_model_server_url is not None:
+            assert isinstance(teacher_model, str | None)  # `check_options` refuses a model
+            server = TeacherServer.from_config(args, processing_class, teacher_model)
         self._row_checker = _make_row_checker(args, config, processing_class, server, bool(tools), recovery_configs)
         train_dataset, eval_dataset = self._check_train_dataset(train_dataset), self._check_eval_dataset(eval_dataset)
 
         self.use_liger_loss = args.use_liger_kernel
         leave_out_liger_kernels(args)
-        engine = engine_with_module(lambda: self.model) if args.use_vllm and recovery_configs else nullcontext()
+        engine = engine_with_module(self._get_peft_model) if args.use_vllm and recovery_configs else nullcontext()
         with engine, refusing_adapters_that_rewrite_the_base():
             super().__init__(
                 model=model,
-                teacher_model=None if is_served else teacher_model,
+                teacher_model=teacher_model if server is None else None,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -188,10 +189,15 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         self._prepare_teacher(server)
         self.model._upload_modified_files = ModelUpload(self)
 
+    def _get_peft_model(self) -> PeftModel:
+        assert isinstance(self.model, PeftModel)
+        return self.model
+
     def _prepare_student(self, recovery_configs: list[CueRecoveryConfig]) -> None:
         args = self.args
         if self.use_vllm:
-            self.vllm_generation = StudentGeneration(self.vllm_generation, *recovery_configs)
+            generation: Any = self.vllm_generation  # TRL's
+            self.vllm_generation = StudentGeneration(generation, *recovery_configs)
         self._has_module = bool(recovery_configs)
         self._corrects_vllm = (
             self.use_vllm
@@ -209,13 +215,14 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         self._forward_redirection = ForwardRedirection(self.accelerator.device.type)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
+            assert plugin is not None
             if plugin.mixed_precision_policy is not None:
                 # `FullyShardedDataParallelPlugin.set_mixed_precision` rounds a forward's outputs, here the loss
                 plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
             # `generate` reads this flag and keeps all ranks running until the last one finishes. FSDP1 modules are
             # recognized without it (transformers#33483), those of FSDP2 are not
-            student = self.model.get_base_model() if is_peft_model(self.model) else self.model
-            student._is_fsdp_managed_module = True
+            student = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            student._is_fsdp_managed_module = True  # pyright: ignore[reportArgumentType]
 
     def _prepare_teacher(self, server: TeacherServer | None) -> None:
         if self.teacher_model is not None:
@@ -258,22 +265,23 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
             for key, each in dataset.items()
         }
 
-    def evaluate(
+    # transformers annotates these with torch's datasets
+    def evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         # Datasets passed to `__init__` were checked there; a string names one of them
         if not isinstance(eval_dataset, str):
             eval_dataset = self._check_eval_dataset(eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # pyright: ignore[reportArgumentType]
 
-    def predict(
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, test_dataset: AnyDataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         test_dataset = check_dataset(test_dataset, "test_dataset", self._row_checker, self.args)
-        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)  # pyright: ignore[reportArgumentType]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -283,7 +291,9 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
     # --- Rollouts: the student's prompt, its completion, and the teacher's prompt ---
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        self._train_sampler = super()._get_train_sampler(dataset)
+        sampler = super()._get_train_sampler(dataset)
+        assert isinstance(sampler, RepeatSampler)
+        self._train_sampler = sampler
         self._train_sampler.repeat_count *= self.args.num_iterations
         return self._train_sampler
 
@@ -296,6 +306,7 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         inputs = super()._prepare_inputs(generation_batch)
         if self.args.distillation_mode == "sampled_token":
             unwrapped_student = self.accelerator.unwrap_model(self.model_wrapped)
+            assert self._buffered_inputs is not None  # TRL has just filled it
             for batch in self._buffered_inputs:
                 with torch.no_grad(), self.compute_loss_context_manager():
                     batch["old_logprobs"] = self._forward_redirection(
@@ -328,7 +339,7 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         if self._corrects_vllm:
             output["sampling_logprobs"] = pad(
                 [torch.tensor(logprobs) for logprobs in self.vllm_generation.sampled_logprobs],
-                padding_value=0.0,
+                padding_value=0,
                 padding_side="right",
                 pad_to_multiple_of=self.pad_to_multiple_of,
             ).to(self.accelerator.device)
@@ -347,8 +358,10 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
     def _teacher_prompts(self, examples: list[Example], output: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The teacher's prompts, left-padded. Their images and videos are the student's."""
         prompt_ids, _, multimodal_fields, *_ = self._tokenize_prompts([each.teacher_prompt for each in examples])
+        pad_token_id = self._tokenizer.pad_token_id
+        assert isinstance(pad_token_id, int)  # TRL sets one if the tokenizer has none
         teacher = {
-            "teacher_prompt_ids": self._pad_left(prompt_ids, self._tokenizer.pad_token_id),
+            "teacher_prompt_ids": self._pad_left(prompt_ids, pad_token_id),
             "teacher_prompt_mask": self._pad_left([[1] * len(ids) for ids in prompt_ids]),
         }
         for name in ("token_type_ids", "mm_token_type_ids"):
@@ -370,10 +383,10 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         may_share = self.args.share_vision_features == "auto" and not self.tools
         return may_share and self.teacher.shares_vision_features(self._vision_is_frozen)
 
-    def _student_hidden_states(self, unwrapped_student: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def _student_hidden_states(self, unwrapped_student: Model, inputs: dict[str, Any]) -> torch.Tensor:
         return self._completion_hidden_states(unwrapped_student, inputs, self._student_shares_features)
 
-    def _teacher_hidden_states(self, unwrapped_teacher: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def _teacher_hidden_states(self, unwrapped_teacher: Model, inputs: dict[str, Any]) -> torch.Tensor:
         """The teacher's hidden states for the same completion tokens after its own prompt."""
         if "teacher_prompt_ids" in inputs:
             prompt = {name: inputs[f"teacher_{name}"] for name in ("prompt_ids", "prompt_mask")}
@@ -384,7 +397,7 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
             inputs = {**inputs, **prompt}
         return self._completion_hidden_states(unwrapped_teacher, inputs, self._teacher_shares_features)
 
-    def _student_logprobs(self, unwrapped_student: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def _student_logprobs(self, unwrapped_student: Model, inputs: dict[str, Any]) -> torch.Tensor:
         """Log-probabilities of the completion tokens, `(batch, completion)`; zero on padding."""
         mask = inputs["completion_mask"].bool()
         states = self._student_hidden_states(unwrapped_student, inputs)[mask]
@@ -436,8 +449,9 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
             gap = teacher.token_logprobs(token_ids) - logprobs
         if gap is not None:
             self._diagnose_gap(gap, mask)
+            if diagnose:
+                self._advantages[self._mode].append(gap)
         if diagnose:
-            self._advantages[self._mode].append(gap)
             for layer, ratios in update_ratios.items():
                 if not any(inputs["num_image_tokens"]) and not any(inputs.get("num_video_tokens", [])):
                     ratios = ratios[:0]  # of a blank image

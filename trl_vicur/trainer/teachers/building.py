@@ -1,7 +1,6 @@
 """Which teacher scores the completions: decided here and nowhere else."""
 
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
@@ -51,7 +50,9 @@ def build_teacher(
             Runs a model over completions after the teacher's prompts, see `HiddenStates`.
     """
     if server is not None:
-        return ServedTeacher(server, processing_class, args.chat_template_kwargs or {})
+        chat_template_kwargs = args.chat_template_kwargs or {}
+        assert isinstance(chat_template_kwargs, dict)  # the configuration parses JSON strings
+        return ServedTeacher(server, processing_class, chat_template_kwargs)
     run = hidden_states, args.temperature
     if teacher_model is not None:
         name = hub_model_name(get_config_model_id(accelerator.unwrap_model(teacher_model).config)) or "another model"
@@ -62,7 +63,7 @@ def build_teacher(
         return LiveTeacher(*run, args.num_iterations)
     if args.teacher_model_kind == "ema":
         return EMATeacher(*run, student, args.teacher_update_rate, args.teacher_sync_steps)
-    if is_peft_model(student):
+    if isinstance(student, PeftModel):
         trained = trainable_base_weights(student)
         if not trained:
             return AdapterOffTeacher(*run)

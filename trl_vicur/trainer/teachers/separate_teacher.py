@@ -10,12 +10,12 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from trl.models import prepare_deepspeed
+from trl.models.utils import prepare_deepspeed
 
 from ..lm_head import LMHead
 from ..mixed_precision import ForwardRedirection
 from .scores import StateScores
-from .teacher import HiddenStates, Teacher
+from .teacher import HiddenStates, Model, Teacher
 
 
 class SeparateTeacher(Teacher):
@@ -37,8 +37,6 @@ class SeparateTeacher(Teacher):
             How a model card names the teacher.
     """
 
-    description: str = ""
-
     def __init__(
         self,
         hidden_states: HiddenStates,
@@ -56,7 +54,7 @@ class SeparateTeacher(Teacher):
         self.description = description
 
     @torch.no_grad()
-    def score(self, student: nn.Module, inputs: dict[str, Any]) -> StateScores:
+    def score(self, student: Model, inputs: dict[str, Any]) -> StateScores:
         self.model.eval()
         teacher = self.accelerator.unwrap_model(self.model)
         states = self.forward_redirection(self.model, teacher, self.hidden_states, teacher, inputs)

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import ProcessorMixin
 
 from ...hub.names import hub_model_name
 from .scores import ServedScores
-from .teacher import Teacher
+from .teacher import Model, Teacher
 from .teacher_server import ScoringRequest, TeacherServer
 
 
@@ -30,10 +29,7 @@ class ServedTeacher(Teacher):
         self.server = server
         self.processing_class = processing_class
         self.chat_template_kwargs = chat_template_kwargs
-
-    @property
-    def description(self) -> str:
-        return hub_model_name(self.server.model) or "another model"
+        self.description = hub_model_name(server.model) or "another model"
 
     def prepare(self, conversations: Sequence[list[dict[str, Any]]], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """
@@ -61,7 +57,7 @@ class ServedTeacher(Teacher):
             tensors["teacher_top_ids"] = _pad([each.top_ids for each in scores], mask, torch.long)
         return tensors
 
-    def score(self, student: nn.Module, inputs: dict[str, Any]) -> ServedScores:
+    def score(self, student: Model, inputs: dict[str, Any]) -> ServedScores:
         top = None
         if self.server.top_k:
             top = inputs["teacher_top_logprobs"], inputs["teacher_top_ids"]

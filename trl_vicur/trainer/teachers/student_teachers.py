@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..lm_head import LMHead
 from .scores import StateScores
-from .teacher import HiddenStates, Teacher
+from .teacher import HiddenStates, Model, Teacher
 
 
 EMA_TEACHER_FILE = "ema_teacher.safetensors"
@@ -36,11 +35,11 @@ class StudentTeacher(Teacher):
         self.temperature = temperature
 
     @abstractmethod
-    def weights(self, student: nn.Module) -> AbstractContextManager[None]:
+    def weights(self, student: Model) -> AbstractContextManager[None]:
         """While active, the student has the teacher's weights. For passes without gradient."""
 
     @contextmanager
-    def acting(self, student: nn.Module) -> Iterator[None]:
+    def acting(self, student: Model) -> Iterator[None]:
         """While active, the student is the teacher: with its weights, in evaluation mode."""
         was_training = student.training
         with self.weights(student):
@@ -51,7 +50,7 @@ class StudentTeacher(Teacher):
                 student.train(was_training)
 
     @torch.no_grad()
-    def score(self, student: nn.Module, inputs: dict[str, Any]) -> StateScores:
+    def score(self, student: Model, inputs: dict[str, Any]) -> StateScores:
         with self.acting(student):
             states = self.hidden_states(student, inputs)
             # The detached head keeps the teacher's weights after the student's are restored
@@ -66,7 +65,8 @@ class AdapterOffTeacher(StudentTeacher):
 
     description = "the student as it was"
 
-    def weights(self, student: PeftModel) -> AbstractContextManager[None]:
+    def weights(self, student: Model) -> AbstractContextManager[None]:
+        assert isinstance(student, PeftModel)
         return student.disable_adapter()
 
 
@@ -89,7 +89,7 @@ class LiveTeacher(StudentTeacher):
         super().__init__(hidden_states, temperature)
         self.num_iterations = num_iterations
 
-    def weights(self, student: nn.Module) -> AbstractContextManager[None]:
+    def weights(self, student: Model) -> AbstractContextManager[None]:
         return nullcontext()
 
     def shares_vision_features(self, is_vision_frozen: bool) -> bool:
@@ -110,7 +110,7 @@ class EMATeacher(StudentTeacher, TrainerCallback):
             Runs a model over completions, see `HiddenStates`.
         temperature (`float`):
             Temperature of the scores.
-        student (`nn.Module`):
+        student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student.
         update_rate (`float`):
             Weight of the student in each update.
@@ -121,7 +121,7 @@ class EMATeacher(StudentTeacher, TrainerCallback):
     description = "the student's average"
 
     def __init__(
-        self, hidden_states: HiddenStates, temperature: float, student: nn.Module, update_rate: float, sync_steps: int
+        self, hidden_states: HiddenStates, temperature: float, student: Model, update_rate: float, sync_steps: int
     ):
         super().__init__(hidden_states, temperature)
         self.parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
@@ -144,7 +144,7 @@ class EMATeacher(StudentTeacher, TrainerCallback):
                 average.lerp_(self.parameters[name].detach(), self.update_rate)
 
     @contextmanager
-    def weights(self, student: nn.Module) -> Iterator[None]:
+    def weights(self, student: Model) -> Iterator[None]:
         self._swap()
         try:
             yield

@@ -5,30 +5,35 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from .scores import TeacherScores
 
 
+Model = PreTrainedModel | PeftModel
 # Runs a model over a batch's completions, each after the teacher's prompt: `(batch, completion, hidden)`
-HiddenStates = Callable[[nn.Module, dict[str, Any]], torch.Tensor]
+HiddenStates = Callable[[Model, dict[str, Any]], torch.Tensor]
 
 
 class Teacher(ABC):
-    """Scores the student's completions, each after the teacher's own prompt."""
+    """
+    Scores the student's completions, each after the teacher's own prompt.
 
-    @property
-    @abstractmethod
-    def description(self) -> str:
-        """How a model card names the teacher."""
+    Attributes:
+        description (`str`):
+            How a model card names the teacher.
+    """
+
+    description: str
 
     @abstractmethod
-    def score(self, student: nn.Module, inputs: dict[str, Any]) -> TeacherScores:
+    def score(self, student: Model, inputs: dict[str, Any]) -> TeacherScores:
         """
         Score the completions of a micro-batch.
 
         Args:
-            student (`nn.Module`):
+            student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
                 The unwrapped student, within its wrapper's forward.
             inputs (`dict`):
                 The micro-batch, with the tensors that `prepare` returned.

@@ -143,19 +143,24 @@ class TeacherServer:
         """
         tokenizer = processing_class.tokenizer
         top_k = args.distillation_topk if args.distillation_mode == "topk_logits" else 0
+        assert args.teacher_model_server_url is not None
         server = cls(args.teacher_model_server_url, tokenizer, top_k, model, args.vllm_server_timeout)
+        chat_template_kwargs = args.chat_template_kwargs or {}
+        assert isinstance(chat_template_kwargs, dict)  # the configuration parses JSON strings
         completion_ids = tokenizer(PROBE_COMPLETION, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         for size in PROBE_SIZES:
             image = Image.new("RGB", (size, size))
             conversation = prepare_multimodal_messages([{"role": "user", "content": "-"}], images=[image])
-            template = dict(add_generation_prompt=True, **(args.chat_template_kwargs or {}))
-            inputs = processing_class.apply_chat_template([conversation], tokenize=True, return_dict=True, **template)
+            template: dict[str, Any] = {"add_generation_prompt": True, **chat_template_kwargs}
+            inputs: Any = processing_class.apply_chat_template(
+                [conversation], tokenize=True, return_dict=True, **template
+            )
             text = processing_class.apply_chat_template(conversation, tokenize=False, **template)
             short_prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             prompt_ids = list(inputs["input_ids"][0])
             if len(prompt_ids) + len(completion_ids) <= server.max_length:
                 server._probe(ScoringRequest(prompt_ids, short_prompt_ids, [image], completion_ids))
-        mode = server._thinking_mode(tokenizer, args.chat_template_kwargs)
+        mode = server._thinking_mode(tokenizer, chat_template_kwargs)
         warn_about_thinking_teacher(server.model, mode, processing_class, args)
         return server
 
@@ -180,7 +185,8 @@ class TeacherServer:
 
         def render(**variables: Any) -> str:
             body = {"model": self.model, "messages": MESSAGES, "chat_template_kwargs": variables}
-            return tokenizer.decode(self._client.post("/tokenize", body=body, cast_to=object)["tokens"])
+            answer: Any = self._client.post("/tokenize", body=body, cast_to=object)
+            return str(tokenizer.decode(answer["tokens"]))
 
         try:
             return thinking_mode(render, chat_template_kwargs)
@@ -195,7 +201,8 @@ class TeacherServer:
         client = self._client.with_options(max_retries=0, timeout=60.0)
         while True:
             try:
-                return client.get("/v1/models", cast_to=object)
+                models: Any = client.get("/v1/models", cast_to=object)
+                return models
             except (openai.APIConnectionError, openai.InternalServerError) as error:
                 if time.monotonic() >= deadline:
                     raise ConnectionError(
@@ -210,7 +217,7 @@ class TeacherServer:
     def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
         token_ids = list(range(len(tokenizer)))
         theirs = self._post("/detokenize", {"model": self.model, "tokens": token_ids})["prompt"]
-        ours = tokenizer.decode(token_ids)
+        ours = str(tokenizer.decode(token_ids))
         if theirs != ours:
             same = os.path.commonprefix([ours, theirs])
             raise ValueError(
@@ -286,7 +293,8 @@ class TeacherServer:
         import openai
 
         try:
-            return self._client.post(path, body=body, cast_to=object)
+            answer: Any = self._client.post(path, body=body, cast_to=object)
+            return answer
         except openai.APIStatusError as error:
             raise self._refusal(path, error) from error
         except openai.APIConnectionError as error:
