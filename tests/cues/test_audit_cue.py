@@ -222,6 +222,7 @@ def test_hostile_text(text):
     audit_cue("12", "How long?", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", ["AB is labelled 5. ", "12 ", "a", "(", "the ", "<|", "'", "1+"])
 def test_cue_of_one_megabyte(piece):
     audit_cue(piece * (2**20 // len(piece)), "How long is AB?", "12")

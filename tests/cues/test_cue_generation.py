@@ -429,6 +429,7 @@ def test_killed_while_the_dataset_is_moved_into_place(tmp_path, monkeypatch):
     assert generate_cues(make_dataset(), generator, tmp_path / "out")["cue"] == expected and generator.asked == []
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_what_is_written(tmp_path):
     """A limit on file sizes acts like a full disk: first in the store, later in the dataset."""
     rows = [{**row, "images": [make_image(i, size=(128, 128))]} for i, row in enumerate(make_rows(40))]
@@ -728,6 +729,7 @@ def test_endpoint_that_hangs_fails_the_row():
     assert result["cue"] == ["seen", None, "seen"] and "timed out" in result["cue_error"][1]
 
 
+@pytest.mark.slow
 def test_interruption_does_not_wait_for_an_endpoint_that_hangs():
     script = (
         "import signal, sys\n"

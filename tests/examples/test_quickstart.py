@@ -43,6 +43,7 @@ def test_committed_base_is_small():
     assert sum(path.stat().st_size for path in (EXAMPLES / "quickstart_base").iterdir()) <= 8 * 2**20
 
 
+@pytest.mark.slow
 def test_no_image_is_in_two_splits(easy_vqa_dataset):
     from datasets import Image, List
 
