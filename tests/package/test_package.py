@@ -1,10 +1,14 @@
-"""Importing the package and registering the PEFT method."""
+"""Importing the package, registering the PEFT method, and the length of functions."""
 
+import ast
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
+
+import trl_vicur
 
 
 def run_python(code: str) -> str:
@@ -51,3 +55,14 @@ def test_public_names_and_types():
     assert dir(trl_vicur) == sorted(trl_vicur.__all__)
     assert files("trl_vicur").joinpath("py.typed").is_file()
     assert trl_vicur.__version__
+
+
+def test_no_function_is_longer_than_60_lines():
+    """With signature and docstring; ruff's C901 limits the complexity."""
+    functions = {
+        f"{path.name}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for path in Path(trl_vicur.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in functions.items() if lines > 60} == {}
