@@ -435,6 +435,7 @@ def test_no_head_is_copied_to_float32(objective, monkeypatch):
     assert 0 < largest.numel <= 40 * 16  # gradients of the states; the smaller head has 70 x 16
 
 
+@pytest.mark.slow
 def test_gpu_kernels_agree_with_their_torch_form():
     """TRL's Triton kernels on float32 tiles, in Triton's interpreter, enabled before they are defined."""
     pytest.importorskip("triton")

@@ -241,6 +241,7 @@ def test_rollouts_of_another_batch_shape_objective_or_teacher_are_refused(tmp_pa
         train(tmp_path, resume=True, num_iterations=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True], ids=["dataset", "streamed"])
 def test_resumed_run_may_have_other_micro_batches_and_more_steps(tmp_path, streamed):
     """If no rollouts are pending: the same rows per step in other micro-batches, and more steps than planned."""

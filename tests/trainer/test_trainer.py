@@ -659,6 +659,7 @@ def test_liger_on_a_cpu_warns_that_kernels_need_a_gpu(tmp_path, processor):
         assert log["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full_logits", "topk_logits"])
 def test_distillation_moves_the_student_to_the_teacher(tmp_path, processor, mode):
     """A few steps remove most of the distance to a teacher with other weights."""
