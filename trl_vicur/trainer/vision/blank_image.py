@@ -1,8 +1,8 @@
 """
-A row with a blank image, for passes over text alone while other processes have images.
+A row with a blank image, for ranks whose rows have no image while those of other ranks do.
 
-A sharded model (FSDP2) gathers the layers of its vision tower from all processes, in rollouts as well, and a tower
-that trains gathers their gradients. A process whose rows have no image would leave the others waiting for ever.
+FSDP2 gathers the layers of a sharded vision tower from all ranks, also in rollouts, and the gradients of a vision
+tower that trains are reduced over all ranks. Without the blank image, the other ranks would wait forever.
 """
 
 from functools import cached_property
@@ -23,7 +23,7 @@ class BlankImageRow:
         processing_class ([`~transformers.ProcessorMixin`]):
             Processor of the model.
         image_token_id (`int`):
-            Token id that stands for a piece of an image.
+            Id of the token that stands for a patch of an image.
         chat_template_kwargs (`dict`):
             Further arguments of the chat template.
     """
@@ -38,7 +38,7 @@ class BlankImageRow:
         """The row's model inputs, as a batch of one."""
         message = {"role": "user", "content": "-"}
         prompt = prepare_multimodal_messages([message], images=[Image.new("RGB", (64, 64))])
-        inputs = self.processing_class.apply_chat_template(
+        inputs: Any = self.processing_class.apply_chat_template(  # annotated as `str`, but a dict of tensors here
             [prompt],
             add_generation_prompt=True,
             tokenize=True,
@@ -50,25 +50,25 @@ class BlankImageRow:
 
     @property
     def num_image_tokens(self) -> int:
-        """Number of its visual tokens."""
+        """Number of the row's visual tokens."""
         return int((self.inputs["input_ids"] == self.image_token_id).sum())
 
     def add_to_prompts(
         self, prompt_ids: list[list[int]], multimodal_fields: dict[str, Any]
     ) -> tuple[list[list[int]], dict[str, Any]]:
         """
-        Add the row behind prompts that are to be completed.
+        Append the row to prompts that are to be completed.
 
         Args:
             prompt_ids (`list[list[int]]`):
                 Token ids of text-only prompts.
             multimodal_fields (`dict`):
-                What the processor gave beside them: at most types of tokens.
+                Other outputs of the processor: at most token types.
 
         Returns:
             `tuple[list[list[int]], dict]`: The same with one more prompt.
         """
-        blank = dict(self.inputs)
+        blank: dict[str, Any] = dict(self.inputs)
         is_real = blank.pop("attention_mask")[0].bool()
         prompt_ids = [*prompt_ids, blank.pop("input_ids")[0][is_real].tolist()]
         for name in _token_type_names(blank):
@@ -80,7 +80,7 @@ class BlankImageRow:
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, multimodal_inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """
-        Add the row below a batch; whatever is shorter is padded on the left.
+        Append the row to a batch, and pad the shorter of the two on the left.
 
         Args:
             input_ids (`torch.Tensor` of shape `(batch, seq)`):
@@ -88,7 +88,7 @@ class BlankImageRow:
             attention_mask (`torch.Tensor` of shape `(batch, seq)`):
                 Their attention mask.
             multimodal_inputs (`dict`):
-                What the model gets beside them: at most types of tokens, `(batch, seq)`.
+                Further model inputs: at most token types, `(batch, seq)`.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, dict]`: The same with one more row and its pixels.

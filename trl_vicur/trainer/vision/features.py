@@ -1,30 +1,36 @@
 """
-Features of the vision tower, computed once for a sample and lent to every pass that sees the same pixels.
+Features of the vision tower, computed once for a sample and reused by every pass over the same pixels.
 
-A pass asks its backbone's `get_image_features` and `get_video_features`, be it a forward call or `generate`; while
-features are recorded or lent, these methods are other ones.
+Forward calls and `generate` get features from the backbone's `get_image_features` and `get_video_features`. These
+methods are replaced while features are recorded or lent.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from itertools import chain
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 
-def get_backbone(model: nn.Module) -> nn.Module:
+def get_backbone(model: nn.Module) -> PreTrainedModel:
     """The part of a transformers model, or of a PEFT model around one, that turns tokens and pixels into states."""
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    backbone = base.base_model
+    assert isinstance(backbone, PreTrainedModel)
+    return backbone
 
 
 def is_vision_frozen(model: nn.Module) -> bool:
-    """Whether nothing in front of the decoder (vision tower, merger) trains or belongs to an adapter."""
+    """Whether nothing before the decoder (vision tower, merger) trains or belongs to an adapter."""
     backbone = get_backbone(model)
     in_decoder = set(backbone.get_decoder().modules())
     outside = [module for module in backbone.modules() if module not in in_decoder]
@@ -38,7 +44,7 @@ def is_vision_frozen(model: nn.Module) -> bool:
 @contextmanager
 def record_features(model: nn.Module) -> Iterator[dict[str, list[ModelOutput]]]:
     """
-    While active, note what the vision tower computes. It computes it without gradient.
+    While active, record the output of the vision tower, which runs without gradient.
 
     Args:
         model (`nn.Module`):
@@ -54,7 +60,7 @@ def record_features(model: nn.Module) -> Iterator[dict[str, list[ModelOutput]]]:
         with torch.no_grad():
             output = encode(*args, **kwargs)
         if kind == "video" and outputs["image"] and outputs["image"][-1] is output:
-            outputs["image"].pop()  # Qwen3-VL has its videos encoded as images
+            outputs["image"].pop()  # Qwen3-VL's `get_video_features` calls `get_image_features`
         outputs[kind].append(output)
         return output
 
@@ -64,7 +70,7 @@ def record_features(model: nn.Module) -> Iterator[dict[str, list[ModelOutput]]]:
 
 def lend_features(model: nn.Module, samples: dict[str, list[dict]]) -> AbstractContextManager[None]:
     """
-    While active, the model gets these features in place of those of the pixels that it is given.
+    While active, the model gets these features instead of encoding its pixels.
 
     Args:
         model (`nn.Module`):
@@ -77,8 +83,8 @@ def lend_features(model: nn.Module, samples: dict[str, list[dict]]) -> AbstractC
 
 
 def _join_samples(samples: list[dict]) -> ModelOutput:
-    """The opposite of [`split_by_sample`]."""
-    features = {"pooler_output": _join([sample["pooler_output"] for sample in samples])}
+    """Inverse of [`split_by_sample`]."""
+    features: dict[str, Any] = {"pooler_output": _join([sample["pooler_output"] for sample in samples])}
     if "deepstack_features" in samples[0]:
         levels = zip(*(sample["deepstack_features"] for sample in samples), strict=True)
         features["deepstack_features"] = [_join(level) for level in levels]
@@ -89,12 +95,12 @@ def split_by_sample(output: ModelOutput, num_tokens: list[int]) -> list[dict] | 
     """
     Cut a batch's features into those of each sample, so that they can be shuffled and split with the batch.
 
-    Models return them by image (Qwen-VL), by sample (Idefics), by tile (InternVL), as one tensor (Gemma 3); in the
-    order of the prompts' visual tokens in any case, one for each, by which they are cut.
+    Models return them by image (Qwen-VL), by sample (Idefics), by tile (InternVL), or as one tensor (Gemma 3), but
+    always one feature for each visual token, in the order of the prompts. So they are cut by the number of tokens.
 
     Args:
         output (`ModelOutput`):
-            What the model's `get_image_features` or `get_video_features` returned.
+            Return value of the model's `get_image_features` or `get_video_features`.
         num_tokens (`list[int]`):
             Number of image tokens, or of video tokens, of each sample.
 
@@ -128,22 +134,22 @@ def _cut(features: torch.Tensor | Sequence[torch.Tensor] | None, num_tokens: lis
 
 
 def _join(parts: Sequence) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """The opposite of [`_cut`]."""
+    """Inverse of [`_cut`]."""
     return torch.cat(list(parts)) if isinstance(parts[0], torch.Tensor) else tuple(chain.from_iterable(parts))
 
 
 @contextmanager
 def _features_by(function: Callable[..., ModelOutput], model: nn.Module) -> Iterator[None]:
     """
-    While active, `function` answers for the backbone's `get_image_features` and `get_video_features`; its first
-    arguments are the kind, `"image"` or `"video"`, and that method.
+    While active, `function` replaces the backbone's `get_image_features` and `get_video_features`. Its first arguments
+    are the kind, `"image"` or `"video"`, and the replaced method.
     """
     backbone = get_backbone(model)
     methods = {kind: f"get_{kind}_features" for kind in ("image", "video")}
     methods = {kind: name for kind, name in methods.items() if hasattr(backbone, name)}
     for kind, name in methods.items():
         encode = getattr(backbone, name)
-        # `generate` reads the signature
+        # `wraps`, because `generate` reads the signature
         setattr(backbone, name, wraps(encode)(partial(function, kind, encode)))
     try:
         yield

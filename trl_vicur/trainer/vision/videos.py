@@ -1,4 +1,4 @@
-"""Model inputs of a batch's videos. TRL passes the videos of a prompt to the processor, but not to the model."""
+"""Model inputs of a batch's videos. TRL#5373: TRL passes videos to the processor, but not on to the model."""
 
 from itertools import accumulate, pairwise
 from typing import Any
