@@ -1,4 +1,4 @@
-"""Registers the PEFT method as soon as PEFT is imported, so that `import trl_vicur` itself does not import PEFT."""
+"""Registers the PEFT method when PEFT is imported, so that `import trl_vicur` itself need not import PEFT."""
 
 import importlib
 import importlib.abc
@@ -9,9 +9,10 @@ from types import ModuleType
 
 class _RegisterAfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """
-    Finds PEFT as Python would, runs its import, and then imports `trl_vicur.cue_recovery`, which registers.
+    Finds and imports PEFT as Python would, then imports `trl_vicur.cue_recovery`, which registers the method.
 
-    PEFT has no entry points for methods of other packages (PEFT#2273); with them this class would be superfluous.
+    PEFT has no entry points for methods of other packages (PEFT#2273 asks for them); with them, this class would be
+    superfluous.
     """
 
     _loader: importlib.abc.Loader
@@ -19,7 +20,7 @@ class _RegisterAfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path=None, target=None):
         if name != "peft":
             return None
-        # Many libraries only look whether PEFT is installed, and import it later or never: the finder stays
+        # Many libraries only check whether PEFT is installed, and import it later or never, so keep the finder
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         sys.meta_path.insert(0, self)
@@ -39,7 +40,7 @@ class _RegisterAfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def register_with_peft() -> None:
-    """Register now if PEFT is already imported, otherwise right after it is."""
+    """Register now if PEFT is already imported, otherwise right after it is imported."""
     if "peft" in sys.modules:
         importlib.import_module("trl_vicur.cue_recovery")
     else:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 class Command(NamedTuple):
     """
-    One of the commands. Its module, which is slow to import, has the parser of its arguments.
+    A command. The parser of its arguments is in its module, which is slow to import.
 
     Args:
         name (`str`):
-            One or more words after `trl-vicur` on the command line.
+            The word or words after `trl-vicur` on the command line.
         summary (`str`):
             One line of help.
         example (`str`):
@@ -77,7 +77,7 @@ COMMANDS = [
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command's name. Its help lists all commands."""
+    """Make the parser of the command's name, whose help lists all commands."""
     lines = [f"  {each.name:<15}{each.summary}\n{'':17}trl-vicur {each.name} {each.example}" for each in COMMANDS]
     parser = argparse.ArgumentParser(
         prog="trl-vicur",

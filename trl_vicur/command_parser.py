@@ -1,4 +1,4 @@
-"""The parser of the commands' arguments."""
+"""Argument parser of the commands."""
 
 import argparse
 import copy
@@ -50,7 +50,7 @@ class CommandParser(TrlParser):
         description (`str`):
             Description of the command, in a few sentences.
         examples (`str`):
-            Calls, shown line by line.
+            Example calls, one per line.
     """
 
     def __init__(self, dataclass_types: Iterable[type], prog: str, usage: str, description: str, examples: str):
@@ -73,7 +73,7 @@ class CommandParser(TrlParser):
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *flags: Any, **kwargs: Any) -> tuple:
         """
-        Parse the command line and the file of `--config`, as TRL's parser does.
+        Parse the command line and the `--config` file, as TRL's parser does.
 
         Raises:
             `ValueError`: If the file is not valid YAML, or contains unknown options.
@@ -84,10 +84,10 @@ class CommandParser(TrlParser):
         try:
             return super().parse_args_and_config(args, *flags, **kwargs)
         except yaml.YAMLError as error:
-            raise ValueError(f"The file of `--config` is not valid YAML: {error}") from error
+            raise ValueError(f"The `--config` file is not valid YAML: {error}") from error
 
     def show_first(self, title: str, names: Iterable[str]) -> None:
-        """Show options in a group of their own at the top of the help."""
+        """Show the named options in their own group, before all remaining options."""
         actions = {action.dest: action for action in self._optionals._group_actions}
         group = self.add_argument_group(title)
         for name in names:

@@ -1,4 +1,4 @@
-"""Optional dependencies: an error that names the extra which installs the missing package."""
+"""Optional dependencies: if one is missing, the error names the extra to install."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 @contextmanager
 def needs_extra(extra: str, user: str) -> Iterator[None]:
     """
-    Wrap imports of packages that only an extra installs.
+    Context manager for imports of packages that only an extra installs.
 
     Args:
         extra (`str`):
@@ -16,7 +16,7 @@ def needs_extra(extra: str, user: str) -> Iterator[None]:
             The function, class or command that needs the packages.
 
     Raises:
-        `ModuleNotFoundError`: If a package is missing; names the extra.
+        `ModuleNotFoundError`: If a package is missing. The message names the extra.
     """
     try:
         yield

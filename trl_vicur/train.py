@@ -4,7 +4,7 @@ Training from the command line.
     trl-vicur train --config vicur.yaml
     accelerate launch --module trl_vicur.train --config vicur.yaml
 
-The first command runs the second, after splitting the arguments into those for `accelerate launch` and those for the
+The first command runs the second, after splitting its arguments into those for `accelerate launch` and those for
 training.
 """
 
@@ -59,14 +59,14 @@ HELP = {
     "dataset_config": "Configuration of a dataset on the Hub.",
     "dataset_train_split": "Split to train on.",
     "dataset_test_split": "Split to evaluate on, with `--eval_strategy`.",
-    "dataset_streaming": "Whether to read, and check, rows only when they are trained on.",
+    "dataset_streaming": "Whether to stream the dataset: rows are read and checked only when training needs them.",
 }
 REQUIRED = ("model_name_or_path", "dataset_name")
 TRAINING_ARGUMENTS = [ScriptArguments, ModelConfig, ViCuRConfig, CueRecoveryArguments]
 
 
 def make_parser(prog: str = "trl-vicur train") -> CommandParser:
-    """The parser of all training options: those of TRL's scripts and models, `ViCuRConfig`, and the module."""
+    """Make the parser of all training options: TRL's script and model options, `ViCuRConfig`, and the module."""
     parser = CommandParser(
         TRAINING_ARGUMENTS,
         prog=prog,
@@ -89,17 +89,17 @@ def make_parser(prog: str = "trl-vicur train") -> CommandParser:
     )
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
-        # Checked by the parser, so that a missing one is reported before errors of other options
+        # Let the parser check these, so that a missing one is reported before errors in other options
         action.required = action.dest in REQUIRED
-    parser.show_first("what is trained, and on what", ["help", "config", *HELP, "output_dir"])
+    parser.show_first("models, data and output", ["help", "config", *HELP, "output_dir"])
     parser.show_first("the teacher and the loss (ViCuRConfig)", ViCuRConfig.__annotations__)
     parser.show_first("the student's module (CueRecoveryConfig)", CueRecoveryArguments.__annotations__)
-    parser._optionals.title = "all else (ModelConfig, DistillationConfig, TrainingArguments)"
+    parser._optionals.title = "all other options (ModelConfig, DistillationConfig, TrainingArguments)"
     return parser
 
 
 def make_peft_config(model_args: ModelConfig, recovery_args: CueRecoveryArguments) -> PeftConfig | None:
-    """The recovery module with TRL's LoRA options; without the module, TRL's own adapter."""
+    """Make the config of the recovery module with TRL's LoRA options; without the module, TRL's own adapter config."""
     lora_config = get_peft_config(model_args)
     if not recovery_args.cue_recovery:
         return lora_config
@@ -121,9 +121,9 @@ def make_peft_config(model_args: ModelConfig, recovery_args: CueRecoveryArgument
 
 
 def load_datasets(script_args: ScriptArguments, training_args: ViCuRConfig) -> dict[str, Dataset | IterableDataset]:
-    """The trainer's `train_dataset` and, if the training evaluates, its `eval_dataset`."""
+    """Load the trainer's `train_dataset` and, if evaluation is enabled, its `eval_dataset`."""
     name = script_args.dataset_name
-    assert name is not None  # the callers have checked it
+    assert name is not None  # the callers check it
     splits = {"train_dataset": script_args.dataset_train_split}
     if training_args.eval_strategy != "no":
         splits["eval_dataset"] = script_args.dataset_test_split
@@ -140,7 +140,7 @@ def make_trainer(
     recovery_args: CueRecoveryArguments,
 ) -> ViCuRTrainer:
     """
-    The trainer, with its datasets checked and its models loaded.
+    Make the trainer, which checks its datasets and loads its models.
 
     Raises:
         `ValueError` or `OSError`: If an option, a model or a row of a dataset is refused.
@@ -176,7 +176,7 @@ def main(
     training_args: ViCuRConfig,
     recovery_args: CueRecoveryArguments,
 ) -> None:
-    """Train and save, and push to the Hub on request."""
+    """Train and save the model, and push it to the Hub if requested."""
     try:
         trainer = make_trainer(script_args, model_args, training_args, recovery_args)
     except (ValueError, OSError, ImportError) as error:
@@ -193,7 +193,7 @@ def main(
 
 
 def read_resume_option(training_args: ViCuRConfig) -> str | bool | None:
-    """`resume_from_checkpoint`, in which the command line cannot tell `true` from a folder of this name."""
+    """`resume_from_checkpoint`, with "true" and "false" from the command line read as booleans, not as folders."""
     value = training_args.resume_from_checkpoint
     return {"true": True, "false": False}.get(str(value).lower(), value)
 
@@ -204,9 +204,9 @@ def parse_launch_arguments(options: list[str], training_arguments: Iterable[str]
 
     Args:
         options (`list[str]`):
-            Options that the training does not know.
+            Options that the training parser does not know.
         training_arguments (iterable of `str`, *optional*):
-            Options of the training, which `accelerate launch` passes on to this module.
+            Training options, which `accelerate launch` passes on to this module.
 
     Raises:
         `ValueError`: If `accelerate launch` does not know one of the options either.
@@ -227,11 +227,11 @@ def parse_launch_arguments(options: list[str], training_arguments: Iterable[str]
 def set_launch_defaults(launch_args: argparse.Namespace) -> None:
     """
     Set the defaults that `accelerate launch` uses without a configuration file, so that it does not warn about them at
-    every start. On CPUs, start as many processes as requested, where it would start one.
+    every start. On CPUs, start as many processes as requested; `accelerate launch` would start only one.
     """
     launch_args.num_processes = launch_args.num_processes or max(1, torch.accelerator.device_count())
     launch_args.num_machines = launch_args.num_machines or 1
-    launch_args.mixed_precision = launch_args.mixed_precision or "no"  # `--bf16` and `--fp16` replace it
+    launch_args.mixed_precision = launch_args.mixed_precision or "no"  # `--bf16` and `--fp16` override it
     launch_args.dynamo_backend = launch_args.dynamo_backend or "no"
     others = ("tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "mpirun_hostfile")
     if launch_args.num_processes > 1 and not any(getattr(launch_args, name) for name in others):
@@ -248,8 +248,8 @@ def train(arguments: list[str]) -> None:
     )
     for name, value in zip(REQUIRED, (model_args.model_name_or_path, script_args.dataset_name), strict=True):
         if value is None:
-            raise ValueError(f"`--{name}` is missing, on the command line and in the file of `--config`.")
-    # Options that the training does not know are for accelerate. Remove them, in order, from the command line
+            raise ValueError(f"`--{name}` is missing, on the command line and in the `--config` file.")
+    # Options that the training parser does not know are for accelerate. Remove them, in order, from the command line
     left = deque(of_command_line)
     training_arguments = []
     for argument in arguments:
@@ -265,5 +265,5 @@ def train(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Unknown options in the file of `--config` are for accelerate; `train` has checked them
+    # Unknown options in the `--config` file are for accelerate; `train` has checked them
     main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))

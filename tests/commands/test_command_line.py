@@ -102,7 +102,7 @@ def test_options_file_that_is_not_valid_yaml(tmp_path, capsys, command):
     (tmp_path / "config.yaml").write_text("learning_rate: [1\nepsilon: }")
     assert main([*command.split(), "--config", str(tmp_path / "config.yaml")]) == 1
     printed = capsys.readouterr().err
-    assert "The file of `--config` is not valid YAML: while parsing" in printed and "config.yaml" in printed
+    assert "The `--config` file is not valid YAML: while parsing" in printed and "config.yaml" in printed
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def test_invariant_4_packed_rows_are_refused(processor, mark):
     model = randomize(attach(make_qwen3_vl(), processor))
     inputs, positions = packed(processor)
     marks = PACKING_MARKS[mark](positions)
-    with pytest.raises(ValueError, match=r"Row\(s\) \[0\] of the batch hold several samples, and images.*Pad the"):
+    with pytest.raises(ValueError, match=r"Row\(s\) \[0\] of the batch hold images and several samples.*Pad the"):
         model(**inputs, **marks)
     with model.disable_adapter():
         model(**inputs, **marks)

@@ -2,8 +2,8 @@ from peft.utils import PeftType, register_peft_method
 
 
 def _add_peft_type(name: str) -> None:
-    # `register_peft_method` (PEFT#2282) wants a member of the enum `PeftType`, and a method of another package cannot
-    # add one (PEFT#2273 asks for it)
+    # `register_peft_method` (PEFT#2282) needs a member of the enum `PeftType`, and PEFT has no way for another package
+    # to add one (PEFT#2273 asks for it)
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     PeftType._member_map_[name] = PeftType._value2member_map_[name] = member

@@ -1,9 +1,10 @@
 """
-Cross-attention from the sink to the visual tokens (ViCuR, Eq. 3-4): first as the paper writes it, then the folded form
-that runs, and what its backward pass saves.
+Cross-attention from the sink to the visual tokens (ViCuR, Eq. 3-4): the plain form as in the paper, the folded form
+that the model runs, and its backward pass.
 
-Figures are of one module at Qwen3-VL-2B's widths in float32, for one sample of 1,782 visual and 64 text tokens, on one
-thread of a CPU (benchmarks/README.md has more). Tests are in tests/cue_recovery/test_sink_cross_attention.py.
+The times and sizes below are for one module at Qwen3-VL-2B's widths in float32 and one sample of 1,782 visual and 64
+text tokens, on one CPU thread (benchmarks/README.md has more). Tests are in
+tests/cue_recovery/test_sink_cross_attention.py.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +34,7 @@ class SinkCrossAttention(nn.Module):
             Width of queries, keys and values, over all heads. Defaults to `hidden_size`, as in the paper.
 
     Raises:
-        `ValueError`: If `num_heads` does not divide that width.
+        `ValueError`: If `num_heads` does not divide the width.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, eps: float, bottleneck_size: int | None = None):
@@ -56,7 +57,7 @@ class SinkCrossAttention(nn.Module):
         self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor
     ) -> torch.Tensor:
         """
-        The update z of the sink as Eq. 3-4 are written: the reference for [`SinkCrossAttention.forward`].
+        Compute the sink's update z exactly as in Eq. 3-4: the reference for [`SinkCrossAttention.forward`].
 
         Args:
             sink (`torch.Tensor` of shape `(batch, hidden)`):
@@ -81,13 +82,13 @@ class SinkCrossAttention(nn.Module):
 
     def forward(self, sink: torch.Tensor, hidden_states: torch.Tensor, visual_mask: torch.Tensor) -> torch.Tensor:
         """
-        The same update in the folded form, O(seq · hidden · heads) instead of O(seq · hidden²): 16 instead of 241
-        ms, with backward 50 instead of 674 ms, and 0.3 instead of 60.7 MB saved for backward.
-        `test_folded_equals_plain_forward_and_backward` holds it to the plain form.
+        Compute the same update in the folded form, in O(seq · hidden · heads) instead of O(seq · hidden²): 16 ms
+        instead of 241 ms, 50 ms instead of 674 ms with the backward pass, and 0.3 MB instead of 60.7 MB saved for
+        backward. `test_folded_equals_plain_forward_and_backward` checks it against the plain form.
 
         There is one query, so W_K is applied to the query and W_V to each head's average of the tokens; keys and
-        values are never materialized. Each weight is read only in the forward of the submodule that owns it: with
-        offloading, accelerate's hooks load a weight just for that call.
+        values are never materialized. Each weight is read only in the forward of the submodule that owns it, because
+        with offloading, accelerate's hooks load a weight only for that call.
 
         Args:
             sink (`torch.Tensor` of shape `(batch, hidden)`):
@@ -100,7 +101,7 @@ class SinkCrossAttention(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, hidden)`: The update, to be added to the sink.
         """
-        # Autocast would copy all hidden states, and all weights, to use them once
+        # Autocast would cast, and so copy, all hidden states and weights for a single use
         with maybe_autocast(hidden_states.device.type, enabled=False):
             query, mask = self._folded_query(sink), additive_mask(visual_mask, hidden_states)
             averaged = self.kv_norm(query, hidden_states, mask, self.head_dim**-0.5)
@@ -163,7 +164,7 @@ class NormedAverage(nn.Module):
             hidden_states (`torch.Tensor` of shape `(batch, seq, hidden)`):
                 Hidden states of the whole sequences.
             mask (`torch.Tensor` of shape `(batch, seq)`):
-                Added to the scores.
+                Additive mask for the scores.
             scale (`float`):
                 Factor on the scores.
             weights_only (`bool`, *optional*, defaults to `False`):
@@ -181,16 +182,16 @@ class NormedAverage(nn.Module):
         args = (folded_query, hidden_states, weight, mask, scale, self.eps)
         if weights_only:
             return _attend(*args, dtype=_float32_at_least(hidden_states))[0]
-        # A compiler decides by itself what it saves
+        # Under `torch.compile`, the compiler decides what to save
         averaged = _average(*args) if torch.compiler.is_compiling() else _RecomputedAverage.apply(*args)
         return averaged if weight is not None else averaged * self.weight
 
 
 def additive_mask(visual_mask: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    """0 at visual tokens, elsewhere so low that the weight is exactly zero if the sample has visual tokens."""
+    """0 at visual tokens; elsewhere so low that, in a sample with visual tokens, the weights are exactly zero."""
     if visual_mask.is_floating_point():
         return visual_mask
-    # Half the minimum, since a score is added: with -inf, samples without visual tokens would become NaN
+    # Half the minimum leaves room for adding the score; -inf would give NaN in samples without visual tokens
     low = torch.finfo(hidden_states.dtype).min / 2
     return hidden_states.new_full(visual_mask.shape, low).masked_fill_(visual_mask.to(hidden_states.device), 0.0)
 
@@ -206,7 +207,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Attention weights `(batch, heads, seq)` in `dtype`, and the normalized hidden states. States are normalized before
-    the product with the query, so that outliers overflow float16 no earlier than in Eq. 3-4 as written
+    the product with the query, so that outliers overflow float16 no sooner than in the plain form
     (`test_no_scale_of_a_token_overflows_low_precision`).
     """
     normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, eps)
@@ -234,9 +235,9 @@ def _float32_at_least(tensor: torch.Tensor) -> torch.dtype:
 
 class _RecomputedAverage(torch.autograd.Function):
     """
-    [`_average`] that saves only its inputs: 0.3 MB instead of 30.7 MB, of which half are the normalized hidden states,
-    `(batch, seq, hidden)`, which one kernel recomputes. `test_keys_and_values_do_not_materialize` and
-    `test_folded_equals_plain_forward_and_backward` hold it to that.
+    [`_average`], saving only its inputs for backward: 0.3 MB instead of 30.7 MB. Half of the 30.7 MB is normalized
+    hidden states `(batch, seq, hidden)`, which a single kernel recomputes. `test_keys_and_values_do_not_materialize`
+    and `test_folded_equals_plain_forward_and_backward` check this.
     """
 
     @staticmethod
@@ -251,7 +252,7 @@ class _RecomputedAverage(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(folded_query, hidden_states, weight, mask)
         ctx.scale, ctx.eps = scale, eps
-        # No `dtype`: in low precision softmax computes in float32 anyway and rounds its result, which saves a kernel
+        # No `dtype`: in low precision, softmax computes in float32 anyway and rounds its result, which saves a cast
         weights, normed = _attend(folded_query, hidden_states, weight, mask, scale, eps)
         return torch.bmm(weights, normed)
 
@@ -280,14 +281,14 @@ def _recomputed_gradients(
         folded_query = folded_query.detach().requires_grad_(needs_grad[0])
         hidden_states = hidden_states.detach().requires_grad_(needs_grad[1])
         weight = None if weight is None else weight.detach().requires_grad_(needs_grad[2])
-        # Scale the query: a scale on the product would be applied to the gradient of all hidden states
+        # Scale the query rather than the scores, whose backward would scale the gradient of all hidden states
         scaled_query, dtype = folded_query * scale, _float32_at_least(hidden_states)
         weights, normed = _attend(scaled_query, hidden_states, weight, mask, 1.0, eps, dtype)
         weights = weights.to(normed.dtype)
     inputs = (folded_query, hidden_states, weight)
     wanted = [each for each in inputs if each is not None and each.requires_grad]
     outputs, grads_of_outputs = [weights], [torch.bmm(grad, normed.detach().mT)]
-    if normed.requires_grad:  # not in the first module, above a frozen backbone
+    if normed.requires_grad:  # not in the first module of a frozen backbone
         outputs.append(normed)
         grads_of_outputs.append(torch.bmm(weights.detach().mT, grad))
     grads = iter(torch.autograd.grad(outputs, wanted, grads_of_outputs))
@@ -305,13 +306,12 @@ def _low_rank_gradients(
     needs_grad: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """
-    The same gradients on a CPU, which has no fused `rms_norm` (pytorch#153666 added one for GPUs): with the forward
-    pass, 50 instead of 115 ms.
-    `test_both_backward_passes_equal_autograd` holds the two together.
+    The same gradients for CPUs, which have no fused `rms_norm` (pytorch#153666 added one for GPUs): 50 ms instead of
+    115 ms for forward and backward. `test_both_backward_passes_equal_autograd` checks that both versions agree.
 
-    The gradient of the normalized states is a sum of 2 · heads outer products: coefficients of the tokens times
-    directions in the hidden size. So only the gradient of the hidden states is as large as they are. Not for low
-    precision, in which products with states that are not normalized could overflow.
+    The gradient of the normalized states is a sum of 2 · heads outer products: per-token coefficients times
+    directions `(hidden,)`. So the only tensor of size `(batch, seq, hidden)` is the result. Not used in low precision,
+    where products with unnormalized states could overflow.
     """
     directions = torch.cat([grad, folded_query * scale], dim=1)
     weighted = directions if weight is None else directions * weight
@@ -322,7 +322,7 @@ def _low_rank_gradients(
     weights = (scores + mask.unsqueeze(1)).softmax(dim=-1)
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True))
     coefficients = torch.cat([weights, grad_scores], dim=1)
-    # The norm undoes what only changes the length of a state
+    # A change along the state's own direction does not change its normalized value: remove that component
     along_state = (coefficients * products).sum(dim=1, keepdim=True) / hidden_states.shape[-1] * inverse_rms.square()
     coefficients = coefficients * inverse_rms
     sums = torch.bmm(coefficients, hidden_states)
@@ -336,9 +336,9 @@ def _low_rank_gradients(
 
 class _HeadwiseLinear(torch.autograd.Function):
     """
-    Each head's own projection, in 50 instead of the 59 ms that the module needs with an `einsum`, forward and
-    backward: autograd would compute the gradient of the weights transposed and copy all of it.
-    `test_folded_equals_plain_forward_and_backward` holds it to the plain form.
+    Each head's own projection. With it, forward and backward of the module take 50 ms; with an `einsum`, for which
+    autograd would compute a transposed gradient of the weights and copy it, 59 ms.
+    `test_folded_equals_plain_forward_and_backward` checks it against the plain form.
 
     Inputs are `(batch, heads, hidden)`, weights `(heads, head_dim, hidden)`, outputs `(batch, heads, head_dim)`.
     """
@@ -346,7 +346,7 @@ class _HeadwiseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
-        # In the memory layout that W_O reads without the copy that an `einsum` would need
+        # Write the layout that W_O can read directly; an `einsum` would need a copy
         outputs = inputs.new_empty(*inputs.shape[:2], weight.shape[1])
         torch.bmm(inputs.transpose(0, 1), weight.mT, out=outputs.transpose(0, 1))
         return outputs
@@ -361,11 +361,11 @@ class _HeadwiseLinear(torch.autograd.Function):
 
 class SavedOutput:
     """
-    Makes autograd save the output of a recovery layer instead of its input, which saves 15.1 MB of hidden states.
-    `test_layer_keeps_no_hidden_states_of_its_own` and `test_layer_equals_plain_forward_and_backward` hold it to that.
+    Makes autograd keep the output of a recovery layer instead of its input, which saves 15.1 MB of hidden states.
+    `test_layer_keeps_no_hidden_states_of_its_own` and `test_layer_equals_plain_forward_and_backward` check this.
 
-    The two differ in the sinks only, and the sinks are no visual tokens: their attention weight is exactly zero, so
-    no gradient of the hidden states depends on them. The decoder layer saves the recovery layer's output anyway.
+    Input and output differ only at the sinks. Sinks are not visual tokens, so their attention weight is exactly zero
+    and no gradient of the attention depends on their values. The decoder layer saves the output anyway.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch, seq, hidden)`):
@@ -373,23 +373,23 @@ class SavedOutput:
     """
 
     def __init__(self, hidden_states: torch.Tensor):
-        # A compiler decides by itself what it saves
+        # Under `torch.compile`, the compiler decides what to save
         self.is_active = (
             torch.is_grad_enabled() and hidden_states.is_contiguous() and not torch.compiler.is_compiling()
         )
         if self.is_active:
-            # Not the tensor itself, which the hooks would keep alive
+            # Not the tensor itself: the hooks would keep it alive
             self.address = hidden_states.untyped_storage().data_ptr()
             self.offset = hidden_states.storage_offset()
         self.output: torch.Tensor | None = None
         self.version = 0
 
     def hooks(self) -> AbstractContextManager:
-        """While active, autograd saves shape, strides and offset of each view of the input instead of the view."""
+        """Context in which autograd saves shape, strides and offset of each view of the input instead of the view."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack) if self.is_active else nullcontext()
 
     def set_output(self, output: torch.Tensor) -> None:
-        """Give the backward pass the output to read."""
+        """Set the output that the backward pass will read."""
         if self.is_active:
             self.output, self.version = output.detach(), output._version
 

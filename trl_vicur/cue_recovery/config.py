@@ -21,17 +21,17 @@ class CueRecoveryConfig(LoraConfig):
         > Parameters that control the recovery module
 
         layer_interval (`int`, *optional*, defaults to `5`):
-            Decoder layers whose output is updated: 0, `layer_interval`, 2 · `layer_interval`, … but never the last
-            one, because an update of its output cannot reach any other token.
+            Update the output of decoder layers 0, `layer_interval`, 2 · `layer_interval`, … but never of the last one,
+            because no other token reads that output.
         sink_token (`str`, *optional*, defaults to `"first"`):
             The token that gathers the evidence: `"first"`, the sample's first token that is not padding (the paper's
-            choice), or a token string, for that token's first occurrence. `"<|im_end|>"` ends the first turn of Qwen's
-            prompts, so it has seen the question if there is no system turn. A token string needs
-            [`CueRecoveryConfig.resolve_sink_token`], which [`ViCuRTrainer`] calls, and a prompt with an image that
-            lacks the token is an error.
+            choice), or a token string, which selects that token's first occurrence. `"<|im_end|>"` ends the first turn
+            of Qwen's prompts, so without a system turn it attends to the question. A token string must be looked up
+            with [`CueRecoveryConfig.resolve_sink_token`], which [`ViCuRTrainer`] does. A prompt that has an image but
+            not this token raises an error.
         num_heads (`int`, *optional*):
             Number of attention heads; must divide the width of queries, keys and values. Defaults to the text
-            model's. Choose fewer for a small `bottleneck_size`, so that each is not too narrow.
+            model's. Use fewer with a small `bottleneck_size`, so that heads do not become too narrow.
         bottleneck_size (`int`, *optional*):
             Width of queries, keys and values, over all heads: a module has `4 * bottleneck_size * hidden_size`
             parameters. Defaults to the hidden size (the paper's setting).
@@ -44,7 +44,7 @@ class CueRecoveryConfig(LoraConfig):
             Whether the backbone's own weights train as well (the paper's setting) and are saved with the adapter,
             which must then be the model's only one.
 
-        > Parameters that are filled in, and stored so that an adapter loads without a tokenizer
+        > Parameters that are filled in automatically, and stored so that an adapter loads without a tokenizer
 
         sink_token_ids (`list[int]`, *optional*):
             The sink token's id, as a list of one. Filled in by [`CueRecoveryConfig.resolve_sink_token`].
@@ -52,7 +52,7 @@ class CueRecoveryConfig(LoraConfig):
             Hidden size and number of decoder layers of the text model that the adapter was trained on.
 
     Raises:
-        `ValueError`: If an option has a value that is not allowed.
+        `ValueError`: If an option has an invalid value.
     """
 
     r: int = field(default=0, metadata={"help": "LoRA rank on the backbone. 0 trains the recovery module alone."})
@@ -115,7 +115,7 @@ class CueRecoveryConfig(LoraConfig):
 
     @property
     def sink_token_id(self) -> int | None:
-        """Id of the sink token; `None` for the first token of the sample."""
+        """Id of the sink token; `None` if the sink is the first token of the sample."""
         if self.sink_token == "first":
             return None
         assert self.sink_token_ids is not None, "see `resolve_sink_token`"
@@ -126,7 +126,7 @@ class CueRecoveryConfig(LoraConfig):
         return {name: getattr(self, name) for name in MODULE_OPTIONS}
 
     def check_size(self, text_config: PreTrainedConfig, model_name: str) -> None:
-        """Raise a `ValueError` that names the model if the adapter was made for a text model of another size."""
+        """Raise a `ValueError` that names the model if the adapter was made for a text model of a different size."""
         for size in ("hidden_size", "num_hidden_layers"):
             expected, actual = getattr(self, size), getattr(text_config, size)
             if expected not in (None, actual):

@@ -1,4 +1,4 @@
-"""What cue recovery needs of a model family, and how it finds the parts that families name differently."""
+"""Requirements on a model family, and lookups of parts that families name differently."""
 
 import re
 from inspect import signature
@@ -11,10 +11,10 @@ from .positions import visual_token_ids
 
 def refuse_unsupported_family(model: PreTrainedModel) -> None:
     """
-    Refuse a model whose decoder layers cannot read the image's hidden states, or cannot be given positions.
+    Refuse a model whose decoder layers do not process the image's hidden states, or cannot receive positions.
 
     Raises:
-        `ValueError`: If the model has no visual tokens, keeps the image outside the decoder, or passes no keyword
+        `ValueError`: If the model has no visual tokens, keeps the image outside the decoder, or does not pass keyword
             arguments on to its decoder layers.
     """
     family = type(model).__name__
@@ -26,7 +26,7 @@ def refuse_unsupported_family(model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder or "cross_attention_layers" in model.config.get_text_config().to_dict():
         raise ValueError(
             f"Cue recovery reads the image among the decoder's hidden states, but {family} keeps it outside "
-            "(encoder-decoder, or cross-attention to the image). Use a model whose image tokens stand in the prompt, "
+            "(encoder-decoder, or cross-attention to the image). Use a model that has image tokens in its prompt, "
             "such as Qwen3-VL."
         )
     decoder = model.get_decoder()
@@ -35,8 +35,8 @@ def refuse_unsupported_family(model: PreTrainedModel) -> None:
         for module in (model.base_model, decoder)
     ):
         raise ValueError(
-            f"Cue recovery needs a decoder with `layers` that get the keyword arguments of the backbone's call, but "
-            f"{type(decoder).__name__} of {family} has none. This model family is not supported."
+            f"Cue recovery needs a decoder whose `layers` receive the keyword arguments of the backbone's call, but "
+            f"{type(decoder).__name__} of {family} has no such layers. This model family is not supported."
         )
 
 
@@ -47,7 +47,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def linear_layers_of_decoder(model: PreTrainedModel) -> str:
-    """Pattern of the names of all linear layers of the text decoder, for `target_modules`."""
+    """Regular expression for `target_modules` that matches all linear layers of the text decoder."""
     layers = decoder_layers(model)
     path = next(name for name, module in model.named_modules() if module is layers)
     linear_names = {
@@ -59,6 +59,6 @@ def linear_layers_of_decoder(model: PreTrainedModel) -> str:
 
 
 def norm_eps(text_config: PreTrainedConfig) -> float:
-    """Epsilon of the text model's norms, under the name that its family has for it."""
+    """Epsilon of the text model's norms, whatever the family calls it."""
     settings = text_config.to_dict()
     return next(settings[name] for name in ("rms_norm_eps", "norm_eps", "layer_norm_eps") if name in settings)

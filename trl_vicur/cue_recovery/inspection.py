@@ -27,13 +27,14 @@ def record_update_ratios(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
             A model with cue recovery attached; without it, nothing is recorded.
 
     Yields:
-        `dict[str, torch.Tensor]`: Filled by the model's forward calls: for each decoder layer (`"layers.1"`) the ratio
-            per sample that has a sink and visual tokens, of shape `(samples,)`; of the last call.
+        `dict[str, torch.Tensor]`: For each decoder layer (`"layers.1"`), the ratio of each sample that has a sink and
+            visual tokens, of shape `(samples,)`. Each forward call overwrites the ratios of the one before.
     """
     ratios: dict[str, torch.Tensor] = {}
 
     def record(name: str):
-        # Without gradient: a gradient checkpoint compares what its two runs save, and the second has no hook
+        # No gradients: gradient checkpointing compares the tensors that its two runs save, and the second runs without
+        # this hook
         @torch.no_grad()
         def hook(layer: CueRecoveryLayer, args: tuple[torch.Tensor, CueRecoveryContext], output: torch.Tensor) -> None:
             hidden_states, context = args
@@ -67,8 +68,8 @@ def sink_attention(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.
 
     Returns:
         `dict[str, torch.Tensor]`: For each decoder layer with a module (`"layers.1"`) the attention weights of shape
-            `(batch, heads, seq)`, in float32; zero on all tokens that are not visual, and in samples that have no sink
-            or no visual tokens. Of several active adapters, the last one's.
+            `(batch, heads, seq)`, in float32; zero at all tokens that are not visual, and in samples without a sink or
+            visual tokens. With several active adapters, the weights are the last one's.
     """
     weights = {}
 

@@ -9,8 +9,8 @@ from .attention import SavedOutput, SinkCrossAttention, additive_mask
 from .config import CueRecoveryConfig
 
 
-# An additive mask, `(batch, seq)`, and for each active adapter the sinks' indices (0 where there is none),
-# `(batch, 1, 1)`, and whether a sample is left untouched, `(batch, 1)`
+# An additive mask `(batch, seq)`; and for each active adapter, the sinks' indices `(batch, 1, 1)`, 0 where a sample
+# has no sink, and whether a sample is left untouched `(batch, 1)`
 LayerInputs = tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]
 
 
@@ -19,8 +19,8 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
     The tuner layer of one decoder layer: a [`SinkCrossAttention`] per adapter, applied to the decoder layer's input.
 
     It is attached to the decoder layer as a child named `cue_recovery` and runs in a pre-forward hook. The input of
-    layer l+1 is the output of layer l after DeepStack. Unlike a wrapper, a child leaves the names of all other
-    parameters as they are and shares the decoder layer's FSDP shard and device.
+    layer l+1 is the output of layer l after DeepStack. Unlike a wrapper, a child does not change the names
+    of any other parameters, and it shares the decoder layer's FSDP shard and device.
 
     Args:
         decoder_layer (`nn.Module`):
@@ -34,14 +34,14 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
         self.sink_attention = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters = []
-        # In a tuple, so that the parent is not registered as a child of its child
+        # In a tuple, so that torch does not register the parent as a child of its own child
         self._decoder_layer = (decoder_layer,)
         self._hook = decoder_layer.register_forward_pre_hook(update_sink_before_layer, with_kwargs=True)
 
     def update_layer(
         self, adapter_name: str, config: CueRecoveryConfig, hidden_size: int, num_heads: int, eps: float
     ) -> None:
-        """Add the attention of one more adapter."""
+        """Add the attention module of another adapter."""
         self.sink_attention[adapter_name] = SinkCrossAttention(hidden_size, num_heads, eps, config.bottleneck_size)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -85,9 +85,9 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
         return updated
 
     def execution_device(self, hidden_states: torch.Tensor) -> torch.device:
-        """The device of the weights; for offloaded weights that of `hidden_states`."""
-        # Under `device_map` the inputs may be elsewhere: accelerate moves them in the `forward` that its
-        # `add_hook_to_module` installs, and torch runs pre-forward hooks, such as ours, before that
+        """The device of the weights, or that of `hidden_states` if the weights are offloaded."""
+        # Under `device_map` the inputs may be on another device: accelerate moves them in the `forward` that its
+        # `add_hook_to_module` installs, and torch runs pre-forward hooks, such as ours, before it
         weight = next(self.sink_attention.parameters())
         # accelerate keeps offloaded weights on "meta", and its hooks on the submodules move weights and inputs
         is_offloaded = weight.is_meta and any(hasattr(module, "_hf_hook") for module in self.sink_attention.modules())
@@ -108,8 +108,8 @@ class CueRecoveryLayer(nn.Module, BaseTunerLayer):
         return self._decoder_layer[0]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        # PEFT's method reads the one weight of a linear layer (PEFT#2893: and its compute dtype if it is quantized). A
-        # decoder layer has many weights; those that are not quantized have the dtype of its hidden states
+        # PEFT's method reads the single weight of a linear layer (and, since PEFT#2893, its compute dtype if it is
+        # quantized). A decoder layer has many weights; its unquantized ones have the dtype of the hidden states
         own = {id(parameter) for parameter in self.parameters()}
         weight = next(p for p in base_layer.parameters() if p.is_floating_point() and id(p) not in own)
         # Offloaded weights are on "meta" between calls; `_move_adapter_to_device_of_base_layer` would move the adapter
@@ -126,7 +126,7 @@ def update_sink_before_layer(decoder_layer: nn.Module, args: tuple, kwargs: dict
     if context is not None:
         context.has_arrived = True
         layer = decoder_layer.cue_recovery
-        assert isinstance(layer, CueRecoveryLayer)  # which has registered this hook
+        assert isinstance(layer, CueRecoveryLayer)  # it registered this hook
         if args:
             args = (layer(args[0], context), *args[1:])
         else:
@@ -136,7 +136,7 @@ def update_sink_before_layer(decoder_layer: nn.Module, args: tuple, kwargs: dict
 
 class CueRecoveryContext:
     """
-    Positions of the sink and the visual tokens in one forward call. It travels with the call as a keyword argument.
+    Positions of the sink and the visual tokens in one forward call, passed along as a keyword argument of that call.
 
     Args:
         visual_mask (`torch.Tensor` of shape `(batch, seq)`):
@@ -152,7 +152,7 @@ class CueRecoveryContext:
 
     Attributes:
         has_arrived (`bool`):
-            Whether it has reached a decoder layer.
+            Whether the context has reached a decoder layer.
     """
 
     # Not a dataclass: pytorch#153077 made FSDP2's mixed precision rebuild the dataclasses among a forward's arguments
@@ -181,7 +181,7 @@ class CueRecoveryContext:
         return {name: torch.where(has_evidence, each, -1) for name, each in self._found_positions.items()}
 
     def layer_inputs(self, hidden_states: torch.Tensor) -> LayerInputs:
-        """The layers' inputs on the device and in the dtype of `hidden_states`, computed once for each such pair."""
+        """The layers' inputs on the device and in the dtype of `hidden_states`, cached per device and dtype."""
         device, dtype = hidden_states.device, hidden_states.dtype
         if (device, dtype) not in self._inputs:
             mask = additive_mask(self.visual_mask, hidden_states)

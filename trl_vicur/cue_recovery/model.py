@@ -38,10 +38,10 @@ class CueRecoveryModel(SavedCueRecovery):
             The name of the adapter.
 
     Raises:
-        `ValueError`: If the model has no visual tokens among those of its decoder; if its family does not pass keyword
-            arguments on to its decoder layers (at the first call where its signatures do not show it); if
-            `layer_interval` is larger than the model; if the sink token has not been resolved; if the adapter was made
-            for a model of another size; if an adapter with `train_base=True` would share the model with another one or
+        `ValueError`: If the decoder's input has no visual tokens; if the model family does not pass keyword arguments
+            on to its decoder layers (detected at the first call if the signatures do not show it); if `layer_interval`
+            is larger than the number of layers; if the sink token has not been resolved; if the adapter was made for a
+            model of a different size; if an adapter with `train_base=True` would share the model with another one or
             train quantized weights; if transformers attaches the adapter without a [`~peft.PeftModel`]; and, when
             weights are loaded, if some are missing, NaN or infinite.
 
@@ -59,16 +59,16 @@ class CueRecoveryModel(SavedCueRecovery):
     """
 
     prefix: str = "cue_recovery_"
-    # Both kinds of layers of this method, the recovery layer and LoRA's
+    # This method has two kinds of layers: recovery layers and LoRA layers
     tuner_layer_cls = BaseTunerLayer
 
     def __init__(self, model: PreTrainedModel, config: dict[str, PeftConfig], *args: Any, **kwargs: Any):
         if not isinstance(config, dict):
-            # transformers' own loading calls PEFT's `inject_adapter_in_model`, which passes the bare config
+            # transformers' own adapter loading calls PEFT's `inject_adapter_in_model`, which passes no dict
             raise ValueError(
                 "Cue recovery is attached with `peft.get_peft_model` and loaded with "
                 "`PeftModel.from_pretrained(base_model, ...)`. `load_adapter`, `add_adapter` and `from_pretrained` of "
-                "transformers do not know the names of its weights, and would leave the module untrained."
+                "transformers do not know the names of its weights, and would leave the module at its initial values."
             )
         super().__init__(model, config, *args, **kwargs)
         self._visual_token_ids = visual_token_ids(model.config)
@@ -117,7 +117,7 @@ class CueRecoveryModel(SavedCueRecovery):
                 f"be the model's only adapter, but the model would have {list(self.peft_config)}."
             )
 
-    # PEFT's is static, but PEFT calls it on the tuner
+    # A static method in PEFT, but PEFT calls it on the tuner instance
     def _check_target_module_exists(self, peft_config, key):  # pyright: ignore[reportIncompatibleMethodOverride]
         if self._carries_recovery(peft_config, self.model.get_submodule(key)):
             return True
@@ -140,7 +140,7 @@ class CueRecoveryModel(SavedCueRecovery):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         targets = [model.get_submodule(name) for name in self.targeted_module_names]
-        # PEFT raises an error if it finds no target, but decoder layers with a module are targets, too
+        # PEFT raises an error if it finds no target, but here decoder layers with a module count as targets, too
         has_lora = self.targeted_parameter_names or not all(self._carries_recovery(config, each) for each in targets)
         if config.r > 0 and not has_lora:
             raise ValueError(
@@ -184,7 +184,7 @@ class CueRecoveryModel(SavedCueRecovery):
                 "Cue recovery finds the sink and the visual tokens in `input_ids`; pass them to the model."
             )
 
-        # Compared one by one: a tensor of the ids would have to be copied to the device, which waits for it
+        # Compare the ids one by one: `isin` would need them as a tensor, and copying it to the device synchronizes
         visual_mask = reduce(torch.logical_or, [input_ids == token_id for token_id in self._visual_token_ids])
         # transformers 5.24 renamed `past_key_values` to `cache` in backbones, and still accepts the old name
         cache = named.get("cache", named.get("past_key_values"))
@@ -192,8 +192,8 @@ class CueRecoveryModel(SavedCueRecovery):
             if visual_mask.any():
                 raise ValueError(
                     "The KV cache already holds a part of this prompt. Cue recovery needs the sink token and the "
-                    "images in one forward call: prefill the whole prompt at once (no `prefill_chunk_size`, no cache "
-                    "that is continued with an image)."
+                    "images in one forward call: prefill the whole prompt at once (no `prefill_chunk_size`, and no "
+                    "new image after a cached prefix)."
                 )
             return None  # several decoded tokens at once, as in assisted generation, or a new turn
         uses_flash_attention = "flash" in str(self.model.get_decoder().config._attn_implementation)

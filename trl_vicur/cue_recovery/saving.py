@@ -25,7 +25,7 @@ MERGED_SUBFOLDER = "cue_recovery"
 
 
 class SavedCueRecovery(LoraModel):
-    """The part of [`CueRecoveryModel`] that saves, loads, merges and unloads adapters."""
+    """Base class of [`CueRecoveryModel`] that saves, loads, merges and unloads adapters."""
 
     model: PreTrainedModel
     peft_config: dict[str, CueRecoveryConfig]
@@ -37,14 +37,14 @@ class SavedCueRecovery(LoraModel):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         if not config.train_base:
             return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # The whole backbone, but tied weights under one of their names
+        # The whole backbone, but each tied weight under only one of its names
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         duplicates = set(names) - {name for name, _ in model.named_parameters()}
         return {name: tensor for name, tensor in state_dict.items() if name not in duplicates}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT removes the name from the last two parts of a key; ours has it before the projection's name
+        # PEFT expects the adapter's name in the last two parts of a key; ours is before the projection's name
         if ".sink_attention." in key:
             return key.replace(f".sink_attention.{adapter_name}.", ".sink_attention.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
@@ -52,7 +52,7 @@ class SavedCueRecovery(LoraModel):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        # PEFT#2118 only warns of weights that are missing, and leaves them at their initial values
+        # PEFT#2118 only warns about missing weights, and leaves them at their initial values
         names = {name for name, _ in model.named_parameters()}
         kinds = r"\.(sink_attention|lora_\w+)\."
         is_own = re.compile(rf"{kinds}{re.escape(adapter_name)}(\.|$)").search
@@ -73,13 +73,13 @@ class SavedCueRecovery(LoraModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("Recovery modules cannot be averaged: attention is not linear in its weights.")
 
-    # PEFT's returns the model, although its annotation says `None`
+    # PEFT's method returns the model, although its annotation says `None`
     def _unload_and_optionally_merge(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, merge: bool = True, *args: Any, **kwargs: Any
     ) -> nn.Module:
         super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge:
-            # On the instance: the model's class is transformers' own
+            # Set on the instance, because the class belongs to transformers
             self.model.save_pretrained = self._save_merged
             self.model._upload_modified_files = self._upload_merged
             warnings.warn(
@@ -108,8 +108,8 @@ class SavedCueRecovery(LoraModel):
         **kwargs: Any,
     ) -> None:
         """
-        `save_pretrained` of a merged model: the backbone as transformers saves it, and in a subfolder the module as
-        an adapter of it.
+        `save_pretrained` of a merged model: save the backbone as transformers does, and the module in a subfolder, as
+        an adapter of that backbone.
         """
         if push_to_hub:
             raise ValueError(
@@ -131,33 +131,33 @@ class SavedCueRecovery(LoraModel):
                 for name, tensor in state_dict.items()
                 if key in name
             }
-            # PEFT, too, saves adapters of other names in folders of their own
+            # Like PEFT, save an adapter with another name in its own folder
             folder = Path(save_directory, MERGED_SUBFOLDER, "" if adapter_name == "default" else adapter_name)
             config.save_pretrained(str(folder))
             save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def _upload_merged(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """The last step of a merged model's `push_to_hub`, which has written transformers' card template."""
+        """Last step of a merged model's `push_to_hub`: complete the card that transformers wrote, then upload."""
         complete_merged_card(Path(working_dir, "README.md"), repo_id, self.model.name_or_path, MERGED_SUBFOLDER)
         return type(self.model)._upload_modified_files(self.model, working_dir, repo_id, *args, **kwargs)
 
 
 def check_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-    """Pre-hook of `load_state_dict`: refuse NaN and infinite weights, which a diverged training saves."""
+    """Pre-hook of `load_state_dict`: refuse NaN and infinite weights, which a diverged run leaves behind."""
     for name, tensor in state_dict.items():
         if isinstance(tensor, DTensor):
-            tensor = tensor.to_local()  # not all ranks get here, so none may wait for another's shard
+            tensor = tensor.to_local()  # not all ranks get here, so none may wait for another rank's shard
         if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) and not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise ValueError(
                 f"{count} of the {tensor.numel()} values to be loaded for '{name.removeprefix(prefix)}' are NaN or "
-                "infinite. The training that saved them had diverged: load an earlier checkpoint, and train with a "
+                "infinite. The run that saved them had diverged: load an earlier checkpoint, and train with a "
                 "lower learning rate."
             )
 
 
 def refuse_disk_offload(model: PreTrainedModel, decoder_layer: nn.Module, name: str) -> None:
-    """Refuse a decoder layer whose recovery module PEFT could not load: it writes only LoRA to disk (PEFT#1431)."""
+    """Refuse a decoder layer that is offloaded to disk: PEFT can write only LoRA weights there (PEFT#1431)."""
     # `PeftModel.load_adapter` has removed accelerate's hooks by now, and expects the weights on disk
     is_on_disk = "disk" in getattr(model, "hf_device_map", {}).values() and next(decoder_layer.parameters()).is_meta
     if is_on_disk and not any(hasattr(module, "_hf_hook") for module in decoder_layer.modules()):

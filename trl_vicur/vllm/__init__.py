@@ -1,5 +1,5 @@
 """
-vLLM plugin: serves and rolls out vision-language models with cue recovery.
+vLLM plugin: serves vision-language models with cue recovery, and generates rollouts with them.
 
 vLLM finds [`register`] through the entry point `vllm.general_plugins`; nothing here is imported without vLLM. Name the
 adapter in vLLM's `hf_overrides`:
@@ -8,7 +8,7 @@ adapter in vLLM's `hf_overrides`:
 vllm serve Qwen/Qwen3-VL-2B-Instruct --hf-overrides '{"cue_recovery": "me/Qwen3-VL-2B-ViCuR"}'
 ```
 
-For rollouts, give the options of a new module instead of an adapter; its weights come from training.
+For rollouts, pass the options of a new module instead of an adapter; training sends its weights.
 """
 
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 
 def register() -> None:
     """
-    Replace the supported architectures in vLLM's registry with subclasses, which change nothing unless an adapter is
-    named. An engine with an adapter has its options checked, and runs a prompt with an image to check the module.
+    Replace the supported architectures in vLLM's registry with subclasses, which change nothing unless `hf_overrides`
+    name an adapter. For an engine with an adapter, check its options, and run a prompt with an image at startup to
+    check that the module runs.
     """
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -26,7 +27,7 @@ def register() -> None:
 
     for architecture in SUPPORTED_ARCHITECTURES:
         ModelRegistry.register_model(architecture, f"{__name__}.model:CueRecovery{architecture}")
-    # The other architectures too, which would silently leave the module out
+    # Also check the other architectures, which would silently ignore the module
     for architecture in ModelRegistry.get_supported_archs():
         MODELS_CONFIG_MAP.setdefault(architecture, CueRecoveryEngineConfig)
     _prove_at_startup()
@@ -37,7 +38,7 @@ def _prove_at_startup() -> None:
     Make every worker of this process check at the end of its startup that the module runs.
 
     All executors (one process, several, Ray) call their workers through vLLM's wrapper, which loads this plugin before
-    it creates the worker. Warm-up is the last step of a startup: by then the KV cache is allocated, the model is
+    it creates the worker. Warm-up is the last step of startup: by then the KV cache is allocated, the model is
     compiled, and its CUDA graphs are captured.
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase

@@ -1,4 +1,4 @@
-"""Checks of an engine with cue recovery: each prompt and its images must be prefilled whole, by one engine."""
+"""Configuration of an engine with cue recovery: one engine must prefill each prompt and its images in one piece."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from ..cue_recovery import CueRecoveryConfig
 
 SUPPORTED_ARCHITECTURES = ("Qwen3VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-# LoRA options that affect only training, or only weights that are merged
+# LoRA options that can be served: they affect only training, or weights that can be merged
 SERVED_LORA_OPTIONS = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "eva_config"),
-    *("bias", "modules_to_save"),  # their weights are in the adapter's file and replace the base's
+    *("bias", "modules_to_save"),  # their weights are in the adapter's file and replace the base model's
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config"),
 )
-# PiSSA, OLoRA, CorDA, LoftQ and others also change the base, which is not in the adapter's file
+# PiSSA, OLoRA, CorDA, LoftQ and others also change the base weights, which are not in the adapter's file
 INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 MERGE_FIRST = (
     "Merge it with PEFT: `model.merge_and_unload().save_pretrained('merged')` on the trained model; then serve "
@@ -31,17 +31,17 @@ logger = init_logger(f"vllm.{__name__}")
 
 class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
     """
-    Checks and completes vLLM's configuration of an engine whose `hf_overrides` have, as `cue_recovery`, an adapter's
-    name, or the options of a new module whose weights come from training.
+    Checks and adjusts vLLM's configuration if `cue_recovery` in `hf_overrides` is the name of an adapter, or holds the
+    options of a new module whose weights come from training.
 
     The sink's hidden state depends on the image after it, and so do the keys and values of every token. Prefix
     caching would share them between prompts with different images, and chunked prefill would compute the sink before
-    its image, so both are switched off. CUDA graphs replay decode steps only, in which the module does nothing.
+    its image, so both are turned off. CUDA graphs replay only decode steps, in which the module does nothing.
 
     Raises:
-        `ValueError`: If the architecture is not supported, if the adapter cannot be served or was trained on another
-            model, if an option of a new module is unknown or wrong, or if an option of the engine splits a prompt's
-            hidden states or has not been tested with the module.
+        `ValueError`: If the architecture is not supported, if the adapter cannot be served or was trained on a
+            different model, if an option of a new module is unknown or invalid, or if an engine option splits a
+            prompt's hidden states or has not been tested with the module.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
         if model_config.architecture not in SUPPORTED_ARCHITECTURES:
             raise ValueError(
                 f"The cue recovery adapter {adapter!r} cannot be served with {model_config.architecture}: vLLM would "
-                f"leave the module out. Supported are {', '.join(SUPPORTED_ARCHITECTURES)}; serve other models with "
+                f"ignore the module. Supported are {', '.join(SUPPORTED_ARCHITECTURES)}; serve other models with "
                 "transformers."
             )
         _check_engine_options(vllm_config)
@@ -61,7 +61,7 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
             config = _load_adapter_config(adapter, model_config)
         else:
             config = _make_module_config(adapter, model_config)
-            # A trainer reads here which module the server has (`/server_info`)
+            # A trainer reads from here (`/server_info`) which module the server has
             model_config.hf_config.cue_recovery = model_config.hf_overrides["cue_recovery"] = config.module_options()
         # vLLM's cache of compiled models is keyed by this config, and the layers with modules are compiled differently
         model_config.hf_config.cue_recovery_layer_interval = config.layer_interval
@@ -69,8 +69,8 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
         scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
         if cache.enable_prefix_caching or scheduler.enable_chunked_prefill:
             logger.warning(
-                "Cue recovery: prefix caching and chunked prefill are switched off, because the first token of a "
-                "prompt depends on the images behind it. Prompts are prefilled whole; a step takes up to %d tokens.",
+                "Cue recovery: prefix caching and chunked prefill are turned off, because the sink's hidden state "
+                "depends on the images after it. Prompts are prefilled whole; a step has up to %d tokens.",
                 max(scheduler.max_num_batched_tokens, model_config.max_model_len),
             )
         cache.enable_prefix_caching = False
@@ -79,7 +79,7 @@ class CueRecoveryEngineConfig(VerifyAndUpdateConfig):
         scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, model_config.max_model_len)
         scheduler.max_num_scheduled_tokens = None
         # vLLM#9871: without room for an image, the scheduler splits the prompt before it. The cache may hold images of
-        # this step, of the one in flight (asynchronous scheduling), and of a prompt that waits for KV blocks
+        # this step, of the step in flight (asynchronous scheduling), and of a prompt that is waiting for KV blocks
         scheduler.max_num_encoder_input_tokens = scheduler.max_num_batched_tokens
         scheduler.encoder_cache_size = 3 * scheduler.max_num_batched_tokens
         compilation = vllm_config.compilation_config
@@ -121,11 +121,11 @@ def _check_engine_options(vllm_config: VllmConfig) -> None:
 
 
 def _load_adapter_config(adapter: str, model_config: ModelConfig) -> "CueRecoveryConfig":
-    # PEFT is not imported where no adapter is served
+    # Imported here, so that an engine without an adapter does not import PEFT
     from ..cue_recovery import CueRecoveryConfig
 
     config = CueRecoveryConfig.from_pretrained(adapter)
-    if not isinstance(config, CueRecoveryConfig):  # PEFT returns the config of the type that the file names
+    if not isinstance(config, CueRecoveryConfig):  # PEFT returns a config of the type named in the file
         raise ValueError(
             f"{adapter!r} is an adapter of type {config.peft_type}, not a cue recovery adapter. Serve it with "
             "`--enable-lora`, or name an adapter trained by trl-vicur."
@@ -162,7 +162,7 @@ def _check_adapter_options(config: "CueRecoveryConfig", adapter: str) -> None:
 
 
 def _check_tied_embeddings(config: "CueRecoveryConfig", adapter: str, model_config: PreTrainedConfig) -> None:
-    """Refuse an adapter that changes embeddings or head if vLLM ties the two: PEFT changes them separately."""
+    """Refuse an adapter that changes the embeddings or the head if vLLM ties the two: PEFT changes only one."""
     if not model_config.tie_word_embeddings or (config.train_base and config.r == 0):
         return
     from peft.utils import load_peft_weights

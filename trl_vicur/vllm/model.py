@@ -26,22 +26,22 @@ from .sinks import find_sinks
 PEFT_PREFIX = "base_model.model."
 _MODULE = ".cue_recovery.sink_attention."
 
-# A mixin of either model; type checkers need one of them
+# A mixin for either model; type checkers need one of them as its base
 _Base = Qwen3VLForConditionalGeneration if TYPE_CHECKING else object
 
 
 class CueRecoveryMixin(_Base):
     """
-    A vision-language model of vLLM that updates each prompt's sink token in prefill (ViCuR, Eq. 3-5) if its config has
-    `cue_recovery`, an adapter's name or the options of a new module. Otherwise it changes nothing.
+    Mixin for vLLM's vision-language models that updates each prompt's sink token in prefill (ViCuR, Eq. 3-5) if their
+    config has `cue_recovery`: the name of an adapter, or the options of a new module. Otherwise it changes nothing.
 
     The recovery modules are at the same decoder layers as in [`CueRecoveryModel`] and are the same
-    [`SinkCrossAttention`], whole on every tensor-parallel rank. LoRA of the adapter is merged while weights are
+    [`SinkCrossAttention`], replicated on every tensor-parallel rank. The adapter's LoRA is merged while weights are
     loaded; an adapter with `train_base=True` replaces the backbone's weights. A new module changes nothing until
     training sends weights.
 
-    Every prefill with an image is checked to have run all modules: vLLM runs no Python of the model while it replays a
-    CUDA graph, and later releases may call the model differently.
+    Every prefill with an image checks that all modules ran: vLLM runs none of the model's Python code while it replays
+    a CUDA graph, and later releases may call the model differently.
 
     Raises:
         `ValueError`: If the engine would prefill a prompt in pieces, or replay prefill as a CUDA graph.
@@ -69,7 +69,7 @@ class CueRecoveryMixin(_Base):
             self.secondary_weights = [DefaultModelLoader.Source(self._adapter, revision=None, fall_back_to_pt=False)]
         else:
             self._recovery_config = CueRecoveryConfig(**self._adapter)
-        # Token ids of the step that is being prepared, and which of them are visual
+        # Token ids of the step being prepared, and a mask of the visual ones
         self._prefill: tuple[torch.Tensor, torch.Tensor] | None = None
         self.recovery_modules: dict[str, SinkCrossAttention] = {}
 
@@ -118,14 +118,14 @@ class CueRecoveryMixin(_Base):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """
-        Load a checkpoint followed by the adapter; or, during training, updated weights (with LoRA merged, and the
-        module's under their names in the adapter).
+        Load a checkpoint followed by the adapter; or, during training, updated weights: the backbone's, with LoRA
+        merged, and the module's, under the names they have in the adapter.
 
         Every tensor of the adapter must be used: as a weight of a module, as a LoRA factor that is merged, or as a
         backbone weight that replaces the checkpoint's.
 
         Returns:
-            `set[str]`: Names of the weights that have their values; vLLM reports all others as missing.
+            `set[str]`: Names of the weights that are loaded; vLLM reports all others as missing.
 
         Raises:
             `ValueError`: If a tensor of the adapter cannot be served as it was trained, or if one is missing.
@@ -139,7 +139,7 @@ class CueRecoveryMixin(_Base):
             raise ValueError(
                 f"The cue recovery adapter {self._adapter!r} has LoRA for {sorted(missing)[0]} and "
                 f"{len(missing) - 1} other weight(s) that are not among those to be loaded. Serve the model that it "
-                "was trained on; an engine that takes weights from training needs an adapter without LoRA."
+                "was trained on; an engine that receives weights from training needs an adapter without LoRA."
             )
         if isinstance(self._adapter, str) and self._recovery_config.train_base:
             tied = {"language_model.lm_head.weight"} if self.config.tie_word_embeddings else set()
@@ -156,7 +156,7 @@ class CueRecoveryMixin(_Base):
         lora: dict[str, Callable[[], torch.Tensor]],
         read: "_ReadWeights",
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The backbone's weights, LoRA merged, by their names in vLLM; `read` takes down what each tensor is for."""
+        """Yield the backbone's weights, LoRA merged, under their names in vLLM; record in `read` what was read."""
         for source_name, source in weights:
             is_adapters = isinstance(self._adapter, str) and source_name.startswith(PEFT_PREFIX)
             if ".lora_" in source_name:
@@ -186,12 +186,12 @@ class CueRecoveryMixin(_Base):
         with torch.no_grad():
             for name, weight in weights.items():
                 parameter = parameters[name]
-                # `weight_loader` is set while vLLM exchanges the weights of a running engine
+                # vLLM sets `weight_loader` while it replaces the weights of a running engine
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
         return set(parameters)  # a new module keeps its initial weights until training sends others
 
     def _lora_updates(self) -> dict[str, Callable[[], torch.Tensor]]:
-        """Map each weight with LoRA, by its name in vLLM, to a function that computes its update as PEFT merges it."""
+        """Map each weight with LoRA, by its name in vLLM, to a function that computes the update that PEFT adds."""
         config = self._recovery_config
         if config.r == 0:
             return {}
@@ -232,11 +232,11 @@ class CueRecoveryMixin(_Base):
 
 class _ReadWeights(NamedTuple):
     """
-    What has been read of the tensors to be loaded, by their names in vLLM.
+    Names in vLLM of the tensors read so far, and the weights of recovery modules.
 
     Args:
         from_base (`set[str]`), from_adapter (`set[str]`):
-            Backbone weights of the checkpoint, and those that the adapter replaces.
+            Backbone weights from the checkpoint, and those that the adapter replaces.
         merged (`set[str]`):
             Backbone weights into which LoRA was merged.
         of_modules (`dict[str, torch.Tensor]`):
@@ -264,7 +264,7 @@ def _lora_update(a: torch.Tensor, b: torch.Tensor, scaling: float, is_embedding:
 
 def _without_peft(name: str) -> str:
     name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-    # Weights that training sends have the adapter's name in their own
+    # Weights sent by training have the adapter's name within their own
     return re.sub(r"(\.sink_attention)\.[^.]+(\.[^.]+\.weight)$", r"\1\2", name)
 
 
@@ -278,13 +278,13 @@ def update_sinks(hidden_states: torch.Tensor, residual: torch.Tensor, name: str)
     """
     Add the module's update to the sinks of this step's prompts; does nothing in steps that only decode.
 
-    A custom operator, so that `torch.compile` does not trace it: what it does differs from step to step.
+    This is a custom operator, so that `torch.compile` does not trace it: its work depends on the step.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(tokens, hidden)`):
             Input of the decoder layer; changed in place.
         residual (`torch.Tensor` of shape `(tokens, hidden)`):
-            Residual stream that vLLM keeps apart and adds to it.
+            Residual stream, which vLLM keeps separate and adds later.
         name (`str`):
             Name of the module in the forward context.
     """

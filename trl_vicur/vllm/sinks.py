@@ -9,15 +9,15 @@ from ..cue_recovery.positions import find_token
 
 class SinkBatch(NamedTuple):
     """
-    Positions of sinks and visual tokens among the tokens of one step, which vLLM concatenates over all requests.
+    Positions of sinks and visual tokens in one step, whose tokens vLLM concatenates over all requests.
 
     Args:
         sinks (`torch.Tensor` of shape `(prompts,)`):
             Index of each prompt's sink.
         visual (`torch.Tensor` of shape `(prompts, visual)`):
-            Indices of each prompt's visual tokens, padded.
+            Indices of each prompt's visual tokens, padded to the longest.
         visual_mask (`torch.Tensor` of shape `(prompts, visual)`):
-            `False` at the padding.
+            `False` at padding.
         updated_by (`set[str]`):
             Names of the modules that have updated the sinks so far.
     """
@@ -38,7 +38,8 @@ def find_sinks(
     """
     Find the sinks of the prompts that are prefilled in this step, once for all layers.
 
-    A preempted request is prefilled again, with its prompt and what it had generated, and is treated like any other.
+    A preempted request is prefilled again with its prompt and the tokens generated so far, and is treated like any
+    other.
 
     Args:
         input_ids (`torch.Tensor` of shape `(tokens,)`):
@@ -58,7 +59,7 @@ def find_sinks(
 
     Raises:
         `RuntimeError`: If the step is split into micro-batches, if the attention backend does not report where
-            requests begin, or if a prompt with visual tokens was started in an earlier step or has no sink.
+            requests begin, or if a prompt with visual tokens has no sink or was partly prefilled in an earlier step.
     """
     bounds = _request_bounds(attention_metadata)
     device = input_ids.device
@@ -71,8 +72,8 @@ def find_sinks(
         if positions[:, begin].any():
             raise RuntimeError(
                 "A prompt with visual tokens was prefilled in pieces, but cue recovery needs the sink token and the "
-                "images in one step. Its images may not fit into vLLM's encoder cache, or its KV cache came from "
-                "elsewhere."
+                "images in one step. Perhaps its images do not fit into vLLM's encoder cache, or its KV cache was "
+                "transferred from another engine."
             )
         sink = begin + _find_sink(input_ids[begin:end], config)
         indices = indices[indices != sink]
@@ -88,7 +89,7 @@ def find_sinks(
 
 
 def _request_bounds(attention_metadata: dict | list) -> list[int]:
-    """Offsets at which the tokens of each request begin, and the end of the last one."""
+    """Offset of each request's first token, and the end of the last request."""
     if isinstance(attention_metadata, list):
         raise RuntimeError(
             "Cue recovery needs every prompt in one micro-batch, but vLLM split a step into "
@@ -99,7 +100,7 @@ def _request_bounds(attention_metadata: dict | list) -> list[int]:
         return metadata.query_start_loc.tolist()
     except AttributeError:
         raise RuntimeError(
-            f"Cue recovery cannot tell requests apart in {type(metadata).__name__}, which has no `query_start_loc`. "
+            f"Cue recovery cannot separate a step's requests: {type(metadata).__name__} has no `query_start_loc`. "
             "Start vLLM with another attention backend, such as `--attention-backend FLASH_ATTN` or `TRITON_ATTN`."
         ) from None
 

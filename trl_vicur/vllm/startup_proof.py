@@ -1,4 +1,4 @@
-"""At startup each worker runs a small prompt with an image; the engine does not start if the module does not run."""
+"""Startup check: each worker runs a small prompt with an image, and the engine starts only if the module ran."""
 
 from collections import Counter
 from functools import partial
