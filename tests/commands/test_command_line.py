@@ -302,7 +302,7 @@ def test_doctor_finds_what_the_trainer_would_refuse(capsys, monkeypatch, model, 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "`max_steps=-1`, but the length of a streamed dataset is not known"),
+        ([], "`max_steps=-1`, but the length of a streamed dataset is unknown"),
         (["--max_steps", "2", "--num_iterations", "2"], "`num_iterations=2` needs a `Dataset`"),
         (
             ["--max_steps", "2", "--accelerator_config", '{"dispatch_batches": true}'],

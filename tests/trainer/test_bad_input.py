@@ -621,7 +621,7 @@ UNTRAINABLE = {
     ),
     "for-inference": (
         dict(inference_mode=True),
-        "No weight of the model trains, as with an adapter of `inference_mode",
+        "The model has no trainable parameters, e.g. because its adapter was loaded with `inference_mode",
     ),
 }
 
@@ -652,7 +652,7 @@ def test_rows_whose_prompts_lack_the_sink_token():
 
 def test_adapter_loaded_for_inference(tmp_path):
     get_peft_model(make_qwen3_vl(), CueRecoveryConfig(layer_interval=1)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="No weight of the model trains.*is_trainable=True"):
+    with pytest.raises(ValueError, match="The model has no trainable parameters.*is_trainable=True"):
         build(model=PeftModel.from_pretrained(make_qwen3_vl(), tmp_path))
     build(model=PeftModel.from_pretrained(make_qwen3_vl(), tmp_path, is_trainable=True))
 

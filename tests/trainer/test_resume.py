@@ -143,7 +143,7 @@ def checkpoints(tmp_path_factory):
     return directory
 
 
-def cut_off(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -151,18 +151,18 @@ def cut_off(path: Path) -> None:
     "name, damage, message",
     [
         ("trainer_state.json", Path.unlink, "it has no trainer_state.json; the run ended while it was being saved"),
-        ("trainer_state.json", cut_off, r"its trainer_state.json is cut off or damaged \("),
+        ("trainer_state.json", truncate, r"its trainer_state.json is truncated or corrupt \("),
         (
             "checkpoint_files.json",
             Path.unlink,
-            "it has no checkpoint_files.json; it was not made by ViCuRTrainer, or with",
+            "it has no checkpoint_files.json; it was not saved by ViCuRTrainer, or was saved with",
         ),
         (
             "adapter_model.safetensors",
-            cut_off,
-            r"its file adapter_model.safetensors has \d+ bytes, not \d+ as written",
+            truncate,
+            r"its file adapter_model.safetensors has \d+ bytes, but was written with \d+",
         ),
-        ("optimizer.pt", cut_off, r"its file optimizer.pt has \d+ bytes, not \d+ as written"),
+        ("optimizer.pt", truncate, r"its file optimizer.pt has \d+ bytes, but was written with \d+"),
         ("ema_teacher.safetensors", Path.unlink, "its file ema_teacher.safetensors is missing"),
     ],
 )
@@ -178,7 +178,7 @@ def test_damaged_checkpoint_is_refused_or_skipped(tmp_path, checkpoints, caplog,
 
 
 def test_nothing_to_resume(tmp_path, checkpoints):
-    with pytest.raises(ValueError, match="holds no checkpoint that is whole. Train without it to start anew"):
+    with pytest.raises(ValueError, match="holds no complete checkpoint. Leave it out to start a new run"):
         train(tmp_path, resume=True)
     with pytest.raises(ValueError, match="There is no checkpoint 'checkpoint-9'"):
         train(tmp_path, resume="checkpoint-9")
@@ -187,7 +187,7 @@ def test_nothing_to_resume(tmp_path, checkpoints):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"config": None}, "it holds CUE_RECOVERY, but a whole model is trained"),
+        ({"config": None}, "it holds CUE_RECOVERY, but this run trains a full model"),
         ({"config": dict(layer_interval=2)}, "has `layer_interval=1`, but the adapter that is trained has `.*=2`"),
         (
             {"config": dict(**ADAPTER, sink_token="<|im_end|>")},
@@ -196,11 +196,11 @@ def test_nothing_to_resume(tmp_path, checkpoints):
         ({"config": dict(**ADAPTER, r=2)}, "has `r=0`, but .* `r=2`"),
         ({"sizes": {"hidden_size": 64}}, "has `hidden_size=32`, but .* `hidden_size=64`"),
     ],
-    ids=["whole-model", "layers", "sink", "rank", "width"],
+    ids=["full-model", "layers", "sink", "rank", "width"],
 )
 def test_checkpoint_of_another_model_is_refused(tmp_path, checkpoints, arguments, message):
     trainer = make_trainer(tmp_path, **arguments)
-    with pytest.raises(ValueError, match=f"does not fit the model that is trained: .*{message}.*start anew"):
+    with pytest.raises(ValueError, match=f"does not match the model that is trained: .*{message}.*start a new run"):
         trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
 
 
@@ -218,7 +218,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, checkpoints, arguments
 )
 def test_checkpoint_of_a_run_over_other_batches_is_refused(tmp_path, checkpoints, arguments, of_checkpoint, of_run):
     trainer = make_trainer(tmp_path, teacher_model_kind="ema", **arguments)
-    message = f"made with .*`{of_checkpoint}`.*has .*`{of_run}`.*Resume with the checkpoint's settings"
+    message = f"saved with .*`{of_checkpoint}`.*has .*`{of_run}`.*Resume with the checkpoint's settings"
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
 
@@ -229,7 +229,7 @@ def test_rollouts_of_another_batch_shape_objective_or_teacher_are_refused(tmp_pa
         (dict(per_device_train_batch_size=4, gradient_accumulation_steps=1), "per_device_train_batch_size=2"),
         (dict(distillation_mode="full_logits"), "distillation_mode='sampled_token'"),
     ):
-        with pytest.raises(ValueError, match=f"made with `{option}`.*between two steps on the same rollouts"):
+        with pytest.raises(ValueError, match=f"saved with `{option}`.*between two steps on the same rollouts"):
             train(tmp_path, resume=True, num_iterations=2, **arguments)
     served = make_config(tmp_path, num_iterations=2, teacher_model_server_url="http://localhost")
     with pytest.raises(ValueError, match=r"with `bool\(teacher_model_server_url\)=False`, but this run has .*True"):
@@ -237,7 +237,7 @@ def test_rollouts_of_another_batch_shape_objective_or_teacher_are_refused(tmp_pa
     batches = tmp_path / "checkpoint-1" / "batches.json"
     batches.write_text(batches.read_text().replace('"num_processes": 1', '"num_processes": 2'))
     (tmp_path / "checkpoint-1" / "checkpoint_files.json").write_text("{}")
-    with pytest.raises(ValueError, match="made with `num_processes=2`, but this run has `num_processes=1`. It was"):
+    with pytest.raises(ValueError, match="saved with `num_processes=2`, but this run has `num_processes=1`. It was"):
         train(tmp_path, resume=True, num_iterations=2)
 
 
@@ -418,6 +418,6 @@ def test_disk_that_fills_while_a_checkpoint_is_written(tmp_path, name):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     [note] = error.value.__notes__
-    assert "checkpoint-3 could not be saved" in note and f"newest whole checkpoint is {checkpoint}" in note
+    assert "checkpoint-3 could not be saved" in note and f"newest complete checkpoint is {checkpoint}" in note
     assert (tmp_path / "full" / "checkpoint-3").exists()
     assert_same_run(train(tmp_path / "full", resume=True), whole)

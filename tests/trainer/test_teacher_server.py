@@ -111,7 +111,7 @@ def test_server_lost_during_training(serve, processor, tmp_path):
     server = serve()
     trainer = make_trainer(tmp_path, processor, teacher_model_server_url=server.url)
     server.__exit__()
-    with pytest.raises(ConnectionError, match=r"was lost \(.*\) and did not come back. Start it again"):
+    with pytest.raises(ConnectionError, match=r"was lost \(.*\) and did not come back. Restart it"):
         trainer.train()
 
 
@@ -134,7 +134,7 @@ ANSWERS = {
     "another-vocabulary": (
         dict(tamper=change("/detokenize", prompt='!"#$ other')),
         {},
-        "has another vocabulary than the student: after 4 characters its tokens go on with ' other'",
+        "has a different vocabulary than the student: after 4 characters, its tokens continue with ' other'",
     ),
     "no-scoring": (
         dict(tamper=change(GENERATE, status=404)),
@@ -154,7 +154,7 @@ ANSWERS = {
     "no-logprobs": (
         dict(tamper=change(GENERATE, prompt_logprobs=None)),
         {},
-        "without the log-probabilities of the prompt and its token ids. It must be vLLM, 0.31 or later",
+        "without the log-probabilities and token ids of the prompt. It must be vLLM 0.31 or later",
     ),
     "short-context": (
         dict(max_model_len=70),
@@ -208,7 +208,8 @@ def test_server_that_resizes_images_differently(serve, processor, tmp_path):
     other = make_processor()
     other.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
     with pytest.raises(
-        ValueError, match=r"reads a prompt with 1 image\(s\) as .* not the .* of the student's processor"
+        ValueError,
+        match=r"turns a prompt with 1 image\(s\) into .* which differ from the .* of the student's processor",
     ):
         make_trainer(tmp_path, processor, teacher_model_server_url=serve(processor=other).url)
 
@@ -216,7 +217,7 @@ def test_server_that_resizes_images_differently(serve, processor, tmp_path):
 def test_no_server(processor, tmp_path):
     with ScoringServer(None, processor) as server:
         url = server.url
-    with pytest.raises(ConnectionError, match=r"cannot be reached \(.*refused.*\), for 0 seconds now. Start it with"):
+    with pytest.raises(ConnectionError, match=r"cannot be reached \(.*refused.*\) after 0 seconds. Start it with"):
         make_trainer(tmp_path, processor, teacher_model_server_url=url, vllm_server_timeout=0.0)
 
 
@@ -226,7 +227,7 @@ def test_no_server(processor, tmp_path):
         (dict(teacher_model_server_url="localhost:8000"), "must be an address such as 'http://localhost:8000', got"),
         (dict(teacher_model_kind="live"), "makes the student its own teacher, but there is a `teacher_model_server_u"),
         (dict(distillation_mode="full_logits"), "needs .* the whole vocabulary, which a server does not send. Choose"),
-        (dict(temperature=0.7), "vLLM scores the tokens of a prompt at temperature 1"),
+        (dict(temperature=0.7), "vLLM always scores prompt tokens at temperature 1"),
     ],
 )
 def test_options_that_contradict_a_server(tmp_path, options, message):

@@ -840,7 +840,7 @@ def test_images_of_tools_are_refused_with_a_module(tmp_path, processor, monkeypa
     output = ([[1]] * 2, [[2]] * 2, [[1]] * 2, [[make_image(0)]] * 2, [[], [make_image(1)]])
     monkeypatch.setattr(DistillationTrainer, "_generate", lambda self, prompts: output)
     if has_module:
-        with pytest.raises(ValueError, match=r"A tool returned an image \(1 of 2 prompts\), but a recovery module"):
+        with pytest.raises(ValueError, match=r"A tool returned an image \(in 1 of 2 prompts\), but a recovery module"):
             trainer._generate(prompts)
     else:
         assert trainer._generate(prompts)[-1] == output[-1]

@@ -52,6 +52,7 @@ def test_server_that_resizes_images_differently_is_refused(url, tmp_path):
     processor = make_processor()
     processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
     with pytest.raises(
-        ValueError, match=r"reads a prompt with 1 image\(s\) as .* not the .* of the student's processor"
+        ValueError,
+        match=r"turns a prompt with 1 image\(s\) into .* which differ from the .* of the student's processor",
     ):
         make_trainer(tmp_path, processor, teacher_model_server_url=url)

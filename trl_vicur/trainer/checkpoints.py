@@ -1,8 +1,8 @@
 """
-Checkpoints that are whole, or known not to be: a run may be killed, or its disk may fill, at any moment.
+Detects incomplete checkpoints: a run may be killed, or its disk may fill, at any moment.
 
 Trainer writes `trainer_state.json` last, and only then deletes older checkpoints, so that file seals a checkpoint.
-Before it a list of all the others is written, by which one is known that was damaged or half deleted later.
+Just before it we write a list of all other files, which reveals checkpoints that were damaged or half deleted later.
 """
 
 import json
@@ -36,39 +36,39 @@ ROLLOUTS_NAME = "rollouts_{}.pt"
 BATCH_SHAPE = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
 ROW_ORDER = ("len(train_dataset)", "shuffle_dataset", "seed")
 ROLLOUT_CONTENTS = ("distillation_mode", "privilege", "bool(teacher_model_server_url)")
-# Not read by a resumed run (the first stays at home when a checkpoint is pushed, the second may be edited), and the
-# list itself
+# Files that a resumed run does not read (the first is not pushed to the Hub, the second may be edited), and the list
+# itself
 NOT_LISTED = (TRAINING_ARGS_NAME, "README.md", FILE_LIST_NAME)
 
 
 class CheckpointError(ValueError):
-    """There is no checkpoint to resume from, it is not whole, or it does not fit what is trained."""
+    """There is no checkpoint to resume from, or it is incomplete, or it does not match the model or the options."""
 
 
 def write_file_list(directory: str | os.PathLike) -> None:
     """
-    Call when all files of a checkpoint but `trainer_state.json` are written: note their names and sizes.
+    Record names and sizes of a checkpoint's files. Call it when all but `trainer_state.json` are written.
 
     Args:
         directory (`str` or `os.PathLike`):
             The checkpoint.
 
     Raises:
-        `OSError`: If a file of `torch.save` is cut off.
+        `OSError`: If a file written by `torch.save` is truncated.
     """
     files = [path for path in Path(directory).rglob("*") if path.is_file() and path.name not in NOT_LISTED]
     for path in files:
-        # Older releases of torch (2.8) say nothing where a disk fills while the last bytes leave their buffer
+        # Older releases of torch (2.8) raise nothing if the disk fills while the last bytes are flushed
         if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-            raise OSError(f"{path} is cut off after {path.stat().st_size:,} bytes. Free space on its disk.")
+            raise OSError(f"{path} is truncated after {path.stat().st_size:,} bytes. Free space on its disk.")
     sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in sorted(files)}
     Path(directory, FILE_LIST_NAME).write_text(json.dumps(sizes, indent=2), encoding="utf-8")
 
 
 def forget_best_checkpoint(directory: str | os.PathLike) -> None:
     """
-    Leave out, in a checkpoint that is going to be pushed, where this machine has the best one. Its step is kept, by
-    which a resumed run finds it.
+    Remove the local path of the best checkpoint from a checkpoint that is about to be pushed. The best checkpoint's
+    step stays, so a resumed run can still find it.
 
     Args:
         directory (`str` or `os.PathLike`):
@@ -78,47 +78,47 @@ def forget_best_checkpoint(directory: str | os.PathLike) -> None:
     state = TrainerState.load_from_json(str(path))
     if state.best_model_checkpoint is not None:
         state.best_model_checkpoint = None
-        # In one piece: the file seals the checkpoint
+        # Replace atomically: this file seals the checkpoint
         state.save_to_json(str(path.with_suffix(".new")))
         path.with_suffix(".new").replace(path)
 
 
 def check_checkpoint(directory: str | os.PathLike) -> None:
     """
-    Check that a checkpoint is whole.
+    Check that a checkpoint is complete.
 
     Args:
         directory (`str` or `os.PathLike`):
             The folder, `checkpoint-N`.
 
     Raises:
-        `CheckpointError`: If it is not, with the file and the reason.
+        `CheckpointError`: If it is not. The message names the file and the reason.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"There is no checkpoint {str(directory)!r}.")
     refused = f"The checkpoint {str(directory)!r} cannot be resumed: "
-    mend = " Resume from another one; `resume_from_checkpoint=True` takes the newest that is whole."
+    fix = " Resume from another one; `resume_from_checkpoint=True` picks the newest complete one."
     contents = {}
     for name, meaning in (
         (TRAINER_STATE_NAME, "the run ended while it was being saved"),
-        (FILE_LIST_NAME, "it was not made by ViCuRTrainer, or with `save_only_model=True`"),
-        (BATCHES_NAME, "it was made by an earlier release of trl-vicur"),
+        (FILE_LIST_NAME, "it was not saved by ViCuRTrainer, or was saved with `save_only_model=True`"),
+        (BATCHES_NAME, "it was saved by an earlier release of trl-vicur"),
     ):
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"{refused}it has no {name}; {meaning}.{mend}")
+            raise CheckpointError(f"{refused}it has no {name}; {meaning}.{fix}")
         try:
             contents[name] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise CheckpointError(f"{refused}its {name} is cut off or damaged ({error}).{mend}") from error
+            raise CheckpointError(f"{refused}its {name} is truncated or corrupt ({error}).{fix}") from error
     for name, size in contents[FILE_LIST_NAME].items():
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"{refused}its file {name} is missing.{mend}")
+            raise CheckpointError(f"{refused}its file {name} is missing.{fix}")
         if path.stat().st_size != size:
             raise CheckpointError(
-                f"{refused}its file {name} has {path.stat().st_size} bytes, not {size} as written.{mend}"
+                f"{refused}its file {name} has {path.stat().st_size} bytes, but was written with {size}.{fix}"
             )
 
 
@@ -163,7 +163,7 @@ def check_batches(directory: str | os.PathLike, args: ViCuRConfig, train_dataset
             Its rows.
 
     Raises:
-        `CheckpointError`: If a setting that decides this differs.
+        `CheckpointError`: If a setting that affects them differs.
     """
     saved = json.loads(Path(directory, BATCHES_NAME).read_text(encoding="utf-8"))
     settings = batch_settings(args, train_dataset)
@@ -187,7 +187,7 @@ def check_batches(directory: str | os.PathLike, args: ViCuRConfig, train_dataset
         reason = "The run would repeat or skip rows"
     hint = ", or set `ignore_data_skip=True` to restart the epoch's rows" if {*differing} <= {*ROW_ORDER} else ""
     raise CheckpointError(
-        f"The checkpoint {str(directory)!r} was made with {of_checkpoint}, but this run has {of_run}. {reason}. "
+        f"The checkpoint {str(directory)!r} was saved with {of_checkpoint}, but this run has {of_run}. {reason}. "
         f"Resume with the checkpoint's settings{hint}, or start a new run from its weights."
     )
 
@@ -198,7 +198,7 @@ def _rows_per_step(settings: dict[str, Any]) -> int:
 
 def get_last_checkpoint(folder: str | os.PathLike) -> str | None:
     """
-    The newest checkpoint that is whole. What is not is passed over with a warning.
+    The newest complete checkpoint. Incomplete ones are skipped with a warning.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -222,7 +222,7 @@ def get_last_checkpoint(folder: str | os.PathLike) -> str | None:
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """Name of the adapter that is trained; `None` for a whole model."""
+    """Name of the adapter that is trained; `None` for a model without an adapter."""
     if not isinstance(model, PeftModel):
         return None
     assert isinstance(model.active_adapter, str)  # a list with `PeftMixedModel` only
@@ -230,7 +230,7 @@ def active_adapter(model: nn.Module) -> str | None:
 
 
 def active_adapter_config(model: nn.Module) -> PeftConfig | None:
-    """Config of the adapter that is trained; `None` for a whole model."""
+    """Config of the adapter that is trained; `None` for a model without an adapter."""
     name = active_adapter(model)
     return model.peft_config[name] if isinstance(model, PeftModel) and name is not None else None
 
@@ -243,7 +243,7 @@ def adapter_type(config: PeftConfig) -> str:
 
 def check_adapter(directory: str, model: nn.Module) -> None:
     """
-    Check that a checkpoint holds the adapter that is trained.
+    Check that a checkpoint holds the same kind of adapter, with the same settings, as the model that is trained.
 
     Args:
         directory (`str`):
@@ -252,24 +252,24 @@ def check_adapter(directory: str, model: nn.Module) -> None:
             The model that is trained.
 
     Raises:
-        `CheckpointError`: If one of the two is an adapter and the other is not, or if they differ in a setting by
-            which the weights would have another meaning.
+        `CheckpointError`: If only one of the two has an adapter, or if the adapters differ in a setting that changes
+            what the weights mean.
     """
-    refused = f"The checkpoint {directory!r} does not fit the model that is trained: "
-    mend = " Resume with the settings that it was made with, or start anew."
+    refused = f"The checkpoint {directory!r} does not match the model that is trained: "
+    fix = " Resume with the settings that it was saved with, or start a new run."
     adapter, saved = active_adapter_config(model), None
     name = active_adapter(model)
     if name is not None and name != "default":  # as PEFT saves it
         directory = os.path.join(directory, name)
     if os.path.isfile(os.path.join(directory, ADAPTER_CONFIG_NAME)):
         saved = PeftConfig.from_pretrained(directory)
-    kinds = ["a whole model" if config is None else adapter_type(config) for config in (saved, adapter)]
+    kinds = ["a full model" if config is None else adapter_type(config) for config in (saved, adapter)]
     if kinds[0] != kinds[1]:
-        raise CheckpointError(f"{refused}it holds {kinds[0]}, but {kinds[1]} is trained.{mend}")
+        raise CheckpointError(f"{refused}it holds {kinds[0]}, but this run trains {kinds[1]}.{fix}")
     if isinstance(adapter, CueRecoveryConfig):
         for name in (*CueRecoveryConfig.__annotations__, "lora_alpha", "target_modules"):
             if getattr(saved, name) != getattr(adapter, name):
                 raise CheckpointError(
                     f"{refused}its adapter has `{name}={getattr(saved, name)!r}`, but the adapter that is trained has "
-                    f"`{name}={getattr(adapter, name)!r}`.{mend}"
+                    f"`{name}={getattr(adapter, name)!r}`.{fix}"
                 )

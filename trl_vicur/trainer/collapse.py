@@ -1,4 +1,4 @@
-"""Warnings of a student that collapses: whose completions get short, or all alike."""
+"""Warns when the student collapses: its completions become very short, or nearly identical."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from .trackers import alert
 
 class Collapse(NamedTuple):
     """
-    A metric that must not fall far below where it started, and what to try when it does.
+    A metric that must not fall far below its initial value, and what to try when it does.
 
     Args:
         title (`str`):
@@ -18,7 +18,7 @@ class Collapse(NamedTuple):
         metric (`str`):
             Key of the metric in the trainer's logs.
         min_share (`float`):
-            The share of the start below which it is one.
+            Fraction of the initial value below which it counts as a collapse.
         text (`str`):
             What is wrong and what to try, with the fields `{now}`, `{start}` and `{percent}`.
     """
@@ -34,36 +34,36 @@ COLLAPSES = (
         "Length collapse",
         "completions/mean_length",
         0.5,
-        "completions have {now:.1f} tokens, {percent:.0f} % of the {start:.1f} they had at first. A teacher that "
-        "knows more ends early, and ends have large advantages. Try `privilege='cue'` if it is 'answer' (a cue gives "
-        "the evidence and not the result), a smaller `advantage_clip`, a lower `learning_rate`, or a "
-        "`teacher_prompt_template` that asks for the steps. If shorter answers are what you want, ignore this.",
+        "completions have {now:.1f} tokens, {percent:.0f} % of the initial {start:.1f}. A teacher that knows more "
+        "stops earlier, and end-of-sequence tokens have large advantages. Try `privilege='cue'` if it is 'answer' (a "
+        "cue gives the evidence, not the result), a smaller `advantage_clip`, a lower `learning_rate`, or a "
+        "`teacher_prompt_template` that asks for the steps. If you want shorter answers, ignore this.",
     ),
     Collapse(
         "Entropy collapse",
         "entropy",
         0.1,
-        "the student's entropy is {now:.2g} nats per token, {percent:.0f} % of the {start:.2g} it had at first. Its "
-        "rollouts become all alike and teach little more. Try a lower `learning_rate`, a higher `temperature`, "
-        "`num_iterations=1`, or `distillation_mode='full_logits'` with `beta=0.0`, whose forward KL keeps what the "
-        "teacher finds possible. If the completions are right and short, ignore this.",
+        "the student's entropy is {now:.2g} nats per token, {percent:.0f} % of the initial {start:.2g}. Its rollouts "
+        "are becoming identical, so there is little left to learn from them. Try a lower `learning_rate`, a higher "
+        "`temperature`, `num_iterations=1`, or `distillation_mode='full_logits'` with `beta=0.0`, whose forward KL "
+        "covers all tokens that the teacher considers likely. If the completions are correct and short, ignore this.",
     ),
 )
 
 
 class CollapseCallback(TrainerCallback):
     """
-    Warns, once per run, when completions become short or all alike: the means of `completions/mean_length` and
-    `entropy` over the last logs fall below a half, or a tenth, of their means over the first ones. The warning says
-    what to try, and is an alert in the trackers that the trainer reports to.
+    Warns once per run and metric when the mean over the last logs falls far below the mean over the first ones: below
+    a half for `completions/mean_length` (short completions), below a tenth for `entropy` (identical completions). The
+    warning says what to try, and is also sent as an alert to the trackers that the trainer reports to.
 
-    [`ViCuRTrainer`] has it by default; `trainer.remove_callback(CollapseCallback)` takes it out.
+    [`ViCuRTrainer`] adds it by default; `trainer.remove_callback(CollapseCallback)` removes it.
 
     Args:
         trainer ([`~transformers.Trainer`]):
             The trainer that it is added to.
         window (`int`, *optional*, defaults to `5`):
-            Number of logs that each mean is taken over; nothing is said before there are twice as many.
+            Number of logs in each mean. There is no warning until there are twice as many logs.
     """
 
     def __init__(self, trainer: Trainer, window: int = 5):
@@ -84,7 +84,7 @@ class CollapseCallback(TrainerCallback):
         for collapse in COLLAPSES:
             if collapse.title in self.reported or collapse.metric not in logs:
                 continue
-            # From the state, so that a resumed run remembers its start
+            # Read from the trainer state, so that a resumed run still has the first logs
             values = [log[collapse.metric] for log in state.log_history if log.get(collapse.metric) is not None]
             if len(values) < 2 * self.window:
                 continue

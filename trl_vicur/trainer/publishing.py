@@ -1,4 +1,4 @@
-"""The model card, and what else a model needs before it is uploaded to the Hub."""
+"""Writes the model card and prepares a model for upload to the Hub."""
 
 from pathlib import Path
 
@@ -60,8 +60,8 @@ class PublishingMixin(TRLTrainer):
 
     def complete_model(self, directory: str, model_id: str | None = None, tags: list[str] | None = None) -> None:
         """
-        Prepare a saved model for upload: remove paths on this machine, and replace the empty card that PEFT and
-        transformers write by the trainer's.
+        Prepare a saved model for upload: remove local paths, and replace the empty card written by PEFT or
+        transformers with the trainer's.
 
         Args:
             directory (`str`):

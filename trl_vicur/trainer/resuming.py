@@ -1,4 +1,4 @@
-"""Checkpoints that a run resumes from to the same weights, even if it was killed while it saved one."""
+"""Resumes a run to the weights that it would have reached uninterrupted, even if it was killed during a save."""
 
 import json
 import math
@@ -33,13 +33,13 @@ from .trl_trainer import TRLTrainer
 
 
 class ResumingMixin(TRLTrainer):
-    """Seals checkpoints, finds the newest complete one, and restores rollouts, row order and the teacher's state."""
+    """Seals checkpoints, finds the newest complete one, and restores rollouts, row order and teacher state."""
 
     _train_sampler: RepeatSampler
 
     @property
     def _is_within_rollouts(self) -> bool:
-        """Whether the next micro-batch is of the same rollouts as the one before."""
+        """Whether the next micro-batch reuses the current rollouts."""
         return self._step % (self.args.gradient_accumulation_steps * self.args.num_iterations) != 0
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -50,15 +50,16 @@ class ResumingMixin(TRLTrainer):
         checkpoint, to the same weights as if it had not been killed (on the same machine; bit for bit on a CPU).
 
         Raises:
-            `CheckpointError` (a `ValueError`): If the checkpoint is incomplete or of another model or other options.
+            `CheckpointError` (a `ValueError`): If the checkpoint is incomplete, or was saved with another model or
+                other options.
         """
         if resume_from_checkpoint is True:
             assert self.args.output_dir is not None  # the configuration fills in a default
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise CheckpointError(
-                    f"`resume_from_checkpoint=True`, but {self.args.output_dir!r} holds no checkpoint that is whole. "
-                    "Train without it to start anew."
+                    f"`resume_from_checkpoint=True`, but {self.args.output_dir!r} holds no complete checkpoint. Leave "
+                    "it out to start a new run."
                 )
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
@@ -70,7 +71,7 @@ class ResumingMixin(TRLTrainer):
         run_dir = self._get_output_dir(trial=trial)
         directory = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            # Written last, they seal the checkpoint; those of an earlier run must not seal a part of this one
+            # These seal the checkpoint, so they are written last. Those of an earlier run must not seal this one early
             for name in (TRAINER_STATE_NAME, FILE_LIST_NAME):
                 (directory / name).unlink(missing_ok=True)
         try:
@@ -78,13 +79,13 @@ class ResumingMixin(TRLTrainer):
         except Exception as error:
             error.add_note(
                 f"{directory} could not be saved; its disk has {shutil.disk_usage(run_dir).free:,} bytes left. The "
-                f"newest whole checkpoint is {get_last_checkpoint(run_dir)}; `train(resume_from_checkpoint=True)` "
-                "goes on from there."
+                f"newest complete checkpoint is {get_last_checkpoint(run_dir)}; `train(resume_from_checkpoint=True)` "
+                "continues from it."
             )
             raise
 
     def _save_rng_state(self, output_dir):
-        # Trainer's last file but the one that seals the checkpoint
+        # Trainer calls this just before it writes `trainer_state.json`, which seals the checkpoint
         super()._save_rng_state(output_dir)
         if self.args.should_save:
             self.teacher.save(output_dir)
@@ -97,7 +98,7 @@ class ResumingMixin(TRLTrainer):
             write_file_list(output_dir)
 
     def _rollouts_path(self, checkpoint: str) -> str:
-        """File with this process's generation batch, in checkpoints between two steps on the same rollouts."""
+        """File with this rank's generation batch, in checkpoints saved between two steps on the same rollouts."""
         return os.path.join(checkpoint, ROLLOUTS_NAME.format(self.args.process_index))
 
     def _load_best_model(self):
@@ -114,7 +115,7 @@ class ResumingMixin(TRLTrainer):
         check_adapter(resume_from_checkpoint, self.model)
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except ValueError as error:  # of weights that are missing or not finite
+        except ValueError as error:  # weights are missing or not finite
             raise CheckpointError(str(error)) from error
         self.teacher.load(resume_from_checkpoint)
 
@@ -128,7 +129,8 @@ class ResumingMixin(TRLTrainer):
         self._restore_rollouts(resume_from_checkpoint)
         if isinstance(self.train_dataset, IterableDataset):
             # Trainer assumes epochs of `max_steps` steps, but the stream may have restarted earlier, and the
-            # checkpoint's `max_steps` may differ. An epoch of exactly 1 is all these steps, within a longer stream
+            # checkpoint's `max_steps` may differ. If `epoch` is exactly 1, the run did all its steps within one pass
+            # over the stream
             epoch = self.state.epoch or 0.0
             epochs_trained = max(0, math.ceil(epoch) - 1)
             if resume_from_checkpoint is not None and not self.args.ignore_data_skip:
@@ -136,21 +138,21 @@ class ResumingMixin(TRLTrainer):
                 steps = round((epoch - epochs_trained) * saved_state.max_steps)
                 steps_trained_in_current_epoch = steps * self.args.gradient_accumulation_steps
         elif self._train_sampler.shuffle:
-            for _ in range(epochs_trained):  # TRL's sampler starts with the order of the first epoch
+            for _ in range(epochs_trained):  # TRL's sampler always starts with the order of the first epoch
                 torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
-        if self.state.global_step >= max_steps:  # a run that has ended; Trainer would take another step
+        if self.state.global_step >= max_steps:  # the run was finished, but Trainer would do another step
             epochs_trained = num_train_epochs
         return epochs_trained, steps_trained_in_current_epoch
 
     def _find_best_checkpoint(self, trial: Any) -> None:
-        # Its path was left out, or the folder has been moved since (which transformers 5.16 does not notice)
+        # The path was removed before a push, or the folder has moved since (which transformers 5.16 does not notice)
         best = self.state.best_model_checkpoint
         if self.state.best_global_step and not (best and Path(best).is_dir()):
             moved = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             self.state.best_model_checkpoint = str(moved) if moved.is_dir() else None
 
     def _restore_rollouts(self, checkpoint: str | None) -> None:
-        # TRL starts counting from zero, without rollouts
+        # TRL restarts its step count at zero, with no rollouts in the buffer
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._buffered_inputs = None
         if checkpoint is not None and self._is_within_rollouts:

@@ -57,10 +57,10 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
     Trainer for visual-cue-recovery distillation, as introduced in [ViCuR: Visual Cues as Recoverable Privilege for
     Multimodal On-Policy Distillation](https://huggingface.co/papers/2606.05718).
 
-    The student generates completions on its own prompt; the teacher scores the very same tokens on a prompt that also
-    holds a privileged text, by default a cue that describes the visible evidence; the student moves toward the
-    teacher. With `peft_config=CueRecoveryConfig()` the student gets the module that recovers the evidence from the
-    image. It is TRL's [`~trl.DistillationTrainer`] in everything else.
+    The student generates completions from its own prompt. The teacher scores the same tokens after a prompt that also
+    contains a privileged text, by default a cue that describes the visible evidence. The loss moves the student's
+    distribution toward the teacher's. With `peft_config=CueRecoveryConfig()`, the student gets the module that
+    recovers the evidence from the image. Everything else is TRL's [`~trl.DistillationTrainer`].
 
     Example:
 
@@ -79,11 +79,12 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Vision-language model to be trained, or its id or path.
+            Vision-language model to train, or its id or path.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            A larger teacher with the same vocabulary (stronger-teacher OPD). `None` is self-distillation; then
-            `args.teacher_model_kind` says which weights of the student teach. With `args.teacher_model_server_url`
-            the name of the model that the server must serve; `None` takes whichever it does.
+            A larger teacher with the same vocabulary (stronger-teacher OPD). `None` means self-distillation:
+            `args.teacher_model_kind` selects which weights of the student act as the teacher. With
+            `args.teacher_model_server_url`, this is the name of the model that the server must serve; `None` accepts
+            any.
         args ([`ViCuRConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -94,7 +95,7 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
             Processor of the model. If `None`, it is loaded from the model's name.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
-            Further callbacks.
+            Additional callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler, as in [`~transformers.Trainer`].
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -106,8 +107,8 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
 
     Raises:
         `ValueError`: If the model is not a vision-language model, if options contradict each other, if a dataset
-            misses a column or holds a row that cannot be trained on (the row is named by its number), or if the
-            teacher's server does not fit.
+            lacks a column or has an invalid row (the message gives the row's number), or if the teacher's server
+            serves another model or vocabulary.
         `ConnectionError`: If the teacher's server cannot be reached.
     """
 
@@ -160,7 +161,7 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         if isinstance(peft_config, CueRecoveryConfig):
             peft_config.resolve_sink_token(processing_class)
 
-        # All rows are checked before the model is even loaded
+        # Check all rows before loading the model
         server = None
         if args.teacher_model_server_url is not None:
             assert isinstance(teacher_model, str | None)  # `check_options` refuses a model
@@ -205,7 +206,7 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
             and args.distillation_mode == "sampled_token"
             and not self.tools  # tool rollouts span several generations, so their log-probs are incomplete
         )
-        # Whether a token ends a sentence, `(vocabulary,)`
+        # Whether each token of the vocabulary ends a sentence, `(vocab,)`
         self._ends_sentence = None
         if args.prefix_rejection == "sentence":
             vocab_size = self.model.config.get_text_config().vocab_size
@@ -254,7 +255,7 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
     def _check_eval_dataset(
         self, dataset: AnyDataset | dict[str, AnyDataset] | None
     ) -> AnyDataset | dict[str, AnyDataset] | None:
-        """See [`check_dataset`]; each dataset of a dict is named by its key."""
+        """See [`check_dataset`]. Errors name a dataset of a dict by its key."""
         if dataset is None:
             return None
         args = self._row_checker.args
@@ -302,7 +303,7 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
             return super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is not None and self._is_within_rollouts:
             return self._buffered_inputs[self._step % self.args.gradient_accumulation_steps]
-        # Without a buffer TRL generates; with one, it does so at every multiple of `accumulation_steps`
+        # TRL generates if there is no buffer, or if `_step` is a multiple of `accumulation_steps`
         inputs = super()._prepare_inputs(generation_batch)
         if self.args.distillation_mode == "sampled_token":
             unwrapped_student = self.accelerator.unwrap_model(self.model_wrapped)
@@ -319,10 +320,10 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         tool_images = output[4]
         if self._has_module and any(tool_images):
             raise ValueError(
-                f"A tool returned an image ({sum(map(bool, tool_images))} of {len(prompts)} prompts), but a recovery "
-                "module reads all images of a conversation into one sink: the turns before the tool's image would be "
-                "scored with another sink than the one they were sampled with. Let the tool return text, or train "
-                "without the module."
+                f"A tool returned an image (in {sum(map(bool, tool_images))} of {len(prompts)} prompts), but a "
+                "recovery module reads all images of a conversation into one sink: the turns before the tool's image "
+                "would be scored with a different sink than they were sampled with. Return text from the tool, or "
+                "train without the module."
             )
         return output
 
@@ -349,14 +350,14 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         return output
 
     def _read_row(self, row: dict[str, Any]) -> Example:
-        if ROW_NAME in row:  # of a stream, whose rows are checked as they are used
+        if ROW_NAME in row:  # a row of a stream, which is checked when it is used
             row = {**row}
             with_row_number(self._row_checker.check, lambda: row, row.pop(ROW_NAME))
         args = self.args
         return read_row(row, args.privilege_column, args.missing_privilege, args.teacher_prompt_template)
 
     def _teacher_prompts(self, examples: list[Example], output: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The teacher's prompts, left-padded. Their images and videos are the student's."""
+        """The teacher's prompts, left-padded. They have the same images and videos as the student's."""
         prompt_ids, _, multimodal_fields, *_ = self._tokenize_prompts([each.teacher_prompt for each in examples])
         pad_token_id = self._tokenizer.pad_token_id
         assert isinstance(pad_token_id, int)  # TRL sets one if the tokenizer has none
@@ -373,13 +374,13 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
 
     @property
     def _student_shares_features(self) -> bool:
-        """Whether the student's pass would compute the same features of images and videos as the rollout."""
-        may_share = self.args.share_vision_features == "auto" and not self.tools  # tools can return further images
+        """Whether the student's forward pass can reuse the rollout's features of images and videos."""
+        may_share = self.args.share_vision_features == "auto" and not self.tools  # tools can return more images
         return may_share and self._vision_is_frozen
 
     @property
     def _teacher_shares_features(self) -> bool:
-        """Whether the teacher's pass would."""
+        """Whether the teacher's forward pass can reuse them."""
         may_share = self.args.share_vision_features == "auto" and not self.tools
         return may_share and self.teacher.shares_vision_features(self._vision_is_frozen)
 
@@ -418,7 +419,7 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         loss_mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             loss_mask = loss_mask * inputs["tool_mask"]
-        # With the model split across devices, the backbone can end on another device than the head
+        # If the model is split across devices, the backbone's last layer and the head can be on different devices
         mask = loss_mask.bool().to(student_head.weight.device)
         student_states, token_ids = student_states.to(mask.device), inputs["completion_ids"].to(mask.device)
         gap, kept = None, mask
@@ -454,7 +455,7 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         if diagnose:
             for layer, ratios in update_ratios.items():
                 if not any(inputs["num_image_tokens"]) and not any(inputs.get("num_video_tokens", [])):
-                    ratios = ratios[:0]  # of a blank image
+                    ratios = ratios[:0]  # they come from the added blank image
                 self._diagnose(f"cue_recovery/{layer}/update_ratio", ratios)
 
         loss = self._aggregate(per_token_loss, mask, kept, num_items_in_batch)
@@ -470,8 +471,8 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The teacher's minus the student's log-probabilities, `(tokens,)`, and which tokens come no later than the
-        first one that the teacher rejects, `(batch, completion)`.
+        The teacher's log-probabilities minus the student's, `(tokens,)`, and which tokens come no later than the first
+        one that the teacher rejects, `(batch, completion)`.
         """
         logprobs, _ = token_logprobs(student_states[mask], student_head, token_ids[mask], self.temperature)
         gap = teacher_scores.at(mask).token_logprobs(token_ids[mask]) - logprobs
@@ -495,7 +496,7 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         inputs: dict[str, Any],
         mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, entropy, and the teacher's minus the student's log-probability, each `(tokens,)` (Eq. 6-8)."""
+        """Loss, entropy, and the teacher's log-probability minus the student's, each `(tokens,)` (Eq. 6-8)."""
         args = self.args
         logprobs, entropy = token_logprobs(student_states, student_head, token_ids, self.temperature)
         teacher_logprobs = teacher.token_logprobs(token_ids)
@@ -533,8 +534,8 @@ class ViCuRTrainer(MultimodalMixin, DiagnosticsMixin, ResumingMixin, PublishingM
         num_items_in_batch: torch.Tensor | float | None,
     ) -> torch.Tensor:
         """
-        The loss of a micro-batch: its share of the mean over all tokens of `mask`, or over all completions' means, of
-        which only the tokens of `kept` have a loss.
+        The loss of a micro-batch: its part of the mean over all tokens, or of the mean over completions of each
+        completion's mean. All tokens of `mask` count in the means; those outside of `kept` have a loss of zero.
         """
         if self.args.loss_aggregation == "sequence":
             sequence_loss = per_token_loss.new_zeros(mask.shape).masked_scatter(kept, per_token_loss).sum(dim=1)

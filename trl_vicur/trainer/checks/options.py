@@ -1,4 +1,4 @@
-"""Refuse models and options that cannot be trained together, before any weights are loaded."""
+"""Refuses unsupported models and combinations of options, before any weights are loaded."""
 
 import os
 import warnings
@@ -77,7 +77,7 @@ def check_options(
 def adapter_configs(
     model: "str | PreTrainedModel | PeftModel", peft_config: PeftConfig | None
 ) -> list[PeftConfig | None]:
-    """Configs of the student's adapters; `[None]` if it has none, so that its own weights train."""
+    """Configs of the student's adapters; `[None]` if there are none and the model's own weights are trained."""
     return [*model.peft_config.values()] if isinstance(model, PeftModel) else [peft_config]
 
 
@@ -110,8 +110,8 @@ def check_compilation(args: ViCuRConfig, dynamo_backend: str) -> None:
     if args.torch_compile or dynamo_backend.upper() != "NO":
         option = "torch_compile=True" if args.torch_compile else f"dynamo_backend={dynamo_backend}"
         raise ValueError(
-            f"`{option}` is not supported: TRL replaces the compiled forward with one that calls the backbone, so "
-            "no layer would be compiled, and TRL does not find the adapter of a compiled model. Leave it out."
+            f"`{option}` is not supported: TRL replaces the compiled forward with one that calls the backbone, so no "
+            "layer would run compiled, and TRL cannot find the adapter of a compiled model. Leave the option out."
         )
 
 
@@ -146,13 +146,13 @@ def check_vllm(args: ViCuRConfig, peft_configs: Sequence[PeftConfig | None]) -> 
     num_modules = sum(isinstance(each, CueRecoveryConfig) for each in peft_configs)
     if args.use_vllm and num_modules > 1:
         raise ValueError(
-            f"`use_vllm=True` with {num_modules} recovery modules is not supported: vLLM rolls out with one. Remove "
-            "the other adapters with `model.delete_adapter`."
+            f"`use_vllm=True` with {num_modules} recovery modules is not supported: vLLM can run only one. Remove the "
+            "other adapters with `model.delete_adapter`."
         )
     if args.use_vllm and not is_vllm_available():
         raise ImportError(
             "`use_vllm=True` needs vLLM, which is not installed. Install it with `pip install 'trl[vllm]'`, or leave "
-            "`use_vllm` out: transformers rolls out."
+            "`use_vllm` out to generate rollouts with transformers."
         )
 
 
@@ -167,9 +167,9 @@ def check_quantization(
     trains_base = any(each is None or isinstance(each, CueRecoveryConfig) and each.train_base for each in peft_configs)
     if is_quantized and trains_base:
         raise ValueError(
-            "The model is quantized by bitsandbytes, but its own weights are to be trained: there is no adapter, or "
-            "one with `train_base=True`. Quantized weights cannot be trained. Train an adapter without `train_base` "
-            "(`r=16` adds LoRA), or load the model without quantization."
+            "The model is quantized by bitsandbytes, but its own weights would be trained, because there is no "
+            "adapter or one with `train_base=True`. Quantized weights cannot be trained. Train an adapter without "
+            "`train_base` (`r=16` adds LoRA), or load the model without quantization."
         )
 
 
@@ -179,7 +179,7 @@ def check_separate_teacher(
     config: PreTrainedConfig,
     processing_class: ProcessorMixin,
 ) -> None:
-    """Check a teacher that this process will load, by its configuration and its chat template."""
+    """Check the configuration and chat template of a teacher that this process will load."""
     init_kwargs = args.teacher_model_init_kwargs or {}
     assert isinstance(init_kwargs, dict)  # `TrainingArguments` has parsed a string
     revision = init_kwargs.get("revision", args.teacher_model_revision)
@@ -194,7 +194,7 @@ def check_separate_teacher(
     if teacher_vocab_size != vocab_size:
         raise ValueError(
             f"The student model has vocab_size {vocab_size} but the teacher model has vocab_size "
-            f"{teacher_vocab_size}: it is to score the student's tokens. Use a teacher of the same vocabulary."
+            f"{teacher_vocab_size}, so it cannot score the student's tokens. Use a teacher with the same vocabulary."
         )
     teacher_name = teacher_model if isinstance(teacher_model, str) else get_config_model_id(teacher_config)
     thinking_mode = load_thinking_mode(teacher_name, revision, args)
@@ -205,8 +205,8 @@ def check_vocabulary(args: ViCuRConfig, config: PreTrainedConfig) -> None:
     vocab_size = config.get_text_config().vocab_size
     if args.distillation_mode == "topk_logits" and args.distillation_topk > vocab_size:
         raise ValueError(
-            f"`distillation_topk={args.distillation_topk}` exceeds the vocabulary of {vocab_size} tokens. Choose "
-            "fewer, or `distillation_mode='full_logits'`."
+            f"`distillation_topk={args.distillation_topk}` exceeds the vocabulary of {vocab_size} tokens. Lower it, "
+            "or use `distillation_mode='full_logits'`."
         )
 
 
@@ -214,7 +214,8 @@ def check_streaming(args: ViCuRConfig) -> None:
     """Refuse options that a stream does not support. Trainer and TRL refuse some, but only after loading weights."""
     if args.max_steps <= 0:
         raise ValueError(
-            f"`max_steps={args.max_steps}`, but the length of a streamed dataset is not known. Set `max_steps`."
+            f"`max_steps={args.max_steps}`, but the length of a streamed dataset is unknown. Set `max_steps` to the "
+            "number of steps to train."
         )
     if args.num_iterations > 1:
         raise ValueError(
@@ -229,9 +230,9 @@ def check_streaming(args: ViCuRConfig) -> None:
 
 
 def check_something_trains(model: PreTrainedModel | PeftModel) -> None:
-    """Check the student with its adapters attached (its weights are not read)."""
+    """Check that the student, with its adapters attached, has trainable parameters. Reads no weights."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            "No weight of the model trains, as with an adapter of `inference_mode=True`. Load an adapter that is "
-            "to train on with `PeftModel.from_pretrained(..., is_trainable=True)`."
+            "The model has no trainable parameters, e.g. because its adapter was loaded with `inference_mode=True`. "
+            "To train an adapter further, load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
         )

@@ -1,4 +1,4 @@
-"""A teacher behind a vLLM server, which scores the completions that the student has sampled."""
+"""Client of a vLLM server that serves the teacher and scores the student's completions."""
 
 import os
 import time
@@ -21,29 +21,28 @@ if TYPE_CHECKING:
     import openai
 
 
-CONCURRENCY = 64  # requests under way at a time, of each process
+CONCURRENCY = 64  # requests in flight, per process
 RETRY_INTERVAL = 2.0  # seconds
-PROBE_SIZES = (64, 1024)  # pixels of a square image's side
+PROBE_SIZES = (64, 1024)  # side of a square image, in pixels
 PROBE_COMPLETION = "The image shows one colour and nothing else."
 NUM_PROBES = 8  # at once, so that a load balancer spreads them over all replicas
-# Nats. bfloat16 logits from 16 to 32 have steps of 0.125, and rounding depends on what else is in the batch
+# Nats. bfloat16 logits between 16 and 32 are 0.125 apart, and rounding depends on what else is in the batch
 MAX_PROBE_DIFFERENCE = 0.5
 
 
 class ScoringRequest(NamedTuple):
     """
-    A completion behind the teacher's prompt.
+    A completion to score, and the teacher's prompt before it.
 
     Args:
         prompt_ids (`list[int]`):
-            Token ids of the prompt as the teacher is to see it, visual tokens included.
+            Token ids of the teacher's prompt, with all visual tokens.
         short_prompt_ids (`list[int]`):
-            The same before a processor has put an image's visual tokens in the place of its placeholder. The server
-            does that itself.
+            The same with one placeholder per image. The server expands each into the image's visual tokens itself.
         images (`list[PIL.Image.Image]`):
-            The prompt's images, in their order.
+            The prompt's images, in order.
         completion_ids (`list[int]`):
-            Token ids to be scored.
+            Token ids to score.
     """
 
     prompt_ids: list[int]
@@ -54,13 +53,13 @@ class ScoringRequest(NamedTuple):
 
 class CompletionScores(NamedTuple):
     """
-    What the teacher thinks of a completion.
+    The teacher's scores of a completion.
 
     Args:
         logprobs (`list[float]`):
             Log-probability (in nats) of each token.
         top_ids (`list[list[int]]`):
-            For each token the ids of the most likely ones in its place, the most likely first; none without `top_k`.
+            Ids of the `top_k` most likely tokens at each position, most likely first; empty if `top_k` is 0.
         top_logprobs (`list[list[float]]`):
             Their log-probabilities.
     """
@@ -72,10 +71,10 @@ class CompletionScores(NamedTuple):
 
 class TeacherServer:
     """
-    Client of `vllm serve MODEL --enable-scale-out`, of vLLM 0.31 or later.
+    Client of `vllm serve MODEL --enable-scale-out`, vLLM 0.31 or later.
 
-    Token ids go to the server and come back from it, never text. Requests that meet 408, 409, 429, 5xx or a lost
-    connection are repeated with exponential back-off. The key, if the server wants one, is read from the environment
+    Prompts and completions are sent and returned as token ids, never as text. Requests that fail with 408, 409, 429,
+    5xx or a lost connection are retried with exponential back-off. If the server needs a key, set the environment
     variable `OPENAI_API_KEY`.
 
     Args:
@@ -84,15 +83,15 @@ class TeacherServer:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's tokenizer, which the teacher must share.
         top_k (`int`, *optional*, defaults to `0`):
-            How many of the most likely tokens are wanted beside the sampled one.
+            Number of most likely tokens to return at each position, besides the sampled one.
         model (`str`, *optional*):
-            The model that the server must serve; by default whichever it does.
+            The model that the server must serve. By default, any model is accepted.
         timeout (`float`, *optional*, defaults to `0.0`):
-            Seconds to wait for a server that is still being started.
+            Seconds to wait for a server that is still starting.
 
     Raises:
         `ConnectionError`: If there is no server at the address.
-        `ValueError`: If it serves another model, or one of another vocabulary.
+        `ValueError`: If the server has another model, or one with another vocabulary.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class TeacherServer:
 
         self.url = url.rstrip("/")
         self.top_k = top_k
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # the client insists on one
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # the client requires one
         self._client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=5)
         served = {each["id"]: each["max_model_len"] for each in self._wait(timeout)["data"]}
         self.model = model or next(iter(served))
@@ -117,17 +116,18 @@ class TeacherServer:
                 f"The teacher's server at {self.url} serves {list(served)}, not the teacher model {model!r}. Start it "
                 "with that model (or with `--served-model-name`), or leave out the teacher's name."
             )
-        # The server wants to generate a token, too
+        # vLLM must generate at least one token after the scored ones
         self.max_length = served[self.model] - 1
         self._check_vocabulary(tokenizer)
 
     @classmethod
     def from_config(cls, args: ViCuRConfig, processing_class: ProcessorMixin, model: str | None) -> "TeacherServer":
         """
-        Connect to the server at `args.teacher_model_server_url`, and have it score prompts with a small and a large
-        image several times each, so that requests it would refuse and replicas that differ fail before training.
+        Connect to the server at `args.teacher_model_server_url` and probe it: it scores a prompt with a small image
+        and one with a large image several times each. So refused requests and replicas that differ raise before
+        training.
 
-        Warns if the server's chat template puts the teacher into another thinking mode than the student's does.
+        Warns if the server's chat template puts the teacher in a different thinking mode than the student.
 
         Args:
             args ([`ViCuRConfig`]):
@@ -138,8 +138,8 @@ class TeacherServer:
                 The model that the server must serve.
 
         Raises:
-            `ConnectionError` and `ValueError`: As the constructor and [`TeacherServer.score`] do.
-            `ValueError`: If the server's answers to the same request differ by more than rounding.
+            `ConnectionError`: As in the constructor and [`TeacherServer.score`].
+            `ValueError`: As in these, or if the server's answers to the same request differ by more than rounding.
         """
         tokenizer = processing_class.tokenizer
         top_k = args.distillation_topk if args.distillation_mode == "topk_logits" else 0
@@ -165,7 +165,7 @@ class TeacherServer:
         return server
 
     def _probe(self, request: ScoringRequest) -> None:
-        """Score a request several times at once, and check that the answers differ by rounding only."""
+        """Send the same request several times at once, and check that the scores differ only by rounding."""
         answers = self.score([request] * NUM_PROBES)
         numbers = [[*answer.logprobs, *chain(*answer.top_logprobs)] for answer in answers]
         difference = max(max(same) - min(same) for same in zip(*numbers, strict=True))
@@ -180,7 +180,7 @@ class TeacherServer:
     def _thinking_mode(
         self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None
     ) -> ThinkingMode | None:
-        """Mode that the server's own chat template puts the teacher into; `None` if it has no chat template."""
+        """Thinking mode that the server's own chat template selects; `None` if it has no chat template."""
         import openai
 
         def render(**variables: Any) -> str:
@@ -194,7 +194,7 @@ class TeacherServer:
             return None
 
     def _wait(self, timeout: float) -> dict[str, Any]:
-        """The server's list of models, once it has one."""
+        """Wait until the server is up, and return its list of models."""
         import openai
 
         deadline = time.monotonic() + timeout
@@ -206,9 +206,9 @@ class TeacherServer:
             except (openai.APIConnectionError, openai.InternalServerError) as error:
                 if time.monotonic() >= deadline:
                     raise ConnectionError(
-                        f"The teacher's server at {self.url} cannot be reached ({error.__cause__ or error}), for "
-                        f"{timeout:.0f} seconds now. Start it with `vllm serve MODEL --enable-scale-out`, check "
-                        "`teacher_model_server_url`, or wait longer (`vllm_server_timeout`)."
+                        f"The teacher's server at {self.url} cannot be reached ({error.__cause__ or error}) after "
+                        f"{timeout:.0f} seconds. Start it with `vllm serve MODEL --enable-scale-out`, check "
+                        "`teacher_model_server_url`, or raise `vllm_server_timeout`."
                     ) from error
                 time.sleep(min(RETRY_INTERVAL, timeout))
             except openai.APIStatusError as error:
@@ -221,25 +221,25 @@ class TeacherServer:
         if theirs != ours:
             same = os.path.commonprefix([ours, theirs])
             raise ValueError(
-                f"{self.model!r} at the teacher's server {self.url} has another vocabulary than the student: after "
-                f"{len(same)} characters its tokens go on with {shorten(theirs[len(same) :])}, the student's with "
-                f"{shorten(ours[len(same) :])}. Serve a model with the student's tokenizer."
+                f"{self.model!r} at the teacher's server {self.url} has a different vocabulary than the student: "
+                f"after {len(same)} characters, its tokens continue with {shorten(theirs[len(same) :])}, the "
+                f"student's with {shorten(ours[len(same) :])}. Serve a model with the student's tokenizer."
             )
 
     def score(self, requests: list[ScoringRequest]) -> list[CompletionScores]:
         """
-        Score completions, many at a time.
+        Score completions, with up to 64 requests in flight.
 
         Args:
             requests (`list[ScoringRequest]`):
-                The completions, each behind its prompt.
+                The completions with their prompts.
 
         Returns:
             `list[CompletionScores]`: In the same order.
 
         Raises:
-            `ConnectionError`: If the server is lost and does not come back.
-            `ValueError`: If it refuses a request, or reads a prompt as other tokens than the trainer does.
+            `ConnectionError`: If the connection is lost and does not come back.
+            `ValueError`: If the server refuses a request, or tokenizes a prompt differently than the trainer.
         """
         with ThreadPoolExecutor(max_workers=CONCURRENCY) as executor:
             return list(executor.map(self._score, requests))
@@ -265,17 +265,17 @@ class TeacherServer:
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"The teacher's server at {self.url} answered {path} with {shorten(answer)}, without the "
-                "log-probabilities of the prompt and its token ids. It must be vLLM, 0.31 or later."
+                "log-probabilities and token ids of the prompt. It must be vLLM 0.31 or later."
             ) from error
         raise ValueError(
-            f"The teacher's server at {self.url} reads a prompt with {len(images)} image(s) as {num_tokens} tokens "
-            f"that are not the {len(request.prompt_ids + request.completion_ids)} of the student's processor. "
-            f"Serve {self.model!r} with the processor settings of the student (`--mm-processor-kwargs`, e.g. its "
-            "pixel limits), or a model of the same family."
+            f"The teacher's server at {self.url} turns a prompt with {len(images)} image(s) into {num_tokens} tokens, "
+            f"which differ from the {len(request.prompt_ids + request.completion_ids)} tokens of the student's "
+            f"processor. Serve {self.model!r} with the student's processor settings (`--mm-processor-kwargs`, e.g. "
+            "its pixel limits), or a model of the same family."
         )
 
     def _read(self, completion_ids: list[int], positions: list[dict[str, dict[str, float]]]) -> CompletionScores:
-        """From vLLM's `{token id: {"logprob": float, …}}` of each position: the top ones and the token's own."""
+        """Read the token's own and the top log-probabilities from vLLM's `{token id: {"logprob": float, …}}`."""
         logprobs = [
             position[str(token_id)]["logprob"] for token_id, position in zip(completion_ids, positions, strict=True)
         ]
@@ -300,17 +300,17 @@ class TeacherServer:
         except openai.APIConnectionError as error:
             raise ConnectionError(
                 f"The teacher's server at {self.url} was lost ({error.__cause__ or error}) and did not come back. "
-                "Start it again, and training from its last checkpoint."
+                "Restart it, and resume training from the last checkpoint."
             ) from error
 
     def _refusal(self, path: str, error: "openai.APIStatusError") -> ValueError:
-        mends = {
-            400: f"Start it with `--max-logprobs {self.top_k}` or more, and a `--max-model-len` for prompt and "
+        fixes = {
+            400: f"Start it with `--max-logprobs {self.top_k}` or more, and a `--max-model-len` that fits prompt and "
             "completion.",
             401: "Set the environment variable OPENAI_API_KEY to its key.",
-            404: "Start it as `vllm serve MODEL --enable-scale-out`; the address goes without `/v1`.",
+            404: "Start it as `vllm serve MODEL --enable-scale-out`, and give the address without `/v1`.",
         }
         return ValueError(
             f"The teacher's server at {self.url} answered {path} with {error.status_code}: {shorten(error.body)}. "
-            + mends.get(error.status_code, "Its log says more.")
+            + fixes.get(error.status_code, "See its log for details.")
         )
