@@ -430,7 +430,7 @@ def test_privilege_gap_resumes(model, tmp_path):
 
 
 def test_privilege_gap_needs_logits_and_columns(model):
-    with pytest.raises(TypeError, match="ScriptedGenerator does not give"):
+    with pytest.raises(TypeError, match="ScriptedGenerator does not provide"):
         measure_privilege_gap(gap_rows(), ScriptedGenerator(fail))
     with pytest.raises(ValueError, match="`completion_column` is 'solution'"):
         measure_privilege_gap(gap_rows(), make_teacher(model), completion_column="solution")

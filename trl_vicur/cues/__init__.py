@@ -1,4 +1,4 @@
-"""Generate visual cues with any vision-language model, and check that they are recoverable privilege."""
+"""Generate visual cues with any vision-language model, and check that a student can recover them."""
 
 from ..generation import (
     ChatRequest,

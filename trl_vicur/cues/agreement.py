@@ -1,4 +1,4 @@
-"""Do two cues say the same? Compares their words, numbers and labels, whatever the order and the wording."""
+"""Do two cues say the same thing? Compares their words, numbers and labels, ignoring order and wording."""
 
 import math
 import re
@@ -14,7 +14,7 @@ TOKEN = re.compile(
 )
 # An article before a word, where a sentence begins; "point A is" names a label
 LEADING_ARTICLE = re.compile(r"(?<!\w )(?<!, )\bA(?= [a-z])")
-# Words that only connect others, or only announce what is seen
+# Words that only connect other words, or only announce what can be seen
 FUNCTION_WORDS = frozenset(
     """a an the this that these those there it its they them their he she his her is are was were be been being has
     have had do does and or but with without of in on at to from by for as into onto than then so also which who whose
@@ -46,8 +46,8 @@ ALTERNATIVES = frozenset(
 
 def content_tokens(text: str) -> frozenset[str]:
     """
-    The content of a cue: its words without function words and those that only announce, in lower case and singular;
-    numbers in one notation (12, 12.0, twelve); labels (AB, x1, O) as written.
+    The content of a cue: its content words in lower case and singular, numbers in one notation (12, 12.0, twelve), and
+    labels (AB, x1, O) as written.
     """
     text = " ".join(unicodedata.normalize("NFKC", text.replace("−", "-")).split())
     tokens = set()
@@ -71,8 +71,8 @@ def agreement(first: frozenset[str], second: frozenset[str]) -> float:
     """
     How much two cues agree: F1 of their [`content_tokens`], between 0 and 1.
 
-    What only one of them says counts against both; the order and wording of sentences do not matter. Metrics of
-    fluency or of embeddings would place "AB is 5" close to "AB is 6", although the 5 is the point of the cue.
+    Content that only one of them has lowers the score; the order and wording of sentences do not matter. Embedding or
+    fluency metrics would rate "AB is 5" as close to "AB is 6", although the 5 is the point of the cue.
     """
     if not first and not second:
         return 1.0
@@ -81,9 +81,9 @@ def agreement(first: frozenset[str], second: frozenset[str]) -> float:
 
 def same_meaning(first: frozenset[str], second: frozenset[str]) -> bool:
     """
-    Whether two cues mean the same; replaces the entailment model of semantic entropy. Most of their content is the
-    same, and they do not contradict each other: at most one of them has numbers, labels, colours, places or shapes
-    that the other lacks.
+    Whether two cues mean the same; used instead of the entailment model of semantic entropy. They do if most of their
+    content is the same and they do not contradict each other: at most one of them has numbers, labels, colours, places
+    or shapes that the other lacks.
     """
     contradict = any(map(_is_value, first - second)) and any(map(_is_value, second - first))
     return not contradict and agreement(first, second) >= SAME_MEANING
@@ -96,10 +96,10 @@ def _is_value(token: str) -> bool:
 def semantic_entropy(samples: list[frozenset[str]]) -> float:
     """
     *Semantic entropy* of samples, in nats: the entropy over their meanings, not their wordings (Kuhn et al. 2023,
-    arXiv 2302.09664, Algorithm 1, with equal weights). A sample joins the first meaning whose first sample it has the
-    [`same_meaning`] as.
+    arXiv 2302.09664, Algorithm 1, with equal weights). A sample joins the first cluster whose first sample has the
+    [`same_meaning`].
 
-    It is `0` where all samples mean the same, `log(len(samples))` where no two do, and low with few samples: of a
+    It is `0` if all samples mean the same and `log(len(samples))` if no two do. With few samples it is low; with a
     single one it is always `0`.
     """
     meanings: list[list[frozenset[str]]] = []

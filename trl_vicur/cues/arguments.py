@@ -15,7 +15,9 @@ class DatasetArguments:
     split: str = field(default="train", metadata={"help": "Split of a dataset that has several."})
     question_column: str | None = field(
         default=None,
-        metadata={"help": "Column with questions (strings or conversational prompts); else `prompt` or `question`."},
+        metadata={
+            "help": "Column with questions (strings or conversational prompts). Default: `prompt`, or else `question`."
+        },
     )
 
 
@@ -25,31 +27,32 @@ class GeneratorArguments:
 
     model: str | None = field(
         default=None,
-        metadata={"help": "Name of the model at `base_url`; without that, id or folder of a model to load here."},
+        metadata={"help": "Name of the model at `base_url`; without `base_url`, id or folder of a local model."},
     )
     base_url: str | None = field(
         default=None,
         metadata={
-            "help": "Address of an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1. Its key, if it needs "
+            "help": "URL of an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1. Its key, if it needs "
             "one, is read from the environment variable OPENAI_API_KEY."
         },
     )
     concurrency: int = field(default=16, metadata={"help": "Concurrent requests to an endpoint."})
     timeout: float = field(default=120.0, metadata={"help": "Seconds before a request times out."})
     max_retries: int = field(default=5, metadata={"help": "Retries of a request that failed in transit."})
-    adapter: str | None = field(default=None, metadata={"help": "PEFT adapter of a model loaded here."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of a model loaded here."})
-    dtype: str = field(default="auto", metadata={"help": "Data type of a model loaded here."})
-    batch_size: int = field(default=8, metadata={"help": "Rows per batch of a model loaded here."})
+    adapter: str | None = field(default=None, metadata={"help": "PEFT adapter for a local model."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of a local model."})
+    dtype: str = field(default="auto", metadata={"help": "Data type of a local model."})
+    batch_size: int = field(default=8, metadata={"help": "Rows per batch of a local model."})
     max_new_tokens: int = field(default=256, metadata={"help": "Maximum length of a text, in tokens."})
     temperature: float | None = field(
         default=None,
-        metadata={"help": "Sampling temperature: by default 0 (greedy), or 0.7 where several texts are needed."},
+        metadata={"help": "Sampling temperature: by default 0 (greedy), or 0.7 where samples must differ."},
     )
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Total probability of the tokens to sample from."})
+    seed: int = field(default=0, metadata={"help": "Seed for sampling."})
     prompt_file: str | None = field(
-        default=None, metadata={"help": "Text file with `{question}` in it, to replace the built-in prompt."}
+        default=None,
+        metadata={"help": "Text file with a prompt that contains `{question}`; replaces the built-in prompt."},
     )
 
     def make_prompt(self) -> CuePrompt:
@@ -87,10 +90,10 @@ class GenerateArguments:
     """Arguments of `trl-vicur cues generate`."""
 
     dataset: str = field(
-        metadata={"help": "Id on the Hub, folder of `save_to_disk`, or a file of JSON lines, CSV or Parquet."}
+        metadata={"help": "Id on the Hub, a folder written by `save_to_disk`, or a JSON lines, CSV or Parquet file."}
     )
     output: str = field(metadata={"help": "Folder for the result, and for resuming after an interruption."})
-    retry_failed: bool = field(default=False, metadata={"help": "Retry the rows that failed in an earlier call."})
+    retry_failed: bool = field(default=False, metadata={"help": "Retry the rows that failed in an earlier run."})
 
 
 @dataclass
@@ -109,18 +112,18 @@ class AuditArguments:
     drop: bool = field(default=False, metadata={"help": "Drop the rows whose cue is not usable."})
     fix: Literal["regenerate"] | None = field(
         default=None,
-        metadata={"help": "`regenerate` asks the model again where a cue is missing or not usable."},
+        metadata={"help": "`regenerate` has the model write new cues where one is missing or not usable."},
     )
     recoverability: int | None = field(
         default=None,
-        metadata={"help": "Number of cues to sample per row, to measure how much they agree."},
+        metadata={"help": "Number of cues to sample per row, to measure how much they agree with the row's cue."},
     )
     usefulness: bool = field(
         default=False, metadata={"help": "Measure whether the model answers better with the cue."}
     )
     privilege_gap: bool = field(
         default=False,
-        metadata={"help": "Measure how far the cue, and the answer, move the model as a teacher."},
+        metadata={"help": "Measure how much the cue, and the answer, change the model's predictions as a teacher."},
     )
     completion_column: str | None = field(
         default=None,
@@ -130,16 +133,14 @@ class AuditArguments:
     def check_model(self, generator: GeneratorArguments) -> None:
         """
         Raises:
-            `ValueError`: If a measure needs a model and has none, or has one that cannot do it.
+            `ValueError`: If an option needs a model and there is none, or if the model cannot measure the gap.
         """
         if self.asks_a_model and generator.model is None:
             raise ValueError(
-                "`--fix`, `--recoverability`, `--usefulness` and `--privilege_gap` ask a model: name `--model`."
+                "`--fix`, `--recoverability`, `--usefulness` and `--privilege_gap` need a model. Set `--model`."
             )
         if self.privilege_gap and generator.base_url is not None:
-            raise ValueError(
-                "`--privilege_gap` needs the full distributions of a model loaded here, not `--base_url`."
-            )
+            raise ValueError("`--privilege_gap` needs the full distributions of a local model, not `--base_url`.")
 
     @property
     def asks_a_model(self) -> bool:

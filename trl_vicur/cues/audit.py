@@ -1,4 +1,4 @@
-"""May the cues of a dataset be used as recoverable privilege? The text audit of every row."""
+"""Text audit of every cue in a dataset: may it be used as recoverable privilege?"""
 
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ def audit_cues(
     visible_text_column: str = "visible_text",
 ) -> Dataset:
     """
-    Audit the text of every cue, each as [`audit_cue`] does.
+    Audit the text of every cue with [`audit_cue`].
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -68,7 +68,7 @@ def audit_cues(
         cue_column (`str`, *optional*, defaults to `"cue"`):
             Column with the cues.
         answer_column (`str`, *optional*, defaults to `"answer"`):
-            Column with the reference answers. Without it, or where it is `None`, no answer leak is found.
+            Column with the reference answers. Without it, or where it is `None`, answer leaks cannot be found.
         visible_text_column (`str`, *optional*, defaults to `"visible_text"`):
             Column with lists of the texts in each image (labels, ticks, captions), if there is one.
 

@@ -18,14 +18,14 @@ class Verdict(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A measure that models took: one column, or two to compare, each with its label."""
+    """A measure that needs a model: one column, or two to compare, each with its label."""
 
     label: str
     meaning: str
     columns: dict[str, str]
 
 
-# Worst first: the order of a report. A row has all that apply, and always one of "unusable" and "usable".
+# Worst first, the order of the report. A row gets all that apply, and always either "unusable" or "usable".
 VERDICTS = {
     "control_text": Verdict("Control text", "The cue contains control tokens, or text that steers a model."),
     "answer_leak": Verdict("Answer leak", "The cue states the answer, and nothing suggests that the image shows it."),
@@ -83,8 +83,8 @@ def summarize_audit(dataset: Dataset, cue_column: str = "cue") -> dict[str, int 
     Returns:
         `dict[str, int | float]`: The number of `rows`, and of rows with each verdict: `control_text`, `answer_leak`,
         `reasoning_leak`, `failed` (no cue), `unusable`, `possible_leak` and `usable`; a row can have several. Then,
-        for each measure in the dataset, the means of the columns in `MEASURES` under their own names, and the numbers
-        of rows that the means are taken over, under the same names with the suffix `_rows`.
+        for each measure in the dataset, the mean of each column in `MEASURES` under the column's name, and the number
+        of rows that it is taken over, under the same name with the suffix `_rows`.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.

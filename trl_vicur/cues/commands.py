@@ -30,18 +30,18 @@ AUDIT_NAME = "audit.json"
 
 
 def generate(arguments: list[str]) -> None:
-    """Runs `trl-vicur cues generate`."""
+    """Run `trl-vicur cues generate`."""
     parser = CommandParser(
         [GenerateArguments, DatasetArguments, GeneratorArguments],
         prog="trl-vicur cues generate",
         usage="--dataset DATASET --output FOLDER --model MODEL [options]",
         description="Have a vision-language model write a cue for every row of a dataset: the visible evidence that "
-        "the question needs, not the answer, nor how to find it. After an interruption, the same command continues "
-        "where it stopped.",
+        "the question needs, but neither the answer nor how to find it. After an interruption, the same command "
+        "continues where it stopped.",
         examples="""
-            # with a model loaded here
+            # with a local model
             trl-vicur cues generate --dataset me/geometry --output geometry-cues --model Qwen/Qwen3-VL-8B-Instruct
-            # at an OpenAI-compatible endpoint (vLLM, SGLang, a hosted API); its key comes from OPENAI_API_KEY
+            # with an OpenAI-compatible endpoint (vLLM, SGLang, a hosted API); key: OPENAI_API_KEY
             trl-vicur cues generate --dataset rows.jsonl --output cues --model Qwen/Qwen3-VL-32B-Instruct \\
                 --base_url http://localhost:8000/v1 --concurrency 64
             # retry the rows that failed
@@ -71,17 +71,17 @@ def generate(arguments: list[str]) -> None:
 
 
 def audit(arguments: list[str]) -> None:
-    """Runs `trl-vicur cues audit`."""
+    """Run `trl-vicur cues audit`."""
     parser = CommandParser(
         [AuditArguments, DatasetArguments, GeneratorArguments],
         prog="trl-vicur cues audit",
         usage="DATASET [options]",
-        description="Check whether the cues of a dataset may be used: they must not leak the answer or the solution, "
-        "and must not contain control text. With a model, also measure how recoverable and useful they are.",
+        description="Check whether the cues of a dataset are safe to train on: they must not leak the answer or the "
+        "solution, and must not contain control text. With a model, also measure how recoverable and useful they are.",
         examples="""
-            # audit the text, and write a page that shows it beside the images
+            # audit the text, and write an HTML report with the images
             trl-vicur cues audit geometry-cues --html report.html
-            # ask again where a cue is missing or not usable, then drop the rows whose cue still is not
+            # regenerate cues that are missing or not usable, then drop the rows without a usable cue
             trl-vicur cues audit geometry-cues --fix regenerate --model Qwen/Qwen3-VL-8B-Instruct
             trl-vicur cues audit geometry-cues --drop
             # can the student see what the cue says, and does it help the teacher?
@@ -112,10 +112,10 @@ def audit(arguments: list[str]) -> None:
 
 def find_output(folder: Path, args: AuditArguments) -> Path | None:
     """
-    The folder to save the audit in; `None` if only the summary and the report are wanted.
+    The folder to save the audit in; `None` if the result is only the summary and the report.
 
     Raises:
-        `ValueError`: If a dataset that these commands did not write would be changed.
+        `ValueError`: If the command would change a dataset that it did not write.
     """
     if args.output is not None:
         return Path(args.output)
@@ -136,7 +136,7 @@ def audit_and_measure(
     args: AuditArguments,
     generator_args: GeneratorArguments,
 ) -> Dataset:
-    """The dataset with the columns of the audit and of each measure that was asked for."""
+    """The dataset with the columns of the audit and of each requested measure."""
     prompt, seed = generator_args.make_prompt(), generator_args.seed
     columns = {"question_column": question_column, "answer_column": args.answer_column}
     if args.fix == "regenerate":

@@ -6,7 +6,7 @@ from ..data.rows import shorten
 from ..generation import ChatResponse
 
 
-# Reasoning models think in their text before they reply. Their thoughts are not part of the cue.
+# Reasoning models write their thoughts before the reply. The thoughts are not part of the cue.
 THINKING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 # Openings of refusals, as current models phrase them
 REFUSAL = re.compile(

@@ -1,4 +1,4 @@
-"""Cues for every row of a dataset, from any vision-language model."""
+"""Generate a cue for every row of a dataset with any vision-language model."""
 
 import logging
 import tempfile
@@ -58,8 +58,8 @@ def generate_cues(
     """
     Have a model describe, for every row, the visible evidence that its question needs (ViCuR, Sec. 3.1).
 
-    The generator sees the images and the question, never another column. Each cue is on disk as soon as it arrives:
-    after an interruption of any kind, the same call continues with the rows that are left. A row that fails gets its
+    The generator sees the images and the question, and no other column. Each cue is saved as soon as it arrives: after
+    any interruption, the same call continues with the remaining rows. A row that fails gets its
     error recorded and does not stop the others.
 
     Args:
@@ -72,7 +72,7 @@ def generate_cues(
         prompt ([`CuePrompt`], *optional*, defaults to `CUE_PROMPT`):
             The prompt that asks for a cue.
         question_column (`str`, *optional*):
-            Column with the questions: strings, or conversational prompts, of which the user turns are read. By
+            Column with the questions: strings, or conversational prompts, whose user turns are read. By
             default `prompt` or, without one, `question`.
         seed (`int`, *optional*, defaults to `0`):
             Row `i` is sampled with the seed `seed + i`.
@@ -86,14 +86,14 @@ def generate_cues(
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
-        `ValueError`: If it lacks a column or already has one that would be added, if `output` holds other files, or if
-            it was begun with other settings or another dataset.
+        `ValueError`: If a column is missing or would be overwritten, if `output` contains other files, or if it was
+            begun with different settings or a different dataset.
         [`GeneratorUnavailableError`]: If no request can succeed.
         `OSError`: If the disk is full.
     """
     rows = QuestionRows(dataset, question_column)
     if added := [name for name in CUE_SCHEMA.names if name in dataset.column_names]:
-        raise ValueError(f"The dataset already has the columns {added}. Remove or rename them to get new ones.")
+        raise ValueError(f"The dataset already has the columns {added}. Remove or rename them to generate new ones.")
     output = Path(tempfile.mkdtemp(prefix="trl_vicur_cues_") if output is None else output)
     prepare_folder(output, CUE_STORE)
     check_image_files(rows)
@@ -116,7 +116,7 @@ def ask_for_cues(
     unit: str = "row",
     retry_failed: bool = False,
 ) -> None:
-    """Ask for a cue under each of the numbers that the store lacks; `row_of` returns the row of a number."""
+    """Generate a cue for each number that is not in the store yet; `row_of` maps a number to its row."""
     ask(
         generator,
         store,
@@ -132,17 +132,17 @@ def ask_for_cues(
 
 def check_image_files(rows: QuestionRows) -> None:
     """
-    Check that image files exist. They are copied to the output at the end, so a missing one would cost all the work.
+    Check that image files exist. They are copied to the output at the end, so a missing one would waste all the work.
 
     Raises:
-        `ValueError`: If a file is missing; names the row.
+        `ValueError`: If a file is missing. The message names the row.
     """
     feature = rows.dataset.features[rows.image_column]
     is_list = isinstance(feature, List)
     if not isinstance(feature.feature if is_list else feature, Image):
         return
     num_checked = 0
-    # In Arrow, because Python objects would hold the bytes of all images
+    # Stay in Arrow: Python objects would hold copies of all image bytes
     for table in iterate_tables(rows.dataset, [rows.image_column]):
         images = table[rows.image_column].combine_chunks()
         numbers = pa.array(range(num_checked, num_checked + len(table)))
@@ -158,7 +158,7 @@ def check_image_files(rows: QuestionRows) -> None:
 
 
 def make_provenance(settings: dict[str, Any], seed: int | None) -> dict[str, Any]:
-    """How a cue was generated: its columns in the settings of its store, and its seed."""
+    """How a cue was generated: the settings in `cue_provenance`, and the seed."""
     return {field.name: settings.get(field.name) for field in CUE_SCHEMA.field("cue_provenance").type} | {"seed": seed}
 
 
@@ -187,7 +187,7 @@ def write_dataset(
     _, num_failed = store.count()
     if num_failed:
         logger.warning(
-            f"{num_failed} of {len(dataset)} rows have no cue; `cue_error` says why. The same call with "
-            "`retry_failed=True` retries only those."
+            f"{num_failed} of {len(dataset)} rows have no cue; `cue_error` says why. Call again with "
+            "`retry_failed=True` to retry only those."
         )
     return written

@@ -1,8 +1,8 @@
 """
-How much does the teacher know that the student cannot see? The gap that a privilege opens between their tokens.
+Privilege gap: how much a privilege (a cue or an answer) changes the teacher's token distributions.
 
-A gap of `0` means that the teacher could do without the privilege. The gap of a recoverable cue is small where the
-teacher sees in the image what the cue says; the gap of an answer can only be learned as a shortcut.
+A gap of `0` means that the teacher does not need the privilege. A recoverable cue has a small gap where the teacher
+already sees in the image what the cue says. A student can close the gap of an answer only by learning a shortcut.
 """
 
 import json
@@ -30,10 +30,10 @@ from .audit_summary import mean_of_columns
 
 STORE_NAME = "privilege_gap.sqlite"
 GAP_COLUMNS = ("cue_gap", "cue_gap_on_answer", "answer_gap", "answer_gap_on_answer")
-# Completion tokens that are scored at a time, unless a single row has more. The logits of this many tokens exist
-# twice, in the model's data type
+# Completion tokens scored at a time, unless a single row has more. Two copies of the logits of this many tokens are
+# in memory, in the model's dtype
 MAX_SCORED_TOKENS = 2048
-# Of these, the tokens whose logits exist in float32 at a time
+# Tokens whose logits are converted to float32 at a time
 TOKEN_CHUNK_SIZE = 128
 
 
@@ -57,20 +57,20 @@ def measure_privilege_gap(
     teacher_prompt_template: str = TEACHER_PROMPT_TEMPLATE,
 ) -> Dataset:
     """
-    Estimate I(Y; S | X), how far a teacher's tokens depend on a privilege S that the student never sees: on the cue
-    and, for comparison, on the answer (ViCuR, Prop. 1). The gap is KL(p_T(· | X, S, y_<t) ‖ p_T(· | X, y_<t)) over the
+    Estimate I(Y; S | X), how much a teacher's tokens depend on a privilege S that the student never sees: the cue
+    and, for comparison, the answer (ViCuR, Prop. 1). The gap is KL(p_T(· | X, S, y_<t) ‖ p_T(· | X, y_<t)) over the
     whole vocabulary, averaged over the tokens of a reference completion y.
 
-    Each batch is on disk as soon as it is measured: after an interruption, the same call continues with the rows that
-    are left. A row that fails gets its error recorded and does not stop the others.
+    Each batch is saved as soon as it is measured: after an interruption, the same call continues with the remaining
+    rows. A row that fails gets its error recorded and does not stop the others.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Rows with `images` or `image`, a question, a cue and possibly an answer. Rows without a cue are skipped.
         teacher ([`TransformersGenerator`]):
-            The teacher. Its `batch_size` is the number of rows at a time.
+            The teacher. It processes `batch_size` rows at a time.
         output (`str` or `Path`, *optional*):
-            Folder for the results, in the file `privilege_gap.sqlite`. Without it, they are not kept.
+            Folder for the results, in the file `privilege_gap.sqlite`. Without it, they are not saved.
         completion_column (`str`, *optional*):
             Column with the reference completions (strings). By default the teacher's own greedy completions of the
             prompt without privilege, up to its `max_new_tokens`.
@@ -88,7 +88,7 @@ def measure_privilege_gap(
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split, or `teacher` is not in this process.
-        `ValueError`: If a column is missing, or if `output` was begun with other settings or another dataset.
+        `ValueError`: If a column is missing, or if `output` was begun with different settings or a different dataset.
         [`GeneratorUnavailableError`], `OSError`: If memory runs out, or if the disk is full.
     """
     check_teacher(teacher)
@@ -104,8 +104,9 @@ def measure_privilege_gap(
 
 def summarize_privilege_gap(dataset: Dataset) -> dict[str, int | float]:
     """
-    The means of `cue_gap` and `answer_gap`, and of both gaps on the answer, in nats per token. The two of a pair are
-    comparable: they are taken over the rows that have both, whose number has the same name with the suffix `_rows`.
+    The means of `cue_gap` and `answer_gap`, and of both gaps on the answer, in nats per token. The two means
+    of a pair are comparable: they are taken over the rows that have both values. Keys with the suffix `_rows` have the
+    number of these rows.
     """
     return mean_of_columns(dataset, ["cue_gap", "answer_gap"]) | mean_of_columns(
         dataset, ["cue_gap_on_answer", "answer_gap_on_answer"]
@@ -115,12 +116,12 @@ def summarize_privilege_gap(dataset: Dataset) -> dict[str, int | float]:
 def check_teacher(teacher: TransformersGenerator) -> None:
     """
     Raises:
-        `TypeError`: If the teacher does not give its logits.
+        `TypeError`: If the teacher does not provide its logits.
     """
     if not isinstance(teacher, TransformersGenerator):
         raise TypeError(
-            f"The privilege gap needs the teacher's logits, which a {type(teacher).__name__} does not give. Load the "
-            "teacher with a `TransformersGenerator`."
+            f"The privilege gap needs the teacher's logits, which a {type(teacher).__name__} does not provide. Load "
+            "the teacher with a `TransformersGenerator`."
         )
 
 
@@ -158,7 +159,7 @@ def read_gaps(store: ResponseStore, num_rows: int) -> tuple[dict[str, list[float
 def measure_gaps(
     teacher: TransformersGenerator, read: Callable[[int], GapRow], numbers: Iterable[int]
 ) -> Iterator[ChatResponse]:
-    """The gaps of rows, as JSON, measured batch by batch. A row that cannot be read gets an error."""
+    """Measure the gaps of rows batch by batch, as JSON. A row that cannot be read gets an error."""
     numbers = iter(numbers)
     while batch := list(islice(numbers, teacher.batch_size)):
         rows = []
@@ -171,7 +172,7 @@ def measure_gaps(
 
 
 def _measure_rows(teacher: TransformersGenerator, rows: list[GapRow]) -> list[ChatResponse]:
-    """The gaps of some rows; a batch that fails is tried again row by row."""
+    """Measure the gaps of some rows; a batch that fails is retried row by row."""
     try:
         with torch.no_grad():
             return _measure_batch(teacher, rows) if rows else []
@@ -225,7 +226,7 @@ def _split(token_ids: Sequence[list[int]]) -> Iterator[list[int]]:
 
 
 def greedy_completions(teacher: TransformersGenerator, conversations: list[list[dict[str, Any]]]) -> list[str]:
-    """The teacher's greedy completions, whole or cut at its `max_new_tokens`."""
+    """The teacher's greedy completions, truncated at its `max_new_tokens`."""
     inputs = teacher.encode(conversations)
     max_new_tokens = teacher.settings["max_new_tokens"]
     # transformers annotates `generate` for its concrete classes only
@@ -242,12 +243,12 @@ def tokenize_completion(
 ) -> tuple[list[int], list[int]]:
     """
     The token ids of a completion, and the positions of those that overlap with the last occurrence of the answer.
-    Parts of a longer word or number ("12" in "120") do not count; case matters only to a single letter.
+    Parts of a longer word or number ("12" in "120") do not count; case matters only for a single letter.
 
     Raises:
         `ValueError`: If the completion has no tokens.
     """
-    # The completion is text, even where it looks like a special token
+    # Tokenize the completion as plain text, even where it looks like a special token
     encoding = teacher.processing_class.tokenizer(
         completion, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
     )
@@ -266,8 +267,8 @@ def completion_logits(
     teacher: TransformersGenerator, conversations: list[list[dict[str, Any]]], completions: list[list[int]]
 ) -> torch.Tensor:
     """
-    Logits `(batch, completion, vocab)` that predict the tokens of completions, in the teacher's data type. Shorter
-    completions are padded at their end; ignore the logits there.
+    Logits `(batch, completion, vocab)` that predict the completions' tokens, in the teacher's dtype. Shorter
+    completions are padded at the end; ignore the logits there.
     """
     inputs = teacher.encode(conversations)
     longest = max(map(len, completions))

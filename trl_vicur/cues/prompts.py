@@ -22,7 +22,7 @@ class CuePrompt:
         version (`str`):
             Name of the prompt in the provenance of cues.
         user (`str`):
-            Text of the user turn, after the images. `{question}` is replaced with the question; other braces are text.
+            Text of the user turn, after the images. `{question}` is replaced with the question; other braces are kept.
         system (`str`, *optional*):
             Text of the system turn.
 
@@ -45,13 +45,13 @@ class CuePrompt:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The prompt in the settings of a [`ResponseStore`]."""
+        """The prompt's entries in the settings of a [`ResponseStore`]."""
         return {"prompt_version": self.version, "prompt": [self.system, self.user]}
 
     def messages(self, question: str, images: list[Image.Image]) -> list[dict[str, Any]]:
         """The conversation that asks for a cue to `question` in `images`."""
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-        # Not str.format: braces in a question are text
+        # Not `str.format`: a question may contain braces
         content.append({"type": "text", "text": self.user.replace("{question}", question)})
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if self.system is not None:
@@ -80,7 +80,7 @@ def cue_messages(row: dict[str, Any], question_column: str, prompt: CuePrompt) -
     return prompt.messages(question, images)
 
 
-# A changed text is a new version: cues from different prompts are different data.
+# If you change the text, change the version: cues from different prompts are different data.
 CUE_PROMPT = CuePrompt(
     version="1",
     system="You look at images and report what can be seen in them. You do not solve problems.",

@@ -1,4 +1,4 @@
-"""Could the student find the evidence by itself? Compares the cue with cues sampled from image and question alone."""
+"""Could the student find the evidence itself? Compares the cue with cues sampled from image and question alone."""
 
 from itertools import groupby
 from pathlib import Path
@@ -29,21 +29,21 @@ def measure_recoverability(
     seed: int = 0,
 ) -> Dataset:
     """
-    Estimate how far a cue S follows from the student's own input X, which makes it recoverable (ViCuR, Sec. 3.1).
+    Estimate how far the student's own input X determines a cue S, which makes it recoverable (ViCuR, Sec. 3.1).
 
-    Cues are sampled from images and question alone. If they agree with the cue in use, whoever sees the image finds
-    that evidence; if they disagree among themselves, the image leaves open what the cue says: their
-    [`semantic_entropy`] estimates H(S | X). Each sample is on disk as soon as it arrives: after an interruption, the
+    Cues are sampled from images and question alone. If they agree with the row's cue, a model that sees the image can
+    find that evidence. If they disagree with each other, the image does not determine the cue: their
+    [`semantic_entropy`] estimates H(S | X). Each sample is saved as soon as it arrives: after an interruption, the
     same call continues.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Rows with `images` or `image`, a question and a cue. Rows without a cue are skipped.
         generator ([`Generator`]):
-            One with a temperature above zero. The student's own model shows what the student can find; the model that
-            wrote the cues, how far the image determines them.
+            A generator with a temperature above zero. Use the student's own model to measure what the student can
+            find, or the model that wrote the cues to measure how far the image determines them.
         output (`str` or `Path`, *optional*):
-            Folder for the samples, in the file `recoverability.sqlite`. Without it, they are not kept.
+            Folder for the samples, in the file `recoverability.sqlite`. Without it, they are not saved.
         num_samples (`int`, *optional*, defaults to `4`):
             Samples per row, at least two.
         prompt, question_column, cue_column (*optional*):
@@ -61,7 +61,7 @@ def measure_recoverability(
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
         `ValueError`: If a column is missing, if the generator does not sample, if `num_samples` is below two, or if
-            `output` was begun with other settings or another dataset.
+            `output` was begun with different settings or a different dataset.
         [`GeneratorUnavailableError`], `OSError`: If no request can succeed, or if the disk is full.
     """
     rows = QuestionRows(dataset, question_column, cue_column=cue_column)
@@ -78,7 +78,7 @@ def measure_recoverability(
 
 def summarize_recoverability(dataset: Dataset) -> dict[str, int | float]:
     """
-    The means of `cue_agreement` and of `cue_entropy` (in nats) over the rows that have them, and the numbers of these
+    The means of `cue_agreement` and `cue_entropy` (in nats) over the rows that have them, and the numbers of these
     rows under the same names with the suffix `_rows`.
     """
     return mean_of_columns(dataset, ["cue_agreement"]) | mean_of_columns(dataset, ["cue_entropy"])

@@ -1,4 +1,4 @@
-"""New cues for the rows whose cue must not be used."""
+"""Generate new cues for the rows whose cue is missing or not usable."""
 
 import logging
 from collections.abc import Callable
@@ -24,7 +24,7 @@ STORE_NAME = "regenerated.sqlite"
 
 
 class NewCue(NamedTuple):
-    """The cue of one attempt, or `None` if it failed, and the seed that it was sampled with."""
+    """The cue of one attempt (`None` if it failed) and the seed that it was sampled with."""
 
     text: str | None
     seed: int
@@ -42,25 +42,25 @@ def regenerate_cues(
     seed: int = 0,
 ) -> Dataset:
     """
-    Replace the cues that are missing or that fail [`audit_cue`]: ask a generator again until a cue passes.
+    Replace cues that are missing or that fail [`audit_cue`]: query a generator until a cue passes.
 
-    Can be interrupted and called again like [`generate_cues`].
+    After an interruption, the same call continues, as in [`generate_cues`].
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The result of [`generate_cues`], or any dataset with images, a question and the column `cue`.
         generator ([`Generator`]):
-            A generator that samples, or another one than wrote the cues: the same greedy one would repeat them.
+            A generator that samples, or one that did not write the cues: the same greedy generator would repeat them.
         output (`str` or `Path`, *optional*):
             Folder for resuming after an interruption. By default a temporary one.
         prompt ([`CuePrompt`], *optional*, defaults to `CUE_PROMPT`):
             The prompt that asks for a cue.
         max_attempts (`int`, *optional*, defaults to `3`):
-            How often to ask about each row.
+            Maximum number of attempts per row.
         question_column, answer_column, visible_text_column (`str`, *optional*):
             As in [`audit_cues`].
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling; every attempt at every row has its own.
+            Base seed for sampling; every attempt at every row has its own seed.
 
     Returns:
         [`~datasets.Dataset`]: The same rows in the same order. Where an attempt passed, `cue` is the new one;
@@ -68,8 +68,8 @@ def regenerate_cues(
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
-        `ValueError`: If a column is missing, if `max_attempts` is less than 1, or if `output` was begun with other
-            settings.
+        `ValueError`: If a column is missing, if `max_attempts` is less than 1, or if `output` was begun with
+            different settings.
         [`GeneratorUnavailableError`]: If no request can succeed.
     """
     rows = QuestionRows(dataset, question_column, cue_column="cue")
@@ -88,7 +88,7 @@ def find_usable_cues(
     attempt: Callable[[int, list[int]], list[NewCue]],
     max_attempts: int,
 ) -> dict[int, NewCue]:
-    """Attempt the rows whose cue fails the audit until one passes; returns the cues that pass, by row."""
+    """Retry each row whose cue fails the audit until a new cue passes; returns the cues that pass, by row."""
     texts = dataset.select_columns([name for name in columns if name in dataset.column_names]).with_format(None)
 
     def is_usable(number: int, cue: str | None) -> bool:
@@ -115,8 +115,8 @@ def attempt_cues(
     number_of_attempt: int,
     numbers: list[int],
 ) -> list[NewCue]:
-    """A new cue for each of the rows; those of failed requests have no text."""
-    # The n-th attempt at a row is filed under its number plus n times the number of rows
+    """Generate a new cue for each of the rows; the text is `None` if the request failed."""
+    # The store's key for attempt n at a row is the row's number plus n times the number of rows
     filed = [number + number_of_attempt * len(rows) for number in numbers]
     description = f"Generating cues again, attempt {number_of_attempt + 1}"
     ask_for_cues(generator, store, filed, rows, prompt, seed, description, row_of=lambda number: number % len(rows))
@@ -125,7 +125,7 @@ def attempt_cues(
 
 
 def replace_cues(dataset: Dataset, new_cues: dict[int, NewCue], settings: dict[str, Any]) -> Dataset:
-    """The dataset with new cues in the given rows, and with their provenance."""
+    """The dataset with new cues, and their provenance, in the given rows."""
     replacements: dict[str, dict[int, Any]] = {
         "cue": {number: cue.text for number, cue in new_cues.items()},
         "cue_error": dict.fromkeys(new_cues),

@@ -38,14 +38,14 @@ def write_html_report(
     """
     Write an HTML page with the result of an audit: the totals, and rows with their images, worst first.
 
-    The page is one file that loads nothing from elsewhere; it works without JavaScript, which only filters. Rows are
-    selected by their verdicts, and only the images of these rows are read, one row at a time.
+    The page is a single self-contained file. It works without JavaScript, which is used only for filtering. Rows are
+    selected by their verdicts, and only the images of the selected rows are read, one row at a time.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The result of [`audit_cues`].
         path (`str` or `Path`):
-            The file. It appears, or replaces an older one, when it is complete.
+            The file. It is created, or replaced, only when the page is complete.
         question_column (`str`, *optional*):
             Column with the questions, strings or conversational prompts. By default `prompt` or, without one,
             `question`.
@@ -69,7 +69,7 @@ def write_html_report(
         (list(VERDICTS).index(verdicts[0]), number, verdicts)
         for number, verdicts in enumerate(iterate_verdicts(dataset, cue_column))
     )
-    # The worst rows, and the first of equally bad ones; no more than are shown are in memory
+    # The worst rows, and the first among equally bad ones. Only the rows to show are kept in memory
     chosen = {number: verdicts for _, number, verdicts in heapq.nsmallest(max_rows, ranked)}
 
     num_shown_by_verdict = Counter(verdict for verdicts in chosen.values() for verdict in verdicts)
@@ -123,7 +123,7 @@ def print_summary(dataset: Dataset, console: Console) -> None:
 
 
 def select_measures(summary: dict[str, int | float]) -> list[Measure]:
-    """The measures in the summary, each with those of its columns that the summary has."""
+    """The measures in the summary, each with only the columns that the summary has."""
     selected = [
         measure._replace(columns={column: label for column, label in measure.columns.items() if column in summary})
         for measure in MEASURES

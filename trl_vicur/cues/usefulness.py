@@ -1,4 +1,4 @@
-"""Does the cue help to answer? The accuracy of a model that gets the cue, against the same model without it."""
+"""Does the cue help to answer? Compares a model's accuracy with the cue and without it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,18 +31,18 @@ def measure_usefulness(
     """
     Have a model answer every question with and without the cue, and check its answers with [`is_correct`].
 
-    A cue that does not help the teacher cannot improve it. The prompts are those of training: the row's own, and the
-    same with the hint that only the teacher sees (ViCuR, Sec. 3.1).
+    A cue that does not help this model to answer cannot make it a better teacher. The prompts are the same as in
+    training: the row's own, and the same with the hint that only the teacher sees (ViCuR, Sec. 3.1).
 
-    Each completion is on disk as soon as it arrives: after an interruption, the same call continues.
+    Each completion is saved as soon as it arrives: after an interruption, the same call continues.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Rows with `images` or `image`, a question, a cue and an answer.
         generator ([`Generator`]):
-            The teacher, or another model in its place.
+            The teacher, or a substitute for it.
         output (`str` or `Path`, *optional*):
-            Folder for the completions, in the file `usefulness.sqlite`. Without it, they are not kept.
+            Folder for the completions, in the file `usefulness.sqlite`. Without it, they are not saved.
         question_column, cue_column, answer_column (`str`, *optional*):
             As in [`audit_cues`]. Rows without a cue or without an answer are skipped.
         teacher_prompt_template (`str`, *optional*, defaults to `"{prompt}\\n\\n[Hint]: {privilege}"`):
@@ -50,15 +50,15 @@ def measure_usefulness(
 
     Returns:
         [`~datasets.Dataset`]: The dataset with the columns `correct_with_cue` and `correct_without_cue` (`bool`).
-        `None` where the row is skipped or the generator failed; an unfinished completion is a failure, too.
+        `None` where the row is skipped or the generator failed; an unfinished completion also counts as a failure.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
-        `ValueError`: If a column is missing, or if `output` was begun with other settings or another dataset.
+        `ValueError`: If a column is missing, or if `output` was begun with different settings or a different dataset.
         [`GeneratorUnavailableError`]: If no request can succeed.
         `OSError`: If the disk is full.
     """
-    from .answers import is_correct  # needs the extra `cues`, so it fails before a model is asked
+    from .answers import is_correct  # needs the extra `cues`; fail before querying the model
 
     rows = QuestionRows(dataset, question_column, cue_column=cue_column, answer_column=answer_column)
     cues, answers = rows.values(cue_column), rows.values(answer_column)
@@ -88,7 +88,7 @@ def summarize_usefulness(dataset: Dataset) -> dict[str, int | float]:
 def check_answers(
     store: ResponseStore, answers: list[Any], is_correct: Callable[[str, str], bool], total: int
 ) -> dict[str, list[bool | None]]:
-    """Which completions are correct. Checked after they are stored, so a better check applies to earlier runs, too."""
+    """Check the stored completions. Verdicts are not stored, so an improved check also applies to earlier runs."""
     correct: list[list[bool | None]] = [[None] * len(answers), [None] * len(answers)]
     for number, completion, _, _ in tqdm(store, total=total, desc="Checking answers", unit="answer"):
         row, with_cue = divmod(number, 2)
