@@ -6,8 +6,8 @@ Generates cues at an endpoint: throughput compared with a plain sequential loop,
 
 Without `--base_url`, the endpoint is a small server in another process that answers after 50 ms. A real endpoint must
 not cache prompts, because both sides send the same ones. The two sides take turns; medians are reported. Memory is the
-peak of what the process allocates (anonymous memory, without the pages of dataset files, which the system can drop),
-above that after the imports.
+peak of what the process allocates beyond its memory after the imports (anonymous memory only, since the system can
+drop pages of dataset files).
 """
 
 import argparse

@@ -156,7 +156,7 @@ def kernels(model: PeftModel, call: ModuleCall) -> dict[str, int]:
     with torch.no_grad(), CountKernels() as counter:
         call.layer(call.hidden_states, context)
     counts["module"] = len(counter.kernels)
-    # As on a GPU: in float32 a CPU computes gradients another way
+    # As on a GPU: in float32, CPUs use a different backward pass
     as_on_gpu = patch.object(attention, "_low_rank_gradients", attention._recomputed_gradients)
     with as_on_gpu, CountKernels() as counter:
         output = call.layer(call.hidden_states, context)

@@ -1,7 +1,7 @@
 """
 Compares rollouts in vLLM with the recovery module to the same engine without it, and to transformers' `generate`.
 
-It needs vLLM in an environment of its own (`.ci/vllm` makes it):
+It needs vLLM in a separate environment (`.ci/vllm` creates it):
 
     .venv-vllm/bin/python benchmarks/run.py --only vllm_rollout
 

@@ -34,7 +34,7 @@ from trl_vicur.data.teacher_prompt import add_privilege
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 
-# How the teacher's prompt is made from the student's: the trainer's default
+# Builds the teacher's prompt from the student's: the trainer's default
 HINT_TEMPLATE = ViCuRConfig.teacher_prompt_template
 
 # Images of easy-VQA's training set for each purpose. The remaining images are for distillation.

@@ -74,7 +74,7 @@ def train(
             max_steps=args.max_steps,
             seed=args.seed,
             use_cpu=True,
-            disable_tqdm=False,  # keeps the progress bar although libraries are set to be quiet
+            disable_tqdm=False,  # keeps the progress bar although libraries are silenced
             bf16=False,
             gradient_checkpointing=False,
             logging_steps=10,

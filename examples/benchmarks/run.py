@@ -3,7 +3,7 @@ Runs the paper's benchmarks with lmms-eval, and prints the paper's averages next
 
     python examples/benchmarks/run.py --model Qwen/Qwen3-VL-2B-Instruct --adapter me/Qwen3-VL-2B-ViCuR
 
-It needs lmms-eval in an environment of its own (see trl_vicur/lmms_eval/README.md). lmms-eval scores MathVista and
+It needs lmms-eval in a separate environment (see trl_vicur/lmms_eval/README.md). lmms-eval scores MathVista and
 MathVerse with a judge at OpenAI's API, with the key in OPENAI_API_KEY. Vision-R1-Test is included if the current
 folder has a vision_r1_test.parquet. Benchmarks with results in the output folder are skipped.
 

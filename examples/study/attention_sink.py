@@ -3,9 +3,9 @@ Gives a tiny base an attention sink, as large language models have.
 
     python examples/study/attention_sink.py --domain easy_vqa
 
-In large language models most of the attention rests on the first token, and through it later tokens read what the
-recovery module writes there. The tiny bases were trained on one task only, and spread their attention evenly. This
-script trains a copy of a base to rest its attention on the first token too, from the second layer on, and to answer as
+Large language models put most of their attention on the first token, which is how later tokens read what the recovery
+module writes there. The tiny bases were trained on one task only, and spread their attention evenly. This script
+trains a copy of a base to put most of its attention on the first token, from the second layer on, and to answer as
 before: it distils the base into the copy, on the base's own completions for images that no student is trained or
 tested on. So results on the base and on the copy differ by the attention sink alone.
 """

@@ -42,7 +42,7 @@ MODULE_RATES = (*ADAPTER_RATES, 3e-2)
 GRPO_RATES = (3e-5, 1e-4, 3e-4)
 
 GRID = {
-    # The paper's Table 2, and no privilege at all
+    # The paper's Table 2, and cells without any privilege
     "answer": Cell(privilege="answer", module=False),
     "cue": Cell(module=False),
     "answer+module": Cell(privilege="answer"),

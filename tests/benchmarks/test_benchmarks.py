@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: counts are right, and sides take turns."""
+"""The benchmarks' own tools: counts are right, and sides take turns."""
 
 import sys
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_peak_memory_is_that_of_the_call():
 @pytest.mark.parametrize(
     "dtype, autocast_adapter_dtype, most", [("float32", False, 12), ("bfloat16", False, 12), ("bfloat16", True, 17)]
 )
-def test_a_module_launches_12_kernels_and_a_call_8(processor, dtype, autocast_adapter_dtype, most):
+def test_each_module_launches_12_kernels_and_each_call_8(processor, dtype, autocast_adapter_dtype, most):
     """A float32 adapter on a bfloat16 backbone, PEFT's default, also casts its inputs and outputs."""
     model = make_qwen3_vl().to(getattr(torch, dtype))
     model = get_peft_model(model, CueRecoveryConfig(layer_interval=1), autocast_adapter_dtype=autocast_adapter_dtype)

@@ -62,7 +62,7 @@ def test_generate_then_audit(tmp_path, dataset_folder, capsys):
     assert load_from_disk(str(output))["cue_usable"] == [True, False, False, False]
 
 
-def test_retry_command_as_it_is_printed(tmp_path, dataset_folder, capsys):
+def test_printed_retry_command_works(tmp_path, dataset_folder, capsys):
     with OpenAIServer(one_of_each_kind) as server:
         generate(dataset_folder, server, tmp_path / "out")
         printed = capsys.readouterr().out

@@ -206,7 +206,7 @@ def test_invariant_4_samples_without_image_are_untouched(processor):
     torch.testing.assert_close(logits(randomize(attach(model, processor)), inputs), expected, rtol=0, atol=0)
 
 
-def test_invariant_4_video(processor):
+def test_invariant_4_each_sample_alone_with_videos(processor):
     """Rows with a video, an image and only text; the module sees the video's tokens."""
     model = make_qwen3_vl()
     frames = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
@@ -569,7 +569,7 @@ def test_invariant_7_nothing_remains_on_modules(processor):
 # --- Details ---
 
 
-def test_backbone_without_head_also_recovers(processor):
+def test_backbone_without_head_runs_the_module(processor):
     """Trainers with fused losses call the backbone, not the head model."""
     model = randomize(attach(make_qwen3_vl(), processor))
     inputs = batch(processor)

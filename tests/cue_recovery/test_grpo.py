@@ -1,4 +1,4 @@
-"""The recovery module trains with TRL's own GRPOTrainer, by reward, and reloads."""
+"""The recovery module trains on rewards with TRL's own GRPOTrainer, and reloads."""
 
 import torch
 from datasets import Dataset

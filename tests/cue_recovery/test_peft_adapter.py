@@ -199,7 +199,7 @@ def trainable_parts(model):
         ({"train_base": True, "r": 2}, {"module", "lora", "base"}),
     ],
 )
-def test_what_trains(config, expected):
+def test_trainable_parameters(config, expected):
     model = attach(make_qwen3_vl(), **config)
     assert trainable_parts(model) == expected
     if "base" in expected:
@@ -254,7 +254,7 @@ def test_compiled_model_computes_the_same(processor):
 # --- Bad input ---
 
 
-def test_bad_configs():
+def test_bad_configs_are_refused():
     with pytest.raises(ValueError, match="`layer_interval` must be an integer of at least 1, got 0"):
         CueRecoveryConfig(layer_interval=0)
     with pytest.raises(ValueError, match="`num_heads` must be an integer of at least 1, got -2"):
@@ -279,12 +279,12 @@ def test_bad_configs():
         ),
     ],
 )
-def test_configs_that_do_not_fit_the_model(config, message):
+def test_configs_that_do_not_fit_the_model_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(make_qwen3_vl(), CueRecoveryConfig(**config))
 
 
-def test_unknown_sink_token(processor):
+def test_unknown_sink_token_is_refused(processor):
     with pytest.raises(ValueError, match=r"got '<\|im_begin\|>', which the tokenizer does not know.*<\|im_start\|>"):
         CueRecoveryConfig(sink_token="<|im_begin|>").resolve_sink_token(processor)
 
@@ -299,7 +299,7 @@ def test_adapter_with_the_assistant_sink_is_refused(tmp_path, processor):
         PeftModel.from_pretrained(make_qwen3_vl(), tmp_path)
 
 
-def test_text_model_has_no_visual_tokens():
+def test_text_model_without_visual_tokens_is_refused():
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
@@ -308,14 +308,14 @@ def test_text_model_has_no_visual_tokens():
 
 
 @pytest.mark.parametrize("other, sizes", [({"hidden_size": 64}, (32, 64)), ({"num_layers": 6}, (4, 6))])
-def test_adapter_for_a_model_of_another_size(tmp_path, other, sizes):
+def test_adapter_for_another_model_size_is_refused(tmp_path, other, sizes):
     attach(make_qwen3_vl()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"made for a model with `.*` {sizes[0]}, but .* has `.*` {sizes[1]}"):
         PeftModel.from_pretrained(make_qwen3_vl(**other), tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_adapter_that_is_not_finite(tmp_path, value):
+def test_adapter_with_nonfinite_weights_is_refused(tmp_path, value):
     model = attach(make_qwen3_vl())
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "o_proj" in name and "sink_attention" in name)[0, :2] = value
@@ -334,7 +334,7 @@ def test_adapter_that_is_not_finite(tmp_path, value):
     ],
     ids=["rank", "train_base", "layers", "weight-lost"],
 )
-def test_adapter_whose_weights_are_not_those_of_its_config(tmp_path, config, message):
+def test_adapter_weights_that_do_not_match_its_config_are_refused(tmp_path, config, message):
     attach(make_qwen3_vl()).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -352,7 +352,7 @@ def test_train_base_must_be_the_only_adapter():
         model.add_adapter("other", CueRecoveryConfig(layer_interval=1))
 
 
-def test_unsupported_peft_features_say_so(inputs):
+def test_unsupported_peft_features_are_refused(inputs):
     model = attach(make_qwen3_vl())
     with pytest.raises(NotImplementedError, match="adapter per sample"):
         model(**inputs, adapter_names=["default", "__base__"])

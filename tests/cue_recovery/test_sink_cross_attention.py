@@ -59,7 +59,7 @@ def test_folded_equals_plain_forward_and_backward(batch, seq, num_heads, head_di
 @pytest.mark.parametrize("has_weight", [True, False])
 @pytest.mark.parametrize("gradients", [_recomputed_gradients, _low_rank_gradients])
 def test_both_backward_passes_equal_autograd(gradients, has_weight):
-    """A CPU computes gradients in float32 another way than a GPU, and than in low precision."""
+    """On a CPU, float32 gradients come from a different backward pass than on a GPU or in low precision."""
     torch.manual_seed(0)
     query, grad = torch.randn(2, 2, 4, 24, dtype=torch.float64)
     _, hidden_states, visual_mask = make_inputs(2, 30, 24, dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_bfloat16_stays_near_float32():
         assert torch.nn.functional.cosine_similarity(update.float(), expected, dim=-1).min() > 0.999
 
 
-def test_a_float32_module_trains_on_frozen_bfloat16_states():
+def test_float32_module_trains_on_frozen_bfloat16_states():
     """Nothing below the first module requires a gradient, unless gradient checkpointing asks for it."""
     attention = make_attention(num_heads=2, head_dim=8)
     sink, hidden_states, visual_mask = make_inputs(2, 5, 16)

@@ -1,4 +1,4 @@
-"""Answers are found and compared as people would do it, and no completion can hang the check."""
+"""Answers are found and compared as a person would, and no completion can hang the check."""
 
 import time
 from decimal import Decimal
@@ -225,7 +225,7 @@ def test_hostile_completions_are_judged_quickly(completion):
     assert time.perf_counter() - start < 10
 
 
-def test_in_another_thread():
+def test_answers_are_compared_in_another_thread():
     results = []
     thread = Thread(target=lambda: results.append(is_correct("\\boxed{\\frac{1}{2}}", "0.5")))
     thread.start()

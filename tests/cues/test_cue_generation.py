@@ -541,7 +541,7 @@ def test_local_text_without_end_is_a_failure(local_model):
     assert response.text is None and "max_new_tokens=3" in response.error
 
 
-def test_local_model_without_end_token_ends_with_its_tokenizers(local_model, monkeypatch):
+def test_local_model_without_end_token_uses_the_tokenizers(local_model, monkeypatch):
     model, processor = local_model, make_processor()
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(0)
@@ -612,7 +612,7 @@ def test_local_model_with_an_adapter_by_name(tmp_path):
     assert [response.error for response in ask(generator, count=2)] == [None, None]
 
 
-def test_further_training_makes_another_model(tmp_path):
+def test_further_training_is_detected_as_another_model(tmp_path):
     model = without_end(make_qwen3_vl())
     generate_cues(make_dataset(2), TransformersGenerator(model, make_processor()), tmp_path / "out")
     assert generate_cues(make_dataset(2), TransformersGenerator(model, make_processor()), tmp_path / "out")
@@ -650,7 +650,7 @@ def test_endpoint_concurrency_and_order():
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
-def test_endpoint_is_asked_again_after_transient_errors(status):
+def test_endpoint_requests_are_retried_after_transient_errors(status):
     failures = iter([True, True])
 
     def reply(payload):

@@ -299,7 +299,7 @@ def test_privilege_gap_does_not_depend_on_batches(model, monkeypatch):
         assert gaps(batch) == pytest.approx(gaps(batches[0]), rel=1e-4, nan_ok=True)
 
 
-def test_privilege_that_is_not_shown_has_no_gap(model):
+def test_gap_is_zero_if_the_privilege_is_not_shown(model):
     measured = measure_privilege_gap(
         gap_rows(), make_teacher(model), completion_column="completion", teacher_prompt_template="{prompt}"
     )

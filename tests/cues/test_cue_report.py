@@ -172,7 +172,7 @@ def test_terminal_summary():
 # --- Which rows ---
 
 
-def test_worst_rows_come_first_and_equals_in_order(tmp_path):
+def test_worst_rows_come_first_and_ties_keep_their_order(tmp_path):
     rows = [{}, POSSIBLE, FAILED, REASONING, LEAK, CONTROL_TEXT, {}, LEAK | CONTROL_TEXT, LEAK]
     assert write(tmp_path, make_dataset(*rows)).rows == [5, 7, 4, 8, 3, 2, 1, 0, 6]
 
@@ -257,7 +257,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
     assert all(link["href"].startswith("#row-") for link in page.attributes("a"))
 
 
-def test_policy_allows_the_script_of_the_page_only(tmp_path):
+def test_policy_allows_only_the_script_of_the_page(tmp_path):
     page = write(tmp_path, make_dataset({}))
     html = (tmp_path / "report.html").read_text()
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
@@ -421,7 +421,7 @@ def test_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_path_is_a_folder(tmp_path):
+def test_output_path_that_is_a_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="which is a folder"):
         write_html_report(make_dataset({}), tmp_path)
 

@@ -236,7 +236,7 @@ def in_heatmap(image) -> Image.Image:
 
 
 @pytest.mark.parametrize("make, picture", ACCEPTED.values(), ids=ACCEPTED)
-def test_all_see_the_same_picture(tmp_path, trainer, processor, make, picture):
+def test_trainer_generator_and_heatmap_see_the_same_picture(tmp_path, trainer, processor, make, picture):
     row = row_with(make(tmp_path))
     assert image_size(row["images"][0]) == picture.size
     trainer._row_checker.check(row)
@@ -252,7 +252,7 @@ def test_all_see_the_same_picture(tmp_path, trainer, processor, make, picture):
 
 
 @pytest.mark.parametrize("make, message", REFUSED.values(), ids=REFUSED)
-def test_refused(tmp_path, trainer, make, message):
+def test_bad_image_is_refused(tmp_path, trainer, make, message):
     with pytest.raises(ValueError) as refusal:
         with_row_number(trainer._row_checker.check, lambda: row_with(make(tmp_path)), "Row 0")
     assert str(refusal.value).startswith("Row 0: An image (") and message in str(refusal.value)
@@ -269,7 +269,7 @@ def test_shape_that_the_processor_refuses(trainer):
         trainer._row_checker.check(row_with(make_image(0, (1000, 1))))
 
 
-def test_pillows_limit_is_the_limit(trainer, monkeypatch):
+def test_pillows_size_limit_applies(trainer, monkeypatch):
     image = make_image(0)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", image.width * image.height // 2 - 1)
     with pytest.raises(ValueError, match="its 64×64 pixels exceed the limit of 4094"):

@@ -43,7 +43,7 @@ def test_without_privilege_the_teacher_reads_the_students_prompt():
         read_row(row, "cue", "error", TEMPLATE)
 
 
-def test_blocks_are_filled_in_their_order():
+def test_content_blocks_are_filled_in_order():
     content = [{"type": "video"}, {"type": "text", "text": "and"}, {"type": "image"}]
     [message] = fill_prompt([{"role": "user", "content": content}], ["image"], ["video"])
     assert message["content"] == [

@@ -1,4 +1,4 @@
-"""Datasets by name: whatever the name stands for, a stream is a stream."""
+"""Datasets loaded by name: a folder can be streamed like a dataset on the Hub."""
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset

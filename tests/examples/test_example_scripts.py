@@ -79,7 +79,7 @@ def test_without_the_module(local, tmp_path):
 
 
 def test_train_command_equals_the_script(local, tmp_path):
-    """Bit for bit, although the command reads options from a file, passes some to accelerate, and launches itself."""
+    """Bit for bit, though the command reads options from a file, passes some to accelerate, and launches itself."""
     run_script(local, tmp_path / "script", "--layer_interval", "1", "--seed", "7")
     (tmp_path / "config.yaml").write_text("layer_interval: 1\nnum_processes: 1\nmixed_precision: 'no'\n")
     options = ["--config", str(tmp_path / "config.yaml"), "--num_cpu_threads_per_process", "1", "--seed", "7"]

@@ -34,7 +34,7 @@ def odd_fail(number):
     return messages(number)
 
 
-def test_only_missing_numbers_are_asked(tmp_path):
+def test_only_missing_requests_are_sent(tmp_path):
     with open_store(tmp_path, "store.sqlite", {}) as store:
         ask(Echo(), store, [5, 1, 8], messages, "Asking", seed=lambda number: number + 100)
         generator = Echo()

@@ -153,7 +153,7 @@ def test_a_row_for_each_group_of_video_frames(family, monkeypatch, beside_an_ima
     assert pictures[1].images[0].get_array()[int(height * 50 / 64), int(width * 80 / 96)].min() >= 254
 
 
-def test_numbers_are_those_of_sink_attention(family):
+def test_drawn_values_equal_sink_attention(family):
     model, processor = family
     model = attach(model)
     for name, parameter in model.named_parameters():
@@ -207,7 +207,7 @@ def test_sink_after_the_question(processor):
 # --- What cannot be drawn ---
 
 
-def test_conversations_that_cannot_be_drawn(processor):
+def test_conversations_that_cannot_be_drawn_are_refused(processor):
     model = attach(make_qwen3_vl())
     with pytest.raises(ValueError, match="no image or video in the prompt"):
         plot_sink_attention(model, processor, [{"role": "user", "content": "Hello"}])
@@ -219,7 +219,7 @@ def test_conversations_that_cannot_be_drawn(processor):
         plot_sink_attention(make_qwen3_vl(), processor, user("What?", make_image(0)))
 
 
-def test_a_prompt_without_the_sink_token(processor):
+def test_prompt_without_the_sink_token_is_refused(processor):
     model = attach(make_qwen3_vl(), sink_token="<|endoftext|>", sink_token_ids=[processor.tokenizer.pad_token_id])
     with pytest.raises(ValueError, match=r"have an image, but not the sink token '<\|endoftext\|>' of the adapter"):
         plot_sink_attention(model, processor, user("What?", make_image(0)))
@@ -232,7 +232,7 @@ def test_a_sink_that_is_the_only_visual_token(processor):
         plot_sink_attention(model, processor, user("What?", make_image(0, (32, 32))))
 
 
-def test_visual_tokens_that_lie_on_no_known_grid():
+def test_visual_tokens_without_a_known_grid_are_refused():
     with pytest.raises(ValueError, match="type 'llava' cannot be laid over its images: its processor does not report"):
         split_into_grids(torch.ones(1, 4), None, "llava")
     for tokens, grid in [(5, [1, 4, 4]), (8, [1, 4, 4]), (3, [1, 3, 4])]:
@@ -292,7 +292,7 @@ def test_errors_say_what_to_do_without_a_traceback(folder, capsys, replaced, mes
     assert all(message in error for message in messages) and "Traceback" not in error
 
 
-def test_usage(capsys):
+def test_help_and_usage_errors(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0 and "draw what the sink token looks at" in capsys.readouterr().out

@@ -117,7 +117,7 @@ def test_card_of_an_adapter(tmp_path, processor):
         (LoraConfig(target_modules=["q_proj"]), None, {"teacher_model_kind": "ema"}, "| trained | LORA |"),
     ],
 )
-def test_card_says_what_was_trained(tmp_path, processor, peft_config, teacher, arguments, expected):
+def test_card_describes_the_trained_parameters(tmp_path, processor, peft_config, teacher, arguments, expected):
     teacher = None if teacher is None else with_base(make_qwen3_vl(seed=5), teacher)
     trainer = make_trainer(tmp_path, processor, teacher_model=teacher, peft_config=peft_config, **arguments)
     trainer.create_model_card(model_name="x")
@@ -134,13 +134,13 @@ def test_card_says_what_was_trained(tmp_path, processor, peft_config, teacher, a
     "arguments, expected",
     [({"max_steps": 1}, "1 step"), ({"max_steps": 2}, "2 steps"), ({"max_steps": -1}, "3 epochs")],
 )
-def test_card_counts(tmp_path, processor, arguments, expected):
+def test_card_states_the_training_length(tmp_path, processor, arguments, expected):
     trainer = make_trainer(tmp_path, processor, peft_config=CueRecoveryConfig(**ADAPTER), **arguments)
     trainer.create_model_card(model_name="x")
     assert f"| training | {expected} |" in load_card(tmp_path).text
 
 
-def test_card_says_what_was_measured(tmp_path, processor):
+def test_card_reports_metrics(tmp_path, processor):
     trainer = ViCuRTrainer(
         model=make_qwen3_vl(),
         args=make_config(tmp_path, eval_strategy="steps", eval_steps=1),
@@ -160,7 +160,7 @@ def test_card_says_what_was_measured(tmp_path, processor):
     assert "runtime" not in text
 
 
-def test_dataset_name_is_found_in_the_dataset():
+def test_dataset_name_is_read_from_its_download_urls():
     dataset = Dataset.from_list(make_rows(2))
     assert hub_dataset_name(dataset) is None
     assert hub_dataset_name(None) is None
@@ -178,7 +178,7 @@ def test_dataset_name_is_found_in_the_dataset():
 @pytest.mark.parametrize(
     "peft_config", [CueRecoveryConfig(**ADAPTER), CueRecoveryConfig(**ADAPTER, train_base=True), None]
 )
-def test_saved_folders_hold_no_path_of_this_machine(tmp_path, processor, peft_config):
+def test_saved_folders_contain_no_local_paths(tmp_path, processor, peft_config):
     """The base model, its processor, the dataset and the output are local; checkpoint and `save_model`."""
     base = tmp_path / "base"
     make_qwen3_vl().save_pretrained(base)
@@ -219,7 +219,7 @@ def test_saved_folders_hold_no_path_of_this_machine(tmp_path, processor, peft_co
 # --- Loading ---
 
 
-def test_without_the_import_peft_names_the_method(tmp_path):
+def test_peft_names_the_method_without_our_import(tmp_path):
     """As the card says. PEFT looks the method up in a table before it reads anything else of ours."""
     get_peft_model(make_qwen3_vl(), CueRecoveryConfig(**ADAPTER)).save_pretrained(tmp_path)
     code = f"import peft; peft.PeftConfig.from_pretrained({str(tmp_path)!r})"
@@ -278,7 +278,7 @@ def test_repository_runs_no_code_and_unpickles_nothing(tmp_path, processor):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_trained_model_can_be_copied(tmp_path, processor, copied):
+def test_trained_model_can_be_copied(tmp_path, processor, copied):
     """The upload method holds no reference to the trainer, which would be copied or kept in memory."""
     trainer = make_trainer(tmp_path, processor, peft_config=CueRecoveryConfig(**ADAPTER))
     model, reference = trainer.model, weakref.ref(trainer)

@@ -12,7 +12,7 @@ import trl_vicur
 
 ROOT = Path(trl_vicur.__file__).parent
 
-# From the lowest room to the highest; a room imports from those above it in this list only
+# The lowest room first; a room imports only from rooms that come earlier in this list
 LEVELS = [
     ["extras"],
     ["data"],

@@ -1,4 +1,4 @@
-"""The README and the pages: links lead somewhere, commands parse, snippets fit the code."""
+"""The README and the pages: links resolve, commands parse, snippets match the code."""
 
 import ast
 import importlib
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 FOLDERS = ("trl_vicur", "examples", "benchmarks", "tests")
 PAGES = [README, *sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
-# Options for a GPU are errors where there is none
+# Options for GPUs are errors on machines without one
 ON_CPU = ["--use_cpu", "--bf16", "false"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -74,7 +74,7 @@ def code_words(page: Path) -> list[str]:
 
 
 @of_each_page
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for link in links(page):
         url = urlsplit(link)
         if url.scheme:
@@ -113,7 +113,7 @@ def test_readme_is_short():
 
 
 class Parsed(Exception):
-    """Raised instead of running a command whose arguments are fine."""
+    """Raised instead of running a command whose arguments are valid."""
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_commands_parse(page, parse_only, pytestconfig, capsys):
         "make all",
     ],
 )
-def test_wrong_commands_are_found(command, parse_only, pytestconfig):
+def test_wrong_commands_are_detected(command, parse_only, pytestconfig):
     [words] = split_commands(command)
     with pytest.raises((Exception, SystemExit)):
         check_command(words, parse_only, pytestconfig)
@@ -278,8 +278,8 @@ def test_yaml_snippets_load_into_the_options(page, parse_only, tmp_path):
 
 
 @of_each_page
-def test_python_snippets_fit_the_code(page):
-    """They compile, what they import exists, and calls of public names have only arguments that there are."""
+def test_python_snippets_match_the_code(page):
+    """Snippets compile, their imports exist, and their calls of public names use existing arguments."""
     for snippet in snippets(page, "python"):
         for node in ast.walk(ast.parse(snippet)):
             match node:
@@ -297,7 +297,7 @@ def test_python_snippets_fit_the_code(page):
 
 
 @pytest.mark.parametrize("room, config", [("trainer", ViCuRConfig), ("cue_recovery", CueRecoveryConfig)])
-def test_tables_of_options_name_fields(room, config):
+def test_option_tables_name_config_fields(room, config):
     page = (ROOT / "trl_vicur" / room / "README.md").read_text(encoding="utf-8")
     options = page.split("\n## Options\n")[1].split("\n## ")[0]
     first_cells = re.findall(r"^\| (`.*?) \|", options, flags=re.MULTILINE)

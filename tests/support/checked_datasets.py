@@ -1,4 +1,4 @@
-"""Datasets large enough for the row check to leave a receipt, and that check."""
+"""Datasets large enough for the row check to write a receipt, and a function that runs the check."""
 
 from built_trainers import make_config
 from datasets import Dataset, load_from_disk

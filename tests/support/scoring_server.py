@@ -59,7 +59,7 @@ class ScoringServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = 2**16  # head and body in one packet, or the client waits 40 ms for its own acknowledgement
+            wbufsize = 2**16  # head and body in one packet, or the client's delayed ACK adds 40 ms
 
             def do_GET(self):
                 self.answer({"/v1/models": server.models}.get(self.path))

@@ -67,7 +67,7 @@ def make_processor() -> Qwen3VLProcessor:
 
 
 def make_qwen2_5_processor() -> Qwen2_5_VLProcessor:
-    """The same for Qwen2.5-VL, whose patches have 14 pixels."""
+    """A Qwen2.5-VL processor, with patches of 14×14 pixels."""
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 112 * 112}),
         tokenizer=make_tokenizer(),

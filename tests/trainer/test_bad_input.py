@@ -121,7 +121,7 @@ REFUSED_ROWS = {
         "`prompt` ends in a turn of role 'assistant', expected 'user' or 'tool': the student completes the prompt "
         "with a turn of its own. Remove the last turn.",
     ),
-    # Images and their places
+    # Images and their placeholders
     "too-many-images": (
         {**asks([IMAGE, text("What?")]), "images": [make_image(0)] * 2},
         "Number of images provided (2) does not match number of image placeholders (1). Give `prompt` a block",
@@ -145,7 +145,7 @@ REFUSED_ROWS = {
     "images-image": ({"images": make_image(0)}, "`images` must be a list, got Image"),
     "images-dict": ({"images": {"bytes": b"", "path": None}}, "`images` must be a list, got dict"),
     "images-of-none": ({"images": [None]}, "An image (None) cannot be read"),
-    # What only the teacher sees
+    # Privilege
     "cue-none": ({"cue": None}, "`cue` is None, " + NO_CUE),
     "cue-empty": ({"cue": ""}, "`cue` is '', " + NO_CUE),
     "cue-blank": ({"cue": " \n\xa0\u3000"}, NO_CUE),
@@ -391,7 +391,7 @@ def test_columns_that_are_not_needed_may_be_missing():
     build(GOOD.remove_columns(["cue", "answer"]), privilege="none")
 
 
-def test_unreadable_file_among_images_that_datasets_decodes(tmp_path):
+def test_unreadable_file_in_a_decoded_image_column_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"Row 1 of train_dataset: An image \('.*1.png'\) cannot be read: it is no"):
         build(files(tmp_path))
 
@@ -404,7 +404,7 @@ def test_unreadable_file_among_images_that_datasets_decodes(tmp_path):
         ({**make_rows(1)[0], "images": ["gone.png"]}, r"An image \('gone.png'\) cannot be read"),
     ],
 )
-def test_bad_row_of_a_stream(tmp_path, row, message):
+def test_bad_row_of_a_stream_is_named(tmp_path, row, message):
     trainer = build(
         IterableDataset.from_generator(lambda: iter([make_rows(1)[0], row])),
         output_dir=str(tmp_path),
@@ -491,12 +491,12 @@ def test_option_is_refused(name, value, message):
     assert message in str(refusal.value)
 
 
-def test_options_without_a_bound():
+def test_infinite_and_missing_limits_are_accepted():
     make_config(advantage_clip=math.inf, epsilon_high=math.inf, max_grad_norm=math.inf, max_completion_length=None)
     make_config(max_grad_norm=None)
 
 
-def test_literal_braces_in_the_template():
+def test_literal_braces_in_the_template_are_kept():
     config = make_config(teacher_prompt_template="{prompt} {{evidence}}: {privilege}")
     assert config.teacher_prompt_template.format(prompt="a", privilege="b") == "a {evidence}: b"
 
@@ -527,7 +527,7 @@ def test_conflict_is_refused(arguments, message):
 
 
 def test_compilation_by_accelerate_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as `accelerate launch` sets it
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # set like this by `accelerate launch`
     build(peft_config=CueRecoveryConfig(layer_interval=2))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(ValueError, match="`dynamo_backend=INDUCTOR` is not supported"):
@@ -537,12 +537,12 @@ def test_compilation_by_accelerate_is_refused(monkeypatch):
 # --- Models, processors and adapters ---
 
 
-def test_teacher_with_another_vocabulary():
+def test_teacher_with_another_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocab_size 263 but the teacher model has vocab_size 300"):
         build(teacher=make_qwen3_vl(vocab_size=300))
 
 
-def test_rollouts_with_vllm_and_two_modules():
+def test_vllm_rollouts_with_two_modules_are_refused():
     model = get_peft_model(make_qwen3_vl(), CueRecoveryConfig(layer_interval=1))
     model.add_adapter("other", CueRecoveryConfig(layer_interval=1))
     with pytest.raises(ValueError, match="`use_vllm=True` with 2 recovery modules is not supported"):
@@ -554,14 +554,14 @@ def test_teacher_model_and_teacher_model_kind_contradict():
         build(teacher=make_qwen3_vl(), teacher_model_kind="ema")
 
 
-def test_processor_without_chat_template():
+def test_processor_without_chat_template_is_refused():
     processor = make_processor()
     processor.chat_template = None
     with pytest.raises(ValueError, match=r"\(Qwen3VLProcessor\) has no chat template"):
         build(processor=processor)
 
 
-def test_text_model_and_tokenizer():
+def test_text_model_and_tokenizer_are_refused():
     config = LlamaConfig(
         vocab_size=263, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
@@ -627,13 +627,13 @@ UNTRAINABLE = {
 
 
 @pytest.mark.parametrize("config, message", UNTRAINABLE.values(), ids=UNTRAINABLE)
-def test_adapter_that_cannot_be_trained(config, message):
+def test_adapter_that_cannot_be_trained_is_refused(config, message):
     with pytest.raises(ValueError) as refusal:
         build(peft_config=CueRecoveryConfig(**{"layer_interval": 2, **config}))
     assert message in str(refusal.value)
 
 
-def test_rows_whose_prompts_lack_the_sink_token():
+def test_rows_with_an_image_and_no_sink_token_are_refused():
     """The sink token occurs only in system turns: rows with an image need one, text-only rows do not."""
     processor = make_processor()
     processor.chat_template = processor.chat_template.replace(
@@ -650,7 +650,7 @@ def test_rows_whose_prompts_lack_the_sink_token():
     build(Dataset.from_list(rows[:2] * 2), processor=processor, peft_config=config)
 
 
-def test_adapter_loaded_for_inference(tmp_path):
+def test_adapter_loaded_for_inference_is_refused(tmp_path):
     get_peft_model(make_qwen3_vl(), CueRecoveryConfig(layer_interval=1)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="The model has no trainable parameters.*is_trainable=True"):
         build(model=PeftModel.from_pretrained(make_qwen3_vl(), tmp_path))
@@ -658,7 +658,7 @@ def test_adapter_loaded_for_inference(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["1", "3", ""])
-def test_fsdp_of_an_unsupported_version(monkeypatch, version):
+def test_unsupported_fsdp_version_is_refused(monkeypatch, version):
     arguments = make_config()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", version)
@@ -666,7 +666,7 @@ def test_fsdp_of_an_unsupported_version(monkeypatch, version):
         check_sharding(find_sharding(arguments), arguments, [None])
 
 
-def test_trainable_tokens_with_fsdp2(monkeypatch):
+def test_trainable_tokens_with_fsdp2_are_refused(monkeypatch):
     arguments = make_config()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
@@ -675,7 +675,7 @@ def test_trainable_tokens_with_fsdp2(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["TP", "CP", "SP"])
-def test_parallelism_within_a_model_or_a_sequence(monkeypatch, kind):
+def test_tensor_context_and_sequence_parallelism_are_refused(monkeypatch, kind):
     arguments = make_config()
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind}_SIZE", "2")

@@ -107,7 +107,7 @@ def test_every_rank_names_the_first_bad_row_of_all_ranks(tmp_path):
 
 
 def test_check_does_not_change_the_random_state(tmp_path):
-    """It determines the weights of a new adapter, and a resumed run may skip the check."""
+    """The random state determines the weights of a new adapter, and a resumed run may skip the check."""
     dataset, state = make_dataset(tmp_path / "rows"), torch.get_rng_state()
     check(dataset, dataset_num_proc=2)
     assert torch.equal(torch.get_rng_state(), state)

@@ -188,7 +188,7 @@ def test_losses_use_the_logits_of_the_model(family):
 @every_family
 @pytest.mark.parametrize("size", [(64, 64), (32, 64), (200, 40)])
 def test_images_are_counted_before_training(tmp_path, family, size):
-    """Including surrounding tokens where the processor cannot count visual tokens alone; never too few."""
+    """The count includes surrounding tokens if the processor cannot count visual ones alone; it is never too low."""
     model, processor = FAMILIES[family]()
     counted = RowChecker(make_config(tmp_path), processor, max_length=2048)._num_image_tokens((size,))
     input_ids = encode(processor, [user("", make_image(0, size))])["input_ids"]
@@ -227,7 +227,7 @@ def test_too_long_prompt_is_refused_if_the_processor_cannot_count(tmp_path):
 
 
 def test_llava_onevision_needs_shared_features_for_several_images(tmp_path):
-    """It encodes several images of a row differently, but TRL does not pass their number."""
+    """LLaVA-OneVision encodes several images of a row differently, but TRL does not pass their number."""
     model, processor = FAMILIES["llava_onevision"]()
     trainer = make_trainer(
         tmp_path,

@@ -114,7 +114,7 @@ def is_visible(text: str) -> bool:
 
 
 def has_reason(error: str, row: dict) -> bool:
-    """Whether the error is true of the row."""
+    """Whether the row really has the reported problem."""
     prompt, cue = row["prompt"], row["cue"]
     texts = [[block["text"] for block in blocks(message) if block["type"] == "text"] for message in prompt]
     if "expected a list of messages" in error:
@@ -140,7 +140,7 @@ def has_reason(error: str, row: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def trainers():
-    """One that is its own teacher and requires cues, and one with another teacher and optional cues."""
+    """A trainer whose student is its own teacher and needs cues, and one with another teacher and optional cues."""
 
     def make_trainer(**arguments) -> ViCuRTrainer:
         return build(

@@ -1,4 +1,4 @@
-"""A batch's images are processed once, and the pixels are the same as without this."""
+"""A batch's images are processed once, with the same pixels as when they are processed for each use."""
 
 from unittest.mock import patch
 
@@ -22,13 +22,13 @@ def values(outputs) -> list:
 
 
 @each_of(FAMILIES)
-def test_the_same_pixels_with_and_without(family):
+def test_processing_once_gives_the_same_pixels(family):
     _, processor = FAMILIES[family]()
     prompts = conversations()
     images = [[part["image"] for part in prompt[0]["content"] if part["type"] == "image"] for prompt in prompts]
     texts = processor.apply_chat_template(prompts, tokenize=False)
 
-    def outputs():  # as TRL asks for them, and once more for the teacher
+    def outputs():  # TRL's calls, and another one for the teacher
         template = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
         yield processor.apply_chat_template(prompts, **template)
         yield processor(images=images, text=texts, padding=True, return_tensors="pt")
@@ -41,11 +41,11 @@ def test_the_same_pixels_with_and_without(family):
         images_processed_once(processor.image_processor),
     ):
         assert [{name: values(value) for name, value in output.items()} for output in outputs()] == expected
-    # Lists and stacked tensors are made by themselves
+    # Lists and stacked tensors are processed separately
     assert work.call_count == (1 if family.startswith(("qwen", "glm")) else 2)
 
 
-def test_other_images_and_other_arguments_give_other_pixels(processor):
+def test_different_images_or_arguments_are_not_mixed_up(processor):
     image_processor = processor.image_processor
     calls = [
         ([make_image(0)], {}),

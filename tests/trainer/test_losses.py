@@ -1,4 +1,4 @@
-"""Each objective agrees with its definition, written down plainly in float64: values and gradients."""
+"""Values and gradients of each objective agree with a plain float64 implementation of its definition."""
 
 import math
 import os
@@ -152,7 +152,7 @@ def test_frozen_head_changes_neither_values_nor_gradients(objective, temperature
 
 
 @pytest.mark.parametrize("trains_head", [True, False])
-def test_no_token_has_an_empty_loss(trains_head):
+def test_divergence_of_no_tokens_is_empty(trains_head):
     student, student_head, teacher, teacher_head = make_pair(tokens=0)
     student_head.weight.requires_grad_(trains_head)
     values, entropy = full_divergence(student, student_head, teacher, teacher_head, 0.5)
@@ -160,7 +160,7 @@ def test_no_token_has_an_empty_loss(trains_head):
     values.sum().backward()
 
 
-def test_liger_divergence_of_no_token_is_zero():
+def test_liger_divergence_of_no_tokens_is_zero():
     student, student_head, teacher, teacher_head = make_pair(tokens=0)
     assert liger_divergence_sum(student, student_head, teacher, teacher_head, 0.0) == 0
 
@@ -275,7 +275,7 @@ def test_sampled_token_loss_clips_like_ppo(log_ratio, advantage, expected_ratio,
 
 
 def test_difference_of_log_probabilities_is_clamped():
-    """Not each of them at −10, as in the authors' code, so tokens that both find unlikely keep their advantages."""
+    """The authors clamp each log-probability at −10, which removes the advantage of tokens that both find unlikely."""
     student, teacher = torch.tensor([-12.0, -25.0, -1.0]), torch.tensor([-15.0, -2.0, -30.0])
     _, advantages, _ = sampled_token_loss(student, student, teacher, 0.2, 0.2, advantage_clip=10.0)
     assert advantages.tolist() == [-3.0, 10.0, -10.0]
@@ -372,7 +372,7 @@ def reference_values(objective, pair):
         (torch.float32, torch.bfloat16),  # like autocast, which also rounds the head
     ],
 )
-def test_half_precision_is_exact(objective, trains_head, dtype, state_dtype):
+def test_half_precision_values_equal_float64_products(objective, trains_head, dtype, state_dtype):
     """Values equal float64 products of the same operands; gradients agree up to the rounding of their dtype."""
     pair = make_half_pair(dtype, trains_head, state_dtype)
     values, gradients = values_and_gradients(objective, pair)
@@ -514,7 +514,7 @@ def states_and_logits(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_head_reads_how_models_change_logits(name):
+def test_head_applies_the_models_logit_transforms(name):
     model = MODELS[name]().eval()
     states, logits = states_and_logits(model)
     head = LMHead.from_model(model)
@@ -589,7 +589,7 @@ class NeedsMore(GraniteForCausalLM):
         (NeedsMore, r"its forward fails with TypeError: .*pixel_values"),
     ],
 )
-def test_model_with_other_logits_is_refused(model_class, message):
+def test_model_with_unsupported_logits_is_refused(model_class, message):
     with pytest.raises(ValueError, match=f"cannot compute the logits of {model_class.__name__}.* {message}"):
         LMHead.from_model(model_class(GraniteConfig(**TEXT)))
 

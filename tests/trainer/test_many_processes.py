@@ -132,33 +132,33 @@ def check_same_bf16_training(expected: Path, actual: Path) -> None:
 
 
 @pytest.mark.parametrize("run", DDP)
-def test_ddp_trains_as_one_process(one_process, ddp, run):
+def test_ddp_equals_one_process(one_process, ddp, run):
     check_same_training(one_process / run, ddp / run)
 
 
 @pytest.mark.parametrize("run", DDP)
-def test_ddp_trains_as_one_process_in_bf16(one_process, ddp, run):
+def test_ddp_equals_one_process_in_bf16(one_process, ddp, run):
     check_same_bf16_training(one_process / (run + BF16), ddp / (run + BF16))
 
 
 @pytest.mark.parametrize("run", SHARDED)
-def test_fsdp2_trains_as_one_process(one_process, fsdp2, run):
+def test_fsdp2_equals_one_process(one_process, fsdp2, run):
     """Student and teacher are sharded. No rank hangs if only the other one has images or generates longer."""
     check_same_training(one_process / run, fsdp2 / run)
 
 
 @pytest.mark.parametrize("run", SHARDED)
-def test_fsdp2_trains_as_one_process_in_bf16(one_process, fsdp2, run):
+def test_fsdp2_equals_one_process_in_bf16(one_process, fsdp2, run):
     check_same_bf16_training(one_process / (run + BF16), fsdp2 / (run + BF16))
 
 
 @pytest.mark.parametrize("run", SHARDED)
-def test_zero2_trains_as_one_process(one_process, zero2, run):
+def test_zero2_equals_one_process(one_process, zero2, run):
     check_same_training(one_process / run, zero2 / run)
 
 
 @pytest.mark.parametrize("run", SHARDED)
-def test_zero2_trains_as_one_process_in_bf16(one_process, zero2, run):
+def test_zero2_equals_one_process_in_bf16(one_process, zero2, run):
     check_same_bf16_training(one_process / (run + BF16), zero2 / (run + BF16))
 
 

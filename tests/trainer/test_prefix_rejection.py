@@ -1,4 +1,4 @@
-"""No loss on tokens after one that the teacher rejects, be it to the end of the completion or of the sentence."""
+"""Tokens after one that the teacher rejects get no loss, until the end of the completion or of the sentence."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ from trl_vicur.trainer.losses import before_rejection
 from trl_vicur.trainer.sentences import sentence_end_tokens
 
 
-def test_up_to_the_first_rejected_token():
+def test_tokens_up_to_the_first_rejected_one_are_kept():
     gap = torch.tensor([[0.0, -4.0, 1.0, -5.0], [-2.9, 0.0, 2.0, 0.0], [0.0, 0.0, -3.1, 9.0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
     kept = before_rejection(gap[mask], mask, 3.0)
     assert kept.tolist() == torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]).bool().tolist()
 
 
-def test_up_to_the_end_of_the_sentence():
+def test_tokens_are_kept_again_from_the_next_sentence():
     gap = torch.tensor([[-4.0, 0.0, 0.0, 0.0, -4.0, 0.0, 0.0]])
     mask = torch.ones(1, 7, dtype=torch.bool)
     ends = torch.tensor([[0, 0, 1, 0, 0, 0, 1]]).bool()
@@ -29,7 +29,7 @@ def test_up_to_the_end_of_the_sentence():
 
 @given(st.data())
 def test_agrees_with_a_loop(data):
-    """Over gaps, masks with holes (tool calls) and sentence ends."""
+    """For random gaps, masks with holes (tool calls) and sentence ends."""
     size = data.draw(st.integers(1, 12))
     flags = st.lists(st.booleans(), min_size=size, max_size=size)
     masked, rejected, ends = (data.draw(flags) for _ in range(3))
@@ -73,7 +73,7 @@ def losses(tmp_path, processor, **options):
 
 @pytest.mark.parametrize("scope", ["completion", "sentence"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_nothing_changes_where_nothing_is_rejected(tmp_path, processor, objective, scope):
+def test_loss_is_unchanged_if_nothing_is_rejected(tmp_path, processor, objective, scope):
     options = OBJECTIVES[objective]
     plain = losses(tmp_path, processor, **options)
     cut = losses(tmp_path, processor, prefix_rejection=scope, prefix_rejection_threshold=1e9, **options)
@@ -85,8 +85,8 @@ def test_nothing_changes_where_nothing_is_rejected(tmp_path, processor, objectiv
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_loss_is_that_of_the_kept_tokens(tmp_path, processor, objective):
-    """As if the others were not the model's own, as with the output of tools; the mean is over all tokens."""
+def test_loss_covers_kept_tokens_only(tmp_path, processor, objective):
+    """Dropped tokens are masked like the output of tools; the mean is still over all tokens."""
     results = []
     for scope in ("completion", "none"):
         trainer = make_trainer(
@@ -116,7 +116,7 @@ def test_the_loss_is_that_of_the_kept_tokens(tmp_path, processor, objective):
 
 
 @pytest.mark.parametrize("loss_aggregation", ["token", "sequence"])
-def test_what_was_rejected_is_logged(tmp_path, processor, loss_aggregation):
+def test_rejections_are_logged(tmp_path, processor, loss_aggregation):
     logs = losses(
         tmp_path,
         processor,

@@ -177,7 +177,7 @@ def test_damaged_checkpoint_is_refused_or_skipped(tmp_path, checkpoints, caplog,
     assert str(newest) in caplog.text
 
 
-def test_nothing_to_resume(tmp_path, checkpoints):
+def test_resuming_without_a_checkpoint_is_refused(tmp_path, checkpoints):
     with pytest.raises(ValueError, match="holds no complete checkpoint. Leave it out to start a new run"):
         train(tmp_path, resume=True)
     with pytest.raises(ValueError, match="There is no checkpoint 'checkpoint-9'"):
@@ -216,7 +216,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, checkpoints, arguments
         ({"seed": 7}, "seed=42", "seed=7"),
     ],
 )
-def test_checkpoint_of_a_run_over_other_batches_is_refused(tmp_path, checkpoints, arguments, of_checkpoint, of_run):
+def test_checkpoint_of_a_run_with_other_batches_is_refused(tmp_path, checkpoints, arguments, of_checkpoint, of_run):
     trainer = make_trainer(tmp_path, teacher_model_kind="ema", **arguments)
     message = f"saved with .*`{of_checkpoint}`.*has .*`{of_run}`.*Resume with the checkpoint's settings"
     with pytest.raises(ValueError, match=message):
@@ -306,7 +306,7 @@ class KillWhen(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.after_step:
-            sys.setprofile(self.watch)  # called at each call of a function, also of those in C
+            sys.setprofile(self.watch)  # called for each function call, including C functions
 
     def watch(self, frame, event, argument):
         if self.path.exists() == self.exists:
@@ -400,7 +400,7 @@ def test_killed_at_a_random_moment(tmp_path, start, uninterrupted, kill):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
-def test_disk_that_fills_while_a_checkpoint_is_written(tmp_path, name):
+def test_full_disk_while_a_checkpoint_is_written(tmp_path, name):
     whole = train(tmp_path / "whole")
 
     class Fill(TrainerCallback):

@@ -37,14 +37,14 @@ def test_privilege_comes_from_the_named_column():
 
 
 @pytest.mark.parametrize("missing", [None, "", "  \n"])
-def test_missing_privilege(missing):
+def test_missing_privilege_is_an_error_unless_allowed(missing):
     with pytest.raises(ValueError, match="`cue` is .*missing_privilege='none'"):
         privilege_of({"cue": missing})
     assert privilege_of({"cue": missing}, missing_privilege="none") is None
 
 
 @pytest.mark.parametrize("missing_privilege", ["error", "none"])
-def test_privilege_that_is_not_text(missing_privilege):
+def test_privilege_that_is_not_text_is_refused(missing_privilege):
     with pytest.raises(ValueError, match=r"`cue` must be a string, got list: \['a'\]"):
         privilege_of({"cue": ["a"]}, missing_privilege=missing_privilege)
 
@@ -73,7 +73,7 @@ def test_hint_goes_into_the_last_text_block():
     assert only_image[0]["content"] == [{"type": "image"}, {"type": "text", "text": "\n\n[Hint]: a cue"}]
 
 
-def test_no_user_turn():
+def test_prompt_without_user_turn_is_refused():
     with pytest.raises(ValueError, match="no message with role 'user'"):
         add_privilege([{"role": "system", "content": "Hi"}], "a cue", TEMPLATE)
 

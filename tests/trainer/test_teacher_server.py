@@ -49,7 +49,7 @@ def short_waits(monkeypatch):
     ],
     ids=["sampled_token", "topk_logits"],
 )
-def test_trains_as_with_a_local_teacher(serve, teacher, processor, tmp_path, options):
+def test_training_equals_that_with_a_local_teacher(serve, teacher, processor, tmp_path, options):
     server = serve()
     assert_trains_as_with_local_teacher(server.url, teacher, processor, tmp_path, **options)
     # Each completion is scored once. Before training, two requests are repeated often enough to detect replicas
@@ -107,7 +107,7 @@ def test_trainer_waits_for_a_server_that_is_starting(teacher, processor):
     servers[0].__exit__()
 
 
-def test_server_lost_during_training(serve, processor, tmp_path):
+def test_server_lost_during_training_is_reported(serve, processor, tmp_path):
     server = serve()
     trainer = make_trainer(tmp_path, processor, teacher_model_server_url=server.url)
     server.__exit__()
@@ -203,7 +203,7 @@ def test_replicas_that_differ_by_rounding_are_accepted(serve, processor, tmp_pat
     assert isinstance(trainer.teacher, ServedTeacher)
 
 
-def test_server_that_resizes_images_differently(serve, processor, tmp_path):
+def test_server_that_resizes_images_differently_is_refused(serve, processor, tmp_path):
     """Its visual tokens would differ from those of the student's processor."""
     other = make_processor()
     other.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
@@ -214,7 +214,7 @@ def test_server_that_resizes_images_differently(serve, processor, tmp_path):
         make_trainer(tmp_path, processor, teacher_model_server_url=serve(processor=other).url)
 
 
-def test_no_server(processor, tmp_path):
+def test_unreachable_server_is_reported(processor, tmp_path):
     with ScoringServer(None, processor) as server:
         url = server.url
     with pytest.raises(ConnectionError, match=r"cannot be reached \(.*refused.*\) after 0 seconds. Start it with"):
@@ -230,12 +230,12 @@ def test_no_server(processor, tmp_path):
         (dict(temperature=0.7), "vLLM always scores prompt tokens at temperature 1"),
     ],
 )
-def test_options_that_contradict_a_server(tmp_path, options, message):
+def test_options_that_contradict_a_server_are_refused(tmp_path, options, message):
     options = {"teacher_model_server_url": "http://localhost:8000", **options}
     with pytest.raises(ValueError, match=message):
         ViCuRConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
 
 
-def test_loaded_teacher_and_a_server_contradict(teacher, processor, tmp_path):
+def test_loaded_teacher_together_with_a_server_is_refused(teacher, processor, tmp_path):
     with pytest.raises(ValueError, match=r"a loaded `teacher_model` \(Qwen3VLForCond.*\) was passed as well"):
         make_trainer(tmp_path, processor, teacher, teacher_model_server_url="http://localhost:8000")

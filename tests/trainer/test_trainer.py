@@ -297,7 +297,7 @@ def test_bf16_scores_the_distribution_that_the_model_samples_from(tmp_path, proc
         assert of_teacher.states.equal(states_of_head(trainer.teacher_model or trainer.model))
 
 
-def test_nothing_is_rounded_on_its_way_through_a_wrapped_forward():
+def test_wrapped_forward_rounds_nothing():
     """FSDP2 casts the arguments of a forward and passes copies of dicts."""
     model = torch.nn.Linear(1, 1)
     model.register_forward_pre_hook(
@@ -390,7 +390,7 @@ def test_invariant_2_base_teaches_whatever_an_adapter_trains(tmp_path, recwarn, 
 )
 def test_invariant_2_adapters_that_rewrite_the_base_are_refused(tmp_path, processor, peft_config, option):
     message = rf"rewrote \d+ weight\(s\) of the base model.*`{option}.*leaves the base"
-    for arguments in (dict(), dict(teacher_model_kind="live")):  # saved, they would fit no other model either
+    for arguments in (dict(), dict(teacher_model_kind="live")):  # a saved adapter would not fit any other model either
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, processor, peft_config=copy.deepcopy(peft_config), **arguments)
     # If it was attached before, the base cannot be compared
@@ -407,7 +407,7 @@ def test_invariant_2_model_with_trained_biases_is_refused(tmp_path):
 
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 def test_trainable_token_indices(tmp_path, processor, is_tied):
-    """Trained rows of the embedding, and of a tied head, count in loss, gradient and rollout as in the model."""
+    """Loss, gradient and rollout use the trained rows of the embedding, and of a tied head, like the model does."""
     base = make_qwen3_vl()
     if not is_tied:
         base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = False
@@ -497,7 +497,7 @@ def test_ema_teacher_follows_the_student(tmp_path, processor, peft_config):
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_ema_teacher_scores_with_its_own_weights(tmp_path, processor, bf16):
-    """Not with the student's weights, whose bfloat16 casts autocast had cached."""
+    """Autocast caches bfloat16 casts of the student's weights, which must not be used for the EMA weights."""
     logs = []
     for kind in ("ema", "external"):
         teacher = make_qwen3_vl(seed=5)
@@ -529,7 +529,7 @@ def test_ema_teacher_has_its_own_head_bias(tmp_path, processor):
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_model_with_other_logits_than_the_losses_is_refused(tmp_path, processor, role):
+def test_model_whose_logits_the_losses_cannot_compute_is_refused(tmp_path, processor, role):
     """Before the first rollout."""
 
     class ClipsLogits(Qwen3VLForConditionalGeneration):
@@ -832,7 +832,7 @@ def test_remove_unused_columns_keeps_what_is_used(tmp_path, processor):
 
 
 @pytest.mark.parametrize("has_module", [False, True])
-def test_images_of_tools_are_refused_with_a_module(tmp_path, processor, monkeypatch, has_module):
+def test_tool_images_are_refused_with_a_module(tmp_path, processor, monkeypatch, has_module):
     """The turn that calls the tool was sampled before the module could read the tool's image."""
     peft_config = CueRecoveryConfig(**ADAPTER) if has_module else None
     trainer = make_trainer(tmp_path, processor, peft_config=peft_config)
@@ -930,7 +930,7 @@ def test_logged_metrics(tmp_path, processor):
     assert sum(segments) / 4 == pytest.approx(logs[1]["logprob_gap/mean"], rel=1e-3, abs=1e-6)
 
 
-def test_gap_of_other_modes_is_logged_in_logged_steps(tmp_path, processor):
+def test_full_logits_gap_is_computed_only_in_logged_steps(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, distillation_mode="full_logits", logging_steps=2, max_steps=4)
     taken = []
     diagnose = trainer._diagnose_gap
@@ -940,7 +940,7 @@ def test_gap_of_other_modes_is_logged_in_logged_steps(tmp_path, processor):
     assert all("logprob_gap/segment_4" in log for log in train_logs(trainer))
 
 
-def test_hint_leakage_counts_completions_that_speak_of_the_hint(tmp_path, processor):
+def test_hint_leakage_counts_completions_that_mention_the_hint(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor)
     trainer.model.train()
     texts = ["The Hint says so, so does the Hint", "no", "nohint", "a [Hint]: b"]
@@ -950,7 +950,7 @@ def test_hint_leakage_counts_completions_that_speak_of_the_hint(tmp_path, proces
     assert trainer._metrics["train"]["hint_leakage/occurrences"] == [0.75]
 
 
-def test_template_without_a_word_for_hint_leakage_warns(tmp_path, processor):
+def test_template_without_a_hint_word_warns(tmp_path, processor):
     template = "{privilege}\n\n{prompt}"
     with pytest.warns(UserWarning, match="`teacher_prompt_template=.* so `hint_leakage` is not logged"):
         make_trainer(tmp_path, processor, teacher_prompt_template=template)

@@ -181,7 +181,7 @@ def test_sink_attends_to_the_video(family):
         (lambda: recovery(train_base=True), dict(teacher_model_kind="live"), 2),
     ],
 )
-def test_encodings_of_each_video(tmp_path, family, peft_config, arguments, expected):
+def test_number_of_encodings_per_video(tmp_path, family, peft_config, arguments, expected):
     model, processor = FAMILIES[family]()
     trainer = make_trainer(tmp_path, processor, model=model, rows=make_rows(8), peft_config=peft_config(), **arguments)
     with count_encoded_images(trainer.model) as visuals:
@@ -208,14 +208,14 @@ def test_resuming_between_two_steps_on_the_same_rollouts(tmp_path, processor):
     torch.testing.assert_close(weights(resumed.model), weights(whole.model), rtol=0, atol=0)
 
 
-def test_evaluation_and_a_single_column(tmp_path, processor):
+def test_evaluation_with_a_single_video_column(tmp_path, processor):
     rows = [{**row, "video": (row.pop("videos") or [None])[0]} for row in make_rows(4)]
     trainer = make_trainer(tmp_path, processor, rows=rows, peft_config=recovery())
     trainer.eval_dataset = trainer.train_dataset
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
-def test_the_student_samples_no_video_token(tmp_path, processor):
+def test_student_samples_no_video_tokens(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, rows=make_rows(4))
     head = trainer.model.lm_head
     trainer.model.lm_head = torch.nn.Linear(head.in_features, head.out_features)
@@ -226,10 +226,10 @@ def test_the_student_samples_no_video_token(tmp_path, processor):
     assert (inputs["completion_ids"] != trainer.model.config.video_token_id).all()
 
 
-# --- What a video may be ---
+# --- Accepted videos ---
 
 
-def test_forms_of_a_video():
+def test_video_formats_give_the_same_inputs():
     frames = make_video(0, 4, (48, 32))
     expected = np.stack(frames)
     assert expected.shape == (4, 32, 48, 3)
@@ -240,7 +240,7 @@ def test_forms_of_a_video():
         assert np.array_equal(read_video(video), expected)
 
 
-def test_a_dataset_of_arrays(tmp_path, processor):
+def test_dataset_with_videos_as_arrays_trains(tmp_path, processor):
     rows = [{**row, "videos": [np.stack(video) for video in row["videos"]]} for row in make_rows(2)]
     trainer = make_trainer(tmp_path, processor, rows=2 * rows, max_steps=1)
     trainer.train()
@@ -299,7 +299,7 @@ def test_bad_rows_are_refused_by_name(tmp_path, processor, case):
     assert error in str(raised.value)
 
 
-def test_a_bad_video_names_its_row(tmp_path, processor):
+def test_bad_video_is_reported_with_its_row(tmp_path, processor):
     rows = make_rows(4)
     rows[2]["videos"][0][3] = make_image(0, (8, 8))
     with pytest.raises(ValueError, match=r"Row 2 of train_dataset: The frames of a video have the sizes \[\(8, 8\)"):

@@ -45,7 +45,7 @@ def num_images(trainer) -> int:
         (lambda: recovery(train_base=True), {}, 2),
     ],
 )
-def test_encodings_of_each_image(tmp_path, processor, peft_config, arguments, expected):
+def test_number_of_encodings_per_image(tmp_path, processor, peft_config, arguments, expected):
     trainer = make_trainer(tmp_path, processor, peft_config=peft_config(), **arguments)
     with count_encoded_images(trainer.model) as images:
         trainer.train()
@@ -61,7 +61,7 @@ def test_encodings_with_a_stronger_teacher(tmp_path, processor):
 
 @pytest.mark.parametrize("arguments", [{}, dict(num_iterations=2, max_steps=4)])
 def test_sharing_is_exact_under_bf16(tmp_path, processor, arguments):
-    """Rollout and losses encode in the same precision: bit for bit if they encode equally many images at once."""
+    """Rollout and losses encode in the same precision: identical features if both encode as many images at once."""
     runs = []
     for share in ("auto", "never"):
         trainer = make_trainer(
@@ -121,7 +121,7 @@ def test_evaluation_encodes_once(tmp_path, processor):
     assert images.count == num_images(trainer)
 
 
-def test_a_loss_before_the_first_rollout(tmp_path, processor):
+def test_loss_before_the_first_rollout(tmp_path, processor):
     """Whether features can be shared is decided when the trainer is built."""
     losses = []
     for _ in range(2):
@@ -150,7 +150,7 @@ def test_features_of_one_generation_batch_are_kept_at_a_time(tmp_path, processor
     assert "get_image_features" not in vars(get_backbone(trainer.model))
 
 
-def test_frozen_is_what_neither_trains_nor_belongs_to_an_adapter():
+def test_frozen_means_untrained_and_outside_any_adapter():
     model = make_qwen3_vl()
     assert not is_vision_frozen(model)
     get_backbone(model).visual.requires_grad_(False)
@@ -159,7 +159,7 @@ def test_frozen_is_what_neither_trains_nor_belongs_to_an_adapter():
     assert not is_vision_frozen(model)
 
 
-def test_features_are_cut_by_visual_tokens():
+def test_features_are_split_by_visual_tokens():
     """Whatever a model returns: one tensor per image, also of different or zero sizes, or one for all images."""
     features = torch.randn(6, 8)
     num_tokens = [2, 0, 4]

@@ -28,7 +28,7 @@ def url(teacher, tmp_path_factory):
     [dict(), dict(distillation_mode="topk_logits", distillation_topk=20, beta=0.5)],
     ids=["sampled_token", "topk_logits"],
 )
-def test_trains_as_with_a_local_teacher(url, teacher, tmp_path, options):
+def test_training_equals_that_with_a_local_teacher(url, teacher, tmp_path, options):
     torch.manual_seed(0)
     assert_trains_as_with_local_teacher(url, teacher, make_processor(), tmp_path, **options)
 
@@ -43,7 +43,7 @@ def test_trains_as_with_a_local_teacher(url, teacher, tmp_path, options):
         ),
     ],
 )
-def test_refusals_of_the_server_are_reported_before_training(url, tmp_path, options, message):
+def test_server_errors_are_reported_before_training(url, tmp_path, options, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         make_trainer(tmp_path, make_processor(), teacher_model_server_url=url, **options)
 

@@ -1,4 +1,4 @@
-"""Serving with the vLLM plugin: vLLM gives the same answers as transformers gives to each prompt alone."""
+"""Serving with the vLLM plugin: vLLM's answers equal those of transformers to each prompt alone."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def test_model_runner_is_the_requested_one(llm):
     assert type(runner(llm)).__module__ == f"{package}model_runner"
 
 
-def test_model_without_an_adapter_is_vllms(qwen3_vl):
+def test_vllm_is_unchanged_without_an_adapter(qwen3_vl):
     conversations = [user("What is this?", make_image(0)), user("Hello.")]
     with engine(qwen3_vl, None) as llm:
         outputs = generate(llm, qwen3_vl, conversations)
@@ -167,7 +167,7 @@ FORWARD = CueRecoveryMixin.forward
 def test_invariant_14_engine_that_does_not_run_the_module_does_not_start(
     qwen3_vl, monkeypatch, target, name, replacement, message
 ):
-    """Served is trained."""
+    """Serving must match training."""
     monkeypatch.setattr(target, name, replacement)
     with pytest.raises(RuntimeError, match=message), engine(qwen3_vl, qwen3_vl.adapter):
         pass
@@ -278,12 +278,12 @@ def test_engine_options_that_skip_the_module_or_are_untested_are_refused(start, 
         ({"use_dora": True, "r": 4}, "was trained with use_dora=True, which vLLM cannot serve .* Merge it with PEFT"),
     ],
 )
-def test_adapters_that_cannot_be_served(start, adapter_config, message):
+def test_adapters_that_cannot_be_served_are_refused(start, adapter_config, message):
     with pytest.raises(ValueError, match=message):
         start(adapter_config)
 
 
-def test_an_adapter_of_another_base_model(start):
+def test_adapter_of_another_base_model_is_refused(start):
     config = start({"base_model_name_or_path": "Qwen/Qwen3-VL-2B-Instruct"})
     config.model_config.model = "Qwen/Qwen3-VL-2B-Thinking"  # does not exist here; its config would be the same
     with pytest.raises(ValueError, match="was trained on 'Qwen/Qwen3-VL-2B-Instruct', but .*Thinking' is served"):
@@ -300,6 +300,6 @@ def test_unsupported_architecture_is_refused(start):
         start(hf_overrides={"architectures": ["Qwen2VLForConditionalGeneration"]})
 
 
-def test_pipeline_parallelism(start):
+def test_pipeline_parallelism_is_refused(start):
     with pytest.raises(ValueError, match="`pipeline_parallel_size` is 2"):
         start(pipeline_parallel_size=2, distributed_executor_backend="mp")

@@ -72,7 +72,9 @@ def assert_samples_with_trained_weights(trainer: ViCuRTrainer) -> None:
     [({"r": 4}, 0.02, False), ({"train_base": True}, 0.001, True)],
     ids=["lora", "train_base"],
 )
-def test_colocated_engine_follows_training(checkpoint, tmp_path, monkeypatch, adapter, learning_rate, enforce_eager):
+def test_colocated_engine_gets_the_trained_weights(
+    checkpoint, tmp_path, monkeypatch, adapter, learning_rate, enforce_eager
+):
     # vLLM would choose bfloat16, and oneDNN's copies of the weights do not follow those that are loaded later
     options = {"dtype": "float32", "enforce_eager": enforce_eager}
     monkeypatch.setattr(vllm_generation, "LLM", partial(vllm_generation.LLM, **options))
@@ -127,7 +129,7 @@ def serve(checkpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "adapter, learning_rate", [({"r": 4}, 0.02), ({"train_base": True}, 0.001)], ids=["lora", "train_base"]
 )
-def test_server_follows_training(checkpoint, tmp_path, serve, adapter, learning_rate):
+def test_server_gets_the_trained_weights(checkpoint, tmp_path, serve, adapter, learning_rate):
     with serve('{"layer_interval": 1, "sink_token": "<|im_end|>"}') as address:
         adapter = {**adapter, "sink_token": "<|im_end|>"}
         options = dict(learning_rate=learning_rate, vllm_mode="server", vllm_server_base_url=address)
@@ -152,6 +154,8 @@ def test_server_follows_training(checkpoint, tmp_path, serve, adapter, learning_
         ('{"layer_interval": 1}', "raw_logprobs", "with `--logprobs-mode processed_logprobs`"),
     ],
 )
-def test_server_with_other_rollouts_is_refused(checkpoint, tmp_path, serve, module, logprobs_mode, message):
+def test_server_with_the_wrong_module_or_logprobs_is_refused(
+    checkpoint, tmp_path, serve, module, logprobs_mode, message
+):
     with serve(module, logprobs_mode) as address, pytest.raises(ValueError, match=message):
         make_trainer(checkpoint, tmp_path / "output", {}, vllm_mode="server", vllm_server_base_url=address)

@@ -208,7 +208,7 @@ def _attend(
     """
     Attention weights `(batch, heads, seq)` in `dtype`, and the normalized hidden states. States are normalized before
     the product with the query, so that outliers overflow float16 no sooner than in the plain form
-    (`test_no_scale_of_a_token_overflows_low_precision`).
+    (`test_outlier_tokens_do_not_overflow_low_precision`).
     """
     normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], weight, eps)
     scores = torch.baddbmm(mask.unsqueeze(1), folded_query, normed.mT, alpha=scale)
