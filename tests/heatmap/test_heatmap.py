@@ -209,7 +209,7 @@ def test_sink_after_the_question(processor):
 
 def test_conversations_that_cannot_be_drawn_are_refused(processor):
     model = attach(make_qwen3_vl())
-    with pytest.raises(ValueError, match="no image or video in the prompt"):
+    with pytest.raises(ValueError, match="has no image or video"):
         plot_sink_attention(model, processor, [{"role": "user", "content": "Hello"}])
     with pytest.raises(ValueError, match=r"control token '<\|image_pad\|>'"):
         plot_sink_attention(model, processor, user("<|image_pad|>", make_image(0)))
@@ -233,7 +233,8 @@ def test_a_sink_that_is_the_only_visual_token(processor):
 
 
 def test_visual_tokens_without_a_known_grid_are_refused():
-    with pytest.raises(ValueError, match="type 'llava' cannot be laid over its images: its processor does not report"):
+    problem = "type 'llava' cannot be mapped onto its images: its processor does not report"
+    with pytest.raises(ValueError, match=problem):
         split_into_grids(torch.ones(1, 4), None, "llava")
     for tokens, grid in [(5, [1, 4, 4]), (8, [1, 4, 4]), (3, [1, 3, 4])]:
         with pytest.raises(ValueError, match=f"there are {tokens} of them for the {grid[1] * grid[2]} patches"):

@@ -1,4 +1,4 @@
-"""Answers of several models to the same questions, side by side: who is right where they disagree."""
+"""Compare several models' answers to the same questions, side by side."""
 
 from .compare import compare_models
 from .report import write_html_comparison

@@ -23,11 +23,11 @@ PAGE_NAME = "comparison.html"
 class CompareArguments:
     """Arguments of `trl-vicur compare`."""
 
-    model: str = field(metadata={"help": "Id or folder of the base model, which is called `base`."})
+    model: str = field(metadata={"help": "Id or folder of the base model, which the page calls `base`."})
     dataset: str = field(
         metadata={
-            "help": "Test questions with `images` or `image` and answers: id on the Hub, folder of `save_to_disk`, or "
-            "a file of JSON lines, CSV or Parquet."
+            "help": "Test questions with `images` or `image` and answers: id on the Hub, a folder written by "
+            "`save_to_disk`, or a JSON lines, CSV or Parquet file."
         }
     )
     output: str = field(
@@ -35,15 +35,17 @@ class CompareArguments:
     )
     config_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     split: str = field(default="test", metadata={"help": "Split of a dataset that has several."})
-    num_rows: int | None = field(default=None, metadata={"help": "Ask only about the first so many rows."})
+    num_rows: int | None = field(default=None, metadata={"help": "Use only this many rows, from the start."})
     question_column: str | None = field(
         default=None,
-        metadata={"help": "Column with questions (strings or conversational prompts); else `prompt` or `question`."},
+        metadata={
+            "help": "Column with questions (strings or conversational prompts). Default: `prompt`, or else `question`."
+        },
     )
     cue_column: str = field(default="cue", metadata={"help": "Column with the cues, which the page shows."})
     answer_column: str = field(default="answer", metadata={"help": "Column with the reference answers."})
     max_rows: int = field(
-        default=50, metadata={"help": "Questions to show of those that the same models answer correctly."}
+        default=50, metadata={"help": "Maximum number of questions to show per combination of models that are right."}
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of the base model."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the models."})
@@ -52,12 +54,12 @@ class CompareArguments:
         default=2048, metadata={"help": "Maximum length of a completion, in tokens; longer ones count as wrong."}
     )
     temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Total probability of the tokens to sample from."})
+    seed: int = field(default=0, metadata={"help": "Seed for sampling."})
 
 
 def named_path(kind: str, text: str) -> tuple[str, str, str]:
-    """The kind of a student, and its name and path from `NAME=PATH`."""
+    """Parse `NAME=PATH`; returns the kind, the name and the path of a student."""
     name, _, path = text.partition("=")
     if not name or not path:
         raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
@@ -65,7 +67,7 @@ def named_path(kind: str, text: str) -> tuple[str, str, str]:
 
 
 def compare(arguments: list[str]) -> None:
-    """Runs `trl-vicur compare`."""
+    """Run `trl-vicur compare`."""
     parser = CommandParser(
         [CompareArguments],
         prog="trl-vicur compare",
@@ -80,10 +82,10 @@ def compare(arguments: list[str]) -> None:
     )
     helps = {
         "adapter": "Name of a student, and id or folder of its adapter for the base model. Can be repeated.",
-        "student": "Name of a student that is a whole model, and its id or folder. Can be repeated.",
+        "student": "Name of a student that is a full model, and its id or folder. Can be repeated.",
     }
     for kind, text in helps.items():
-        # One list for both, in the order of the command line
+        # One list for both, in command-line order
         parser.add_argument(
             f"--{kind}",
             action="append",
@@ -112,7 +114,7 @@ def compare(arguments: list[str]) -> None:
 
 def loaders(args: CompareArguments, students: list[tuple[str, str, str]]) -> dict[str, Callable[[], Generator]]:
     """
-    What loads each model: the base, then the students in the order of the command line.
+    Map each model's name to a function that loads it: the base, then the students in command-line order.
 
     Raises:
         `ValueError`: If two models have the same name.

@@ -1,4 +1,4 @@
-"""Several models answer the same questions; their answers are checked against the reference."""
+"""Have several models answer the same questions, and check their answers against the reference."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from ..generation.response_store import ResponseStore, open_store
 
 
 class CheckedAnswer(NamedTuple):
-    """A model's completion, or the error that it failed with, and whether its answer is correct."""
+    """A model's completion, or the error if it failed, and whether its answer is correct."""
 
     completion: str | None
     error: str | None
@@ -33,16 +33,16 @@ def compare_models(
     """
     Have several models answer the same questions, and check their answers with [`~trl_vicur.cues.answers.is_correct`].
 
-    Each completion is on disk as soon as it arrives: after an interruption, the same call continues.
+    Each completion is saved as soon as it arrives: after an interruption, the same call continues.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Rows with `images` or `image`, a question and an answer. Rows without an answer are skipped.
         models (`dict[str, Callable[[], Generator]]`):
-            Names, made of letters, digits, `_`, `.` and `-`, and a function that loads the model. One model is in
+            For each name (letters, digits, `_`, `.` and `-`), a function that loads the model. Only one model is in
             memory at a time.
         output (`str` or `Path`, *optional*):
-            Folder for the completions, in one file `<name>.sqlite` per model. Without it, they are not kept.
+            Folder for the completions, in one file `<name>.sqlite` per model. Without it, they are not saved.
         question_column (`str`, *optional*):
             Column with the questions, strings or conversational prompts. By default `prompt` or, without one,
             `question`.
@@ -59,18 +59,18 @@ def compare_models(
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
         `ValueError`: If a column is missing or no row has an answer, if there are fewer than two models or a name is
-            invalid, or if `output` was begun with other settings or another dataset.
+            invalid, or if `output` was begun with different settings or a different dataset.
         [`GeneratorUnavailableError`]: If no request can succeed.
         `OSError`: If the disk is full.
     """
-    from ..cues.answers import is_correct  # needs the extra `cues`, so it fails before a model is asked
+    from ..cues.answers import is_correct  # needs the extra `cues`; fail before querying a model
 
     check_names(models)
     rows = QuestionRows(dataset, question_column, answer_column=answer_column)
     asked = rows.with_text(answer_column)
     if not asked:
         raise ValueError(f"No row has an answer in {answer_column!r}, so no model can be right.")
-    # Without the answers: correcting one must not make the models answer again
+    # Answers are not in the settings: correcting one must not make the models answer again
     settings = {"seed": seed, **QuestionRows(dataset, question_column).settings()}
     answers = rows.values(answer_column)
     checked: dict[str, dict[int, CheckedAnswer]] = {}
@@ -98,7 +98,7 @@ def check_names(models: Mapping[str, Any]) -> None:
 def check_answers(
     store: ResponseStore, answers: list[Any], is_correct: Callable[[str, str], bool]
 ) -> dict[int, CheckedAnswer]:
-    """The stored completions by row. Checked after they are stored, so a better check applies to earlier runs, too."""
+    """Check the stored completions. Verdicts are not stored, so an improved check also applies to earlier runs."""
     checked = {}
     for number, completion, error, _ in store:
         is_right = completion is not None and is_correct(completion, str(answers[number]))

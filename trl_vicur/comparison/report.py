@@ -1,4 +1,4 @@
-"""An HTML page of the questions that some models answer correctly and others do not."""
+"""HTML page with the questions that some models answer correctly and others do not."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ def write_html_comparison(
 ) -> None:
     """
     Write an HTML page with the result of [`compare_models`]: how many questions each model answers correctly, and the
-    questions on which they disagree, with image, cue, all completions, and who is right.
+    questions on which they disagree, with image, cue, all completions, and which models are right.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The result of [`compare_models`].
         path (`str` or `Path`):
-            The file, which loads nothing from elsewhere. It appears, or replaces an older one, when it is complete.
+            The file, which is self-contained. It is created, or replaced, only when the page is complete.
         question_column (`str`, *optional*):
             Column with the questions. By default `prompt` or, without one, `question`.
         cue_column (`str`, *optional*, defaults to `"cue"`):
@@ -40,7 +40,7 @@ def write_html_comparison(
         answer_column (`str`, *optional*, defaults to `"answer"`):
             Column with the reference answers.
         max_rows (`int`, *optional*, defaults to `50`):
-            Maximum number of questions to show of those that the same models answer correctly.
+            Maximum number of questions to show per combination of models that are right.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset of one split.
@@ -55,7 +55,7 @@ def write_html_comparison(
     question_column = find_question_column(dataset, question_column)
     names, verdicts = verdicts_by_row(dataset)
     counts = Counter(verdicts.values())
-    # The first ones of each verdict, in the order of the dataset
+    # The first rows of each verdict, in dataset order
     num_shown: Counter[Verdict] = Counter()
     chosen = {}
     for number, verdict in verdicts.items():
@@ -78,7 +78,7 @@ def write_html_comparison(
 
 
 def verdicts_by_row(dataset: Dataset) -> tuple[list[str], dict[int, Verdict]]:
-    """The models' names, and the verdict on each row that they were asked about, by its number."""
+    """The models' names, and the verdict on each row that they answered, by row number."""
     correct = dataset.select_columns(["correct"]).with_format(None)["correct"]
     names = list(dataset.features["correct"])
     return names, {
@@ -94,7 +94,7 @@ def group_id(verdict: Verdict) -> str:
 
 
 def label(verdict: Verdict, names: list[str]) -> str:
-    """Who is right, in words."""
+    """Names of the models that are right, in words."""
     right = [name for name, is_right in zip(names, verdict, strict=True) if is_right]
     return ("only " if len(right) == 1 else "") + " and ".join(right)
 

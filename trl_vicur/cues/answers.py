@@ -24,8 +24,8 @@ with needs_extra("cues", "Checking answers"):
     from .text_audit.number_words import FILL_CHARACTER, number_words_to_digits
 
 
-# math-verify warns when called without its time limit, which uses signals and so works in the main thread only. Slow
-# expressions are kept from it instead: see `_is_cheap`.
+# math-verify warns when called without its time limit, which uses signals and so works only in the main thread. We
+# filter out slow expressions instead: see `_is_cheap`.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 # --- Where a completion states its answer ---
@@ -69,7 +69,7 @@ UNIT = re.compile(
     r"(?<=[\d)}])(?:\s*(?:°\s*[CF]?|\^\{?\\circ\}?|(?:[cdkmµ]?m|[km]?g|m?l|km/h|s|ft|in)(?:\^?\{?[23]\}?)?)"
     r"|\s+(?!pi\b)(?:square |cubic )?[A-Za-z]{2,}(?:(?:/| per )[A-Za-z]+)?(?:\^?\{?[23]\}?)?)\Z"
 )
-# Words, which an expression does not have: its letters are symbols, and LaTeX commands have a backslash
+# Words do not occur in expressions, whose letters are single symbols and whose LaTeX commands have a backslash
 PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])(?!and\b)[A-Za-z]{3,}")
 # A range, a date, a telephone number: not a difference or a quotient
 RANGE = re.compile(r"\d+(?:[/.]\d+)*(?:[-–]\d+(?:[/.]\d+)*)+|\d+(?:/\d+){2,}")
@@ -91,8 +91,8 @@ AS_LATEX = {
     "∩": r"\cap ",
 }
 MAX_EXPRESSION_LENGTH = 100  # characters
-# Some others are evaluated as soon as they are parsed (binomials, the Gamma function), or take SymPy minutes to
-# simplify (sines, logarithms)
+# LaTeX commands that are safe to parse. SymPy evaluates some others during parsing (binomials, the Gamma function), or
+# needs minutes to simplify them (sines, logarithms)
 COMMANDS = frozenset(
     """frac dfrac tfrac sqrt pi times cdot div pm circ angle degree leq geq le ge neq ne approx infty cup cap alpha
     beta theta phi lambda mu omega""".split()
@@ -115,25 +115,24 @@ def is_correct(completion: str, answer: str) -> bool:
     Whether the final answer of a completion is the reference answer.
 
     The final answer is the text of the last `<answer>` tag, of the last `\boxed{}`, or after the last "the answer is";
-    without any of these, the last sentence, or the option or the yes or no at the start of the completion. It is
-    compared by the kind of the reference:
+    without any of these, it is the last sentence, or an option or a yes or no at the start of the completion. The
+    comparison depends on the reference answer:
 
     - an option's letter: the final answer must name this option, and no other;
-    - mathematics: it must have the same value, however small; a decimal with six or more significant digits may be
-      rounded, and 50 % equals 50 and 0.5. Units are not compared, as is usual with
-      [math-verify](https://github.com/huggingface/Math-Verify), which compares the expressions. Expressions that could
-      take long are compared as text;
-    - other text: its words, or those after its last "is", "shows", …, must be the same, except for articles and the
-      like.
+    - mathematics: it must have the same value, even if tiny; a decimal with six or more significant digits may be
+      rounded, and 50 % equals 50 and 0.5. [math-verify](https://github.com/huggingface/Math-Verify) compares the
+      expressions and, as usual, ignores units. Expressions that could take long to compare are compared as text;
+    - other text: its words, or those after its last "is", "shows", …, must be the same, ignoring articles and other
+      function words.
 
     Args:
         completion (`str`):
-            The completion, with or without thinking before it.
+            The completion, with or without a thinking block before it.
         answer (`str`):
             The reference answer.
 
     Returns:
-        `bool`: Whether it is correct; `False` also if there is no final answer.
+        `bool`: Whether it is correct; `False` if there is no final answer.
     """
     answer = _clean(answer)
     completion = THINKING.sub("", completion).strip()
@@ -175,7 +174,7 @@ def _last_boxed(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
             return text[start:end]
-    return None  # the completion was cut
+    return None  # the completion was truncated
 
 
 def _clean(text: str) -> str:
@@ -188,7 +187,7 @@ def _clean(text: str) -> str:
     while (shorter := LATEX_TEXT.sub(r" \1", text)) != text:
         text = shorter
     text = re.sub(r"\s+", " ", text).rstrip(" .,;:!").lstrip()
-    # Dollars around the whole text, or before an amount; not those around a formula at the end of a sentence
+    # Strip dollar signs around the whole text or before an amount, not around a formula at the end of a sentence
     return text.strip("$ ") if FORMULA.fullmatch(text) or text.count("$") == 1 else text
 
 
@@ -268,7 +267,7 @@ def _is_same_value(text: str, answer: str) -> bool:
             f"${latex}$",
             [LatexExtractionConfig()],
             fallback_mode="no_fallback",
-            parsing_timeout=None,  # pyright: ignore[reportArgumentType]  # its docstring allows `None`
+            parsing_timeout=None,  # pyright: ignore[reportArgumentType]  # the docstring allows `None`
         )
         if not parsed or not _is_cheap(parsed[0]):
             return False
@@ -285,7 +284,7 @@ def _is_same_expression(answer: sympy.Basic, other: sympy.Basic) -> bool:
         number: next((each for each in numbers if _is_same_number(each, number)), number) for number in _numbers(other)
     }
     other = other.xreplace(exact)
-    is_linear = not answer.has(sympy.Pow) and not other.has(sympy.Pow)  # solving others may take long
+    is_linear = not answer.has(sympy.Pow) and not other.has(sympy.Pow)  # solving nonlinear relations may take long
     answer, other = (each.xreplace({number: _exact(number) for number in _numbers(each)}) for each in (answer, other))
     return verify(answer, other, numeric_precision=50, allow_set_relation_comp=is_linear, timeout_seconds=None)
 
@@ -334,9 +333,9 @@ def _is_same_number(one: sympy.Expr, other: sympy.Expr) -> bool:
 
 
 def _with_percent(number: sympy.Expr, factor: sympy.Expr) -> sympy.Expr:
-    """The number with a factor in place of its percent sign."""
+    """The number with `factor` substituted for its percent sign."""
     replaced = number.xreplace({PERCENT: factor})
-    assert isinstance(replaced, sympy.Expr)  # one expression for another
+    assert isinstance(replaced, sympy.Expr)  # replacing one expression by another gives an expression
     return replaced
 
 
@@ -346,7 +345,7 @@ def _num_digits(decimal: sympy.Float) -> int:
 
 
 def _is_cheap(expression: sympy.Basic | sympy.MatrixBase) -> bool:
-    """Whether it is arithmetic that SymPy can simplify quickly; powers of powers could take days."""
+    """Whether the expression is arithmetic that SymPy simplifies quickly; powers of powers could take days."""
     if not isinstance(expression, sympy.Basic):
         return False  # a matrix
     nodes = list(islice(sympy.preorder_traversal(expression), MAX_EXPRESSION_SIZE + 1))

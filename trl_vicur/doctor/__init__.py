@@ -1,1 +1,1 @@
-"""Check this machine, the options and every row of a dataset before a training."""
+"""Check this machine, the options and every row of a dataset before training."""

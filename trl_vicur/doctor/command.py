@@ -8,7 +8,7 @@ def doctor(arguments: list[str]) -> None:
     Run `trl-vicur doctor`.
 
     Raises:
-        `ValueError`: If something would stop a training.
+        `ValueError`: If something would stop the training run.
     """
     packages, unmet = check_packages()
     if unmet:

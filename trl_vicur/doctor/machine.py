@@ -16,10 +16,10 @@ from trl.import_utils import is_vllm_available
 
 
 def describe_devices() -> list[tuple[str, str]]:
-    """Each accelerator with its memory, and whether it computes in bfloat16."""
+    """Each accelerator with its memory, and whether it supports bfloat16."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
-        return [("accelerator", "none: a training would run on the CPU, with `--use_cpu`")]
+        return [("accelerator", "none: training would run on the CPU, with `--use_cpu`")]
     device_type = accelerator.type
     module = torch.get_device_module(device_type)
     devices = []
@@ -31,7 +31,7 @@ def describe_devices() -> list[tuple[str, str]]:
 
 
 def describe_kernels() -> list[tuple[str, str]]:
-    """The fused kernels that a training would find, and the options that enable them."""
+    """The fused kernels available for training, and the options that enable them."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     has_gpu = accelerator is not None and accelerator.type in ("cuda", "xpu")
     has_triton = has_gpu and is_triton_available()
@@ -60,7 +60,7 @@ def describe_kernels() -> list[tuple[str, str]]:
 
 
 def describe_rollout_engines() -> list[tuple[str, str]]:
-    """The engines that can generate completions, with the recovery module and without."""
+    """The engines that can generate completions, with and without the recovery module."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         has_vllm = is_vllm_available()

@@ -1,4 +1,4 @@
-"""The packages that trl-vicur needs. Imports none of them, so that it can report those that cannot be imported."""
+"""Checks the packages that trl-vicur needs, without importing them, so that it can report missing ones."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -11,14 +11,14 @@ def check_packages() -> tuple[list[tuple[str, str]], list[str]]:
     Compare the installed packages with the requirements in trl-vicur's metadata.
 
     Returns:
-        `tuple[list[tuple[str, str]], list[str]]`: Each package with its version and the supported ones; and the
-        requirements that are not met, as arguments of `pip install`.
+        `tuple[list[tuple[str, str]], list[str]]`: Each package with its installed and supported versions; and the
+        requirements that are not met, as arguments for `pip install`.
     """
     found = [("python", platform.python_version()), ("trl-vicur", version("trl-vicur"))]
     unmet = []
     for requirement in map(Requirement, requires("trl-vicur") or []):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue  # of an extra
+            continue  # belongs to an extra
         needed = f"supported: {requirement.specifier}" if requirement.specifier else "any version"
         try:
             installed = version(requirement.name)

@@ -1,4 +1,4 @@
-"""Find out, without a model's weights, what the trainer would refuse."""
+"""Find what the trainer would refuse, without loading a model's weights."""
 
 import argparse
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ from ..trainer.lm_head import check_head
 from ..trainer.teachers.teacher_server import TeacherServer
 
 
-# Options that `--help` shows. All other options of `trl-vicur train` are accepted, too, as its file may contain them
+# Options that `--help` shows. All other options of `trl-vicur train` are also accepted, so that its files work here
 SHOWN = {
     *("help", "config", "model_name_or_path", "model_revision", "max_completion_length", "chat_template_kwargs"),
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_strategy"),
@@ -51,15 +51,15 @@ SHOWN = {
 
 class LaunchPlan(NamedTuple):
     """
-    The training that `accelerate launch` would start.
+    The training run that `accelerate launch` would start.
 
     Args:
         num_processes (`int`):
             Number of processes.
         sharding (`str`, *optional*):
-            How they would shard the weights.
+            How the processes would shard the weights.
         dynamo_backend (`str`, *optional*, defaults to `"no"`):
-            Backend of `torch.compile` that it would turn on.
+            Backend of `torch.compile`, if `accelerate launch` would enable it.
     """
 
     num_processes: int
@@ -72,7 +72,7 @@ class LaunchPlan(NamedTuple):
         Read the arguments of `accelerate launch`, and its configuration file.
 
         Raises:
-            `ValueError` or `OSError`: If it would not start.
+            `ValueError` or `OSError`: If `accelerate launch` would not start.
         """
         launch_args, *_ = _validate_launch_command(launch_args)
         num_processes, sharding = launch_args.num_processes, None
@@ -94,22 +94,22 @@ def parse_arguments(
     arguments: list[str],
 ) -> tuple[ScriptArguments, ModelConfig, ViCuRConfig, CueRecoveryArguments, LaunchPlan]:
     """
-    Parse the arguments of `trl-vicur doctor`: those of `trl-vicur train`, two of which also have a short name here.
+    Parse the arguments of `trl-vicur doctor`: those of `trl-vicur train`, with short names for two of them.
     """
     parser = CommandParser(
         TRAINING_ARGUMENTS,
         prog="trl-vicur doctor",
         usage="[--config FILE] [--model MODEL] [--dataset DATASET] [options]",
-        description="Report what is installed and what this machine can do; and, for a model and a dataset, whether a "
+        description="Report what is installed and what this machine can do; and, for a model and a dataset, whether "
         "training would start: check options and teacher, build the model without its weights, attach the adapter, "
         "and check every row as the trainer does. Needs no GPU. Accepts all options of `trl-vicur train`, including "
-        "those for accelerate; the ones below matter here. The exit status is 1 if something would stop a training.",
+        "those for accelerate; the ones below matter here. The exit status is 1 if anything would stop training.",
         examples="""
             # this machine
             trl-vicur doctor
             # this machine, and every row of a dataset
             trl-vicur doctor --dataset geometry-cues --model Qwen/Qwen3-VL-2B-Instruct --max_completion_length 2048
-            # the options of a training
+            # the options of a training run
             trl-vicur doctor --config vicur_geometry3k.yaml --dataset me/geometry3k-with-cues
         """,
     )
@@ -118,7 +118,7 @@ def parse_arguments(
             action.help = argparse.SUPPRESS
     for name, dest in (("--model", "model_name_or_path"), ("--dataset", "dataset_name")):
         parser.add_argument(name, dest=dest, default=argparse.SUPPRESS, help=f"The same as `--{dest}`.")
-    # `--use_cpu`, so that options for a GPU are not refused on a machine without one
+    # Add `--use_cpu`, so that a machine without a GPU does not refuse options for GPUs
     *training_arguments, of_launch = parser.parse_args_and_config(
         [*arguments, "--use_cpu"], return_remaining_strings=True
     )
@@ -127,12 +127,12 @@ def parse_arguments(
 
 class TrainingCheck:
     """
-    Checks a training before it starts.
+    Checks a training run before it starts.
 
     Args:
         script_args ([`~trl.ScriptArguments`]), model_args ([`~trl.ModelConfig`]), training_args ([`ViCuRConfig`]) and
             recovery_args ([`CueRecoveryArguments`]):
-            Options of the training.
+            Options of the training run.
         launch_plan ([`LaunchPlan`]):
             The processes that would be launched.
 
@@ -155,7 +155,7 @@ class TrainingCheck:
         self.num_processes = launch_plan.num_processes
         self.sharding = launch_plan.sharding or find_sharding(training_args)
         name, revision = model_args.model_name_or_path, model_args.model_revision
-        assert name is not None  # the caller has checked it
+        assert name is not None  # the caller checks it
         with naming_model(name):
             trusts_code = training_args.trust_remote_code
             self.config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusts_code)
@@ -184,13 +184,15 @@ class TrainingCheck:
             )
         self.max_length = self.config.get_text_config().max_position_embeddings
         if training_args.teacher_model_server_url is not None:
-            training_args.vllm_server_timeout = 0.0  # a training would wait for the server
+            training_args.vllm_server_timeout = (
+                0.0  # fail at once instead of waiting for the server, as training would
+            )
             server = TeacherServer.from_config(training_args, self.processor, teacher)
             self.max_length = min(self.max_length, server.max_length)
 
     def describe_model(self) -> list[tuple[str, str]]:
         """
-        The model's size and the part that trains, from a model without weights that the adapter is attached to.
+        Report the model's size and its trainable part, from a model without weights to which the adapter is attached.
 
         Raises:
             `ValueError`: If the adapter cannot be attached, or if the losses cannot compute the model's logits.
@@ -224,7 +226,7 @@ class TrainingCheck:
         ]
 
     def describe_datasets(self) -> list[tuple[str, str]]:
-        """The number of rows of each dataset and of each step."""
+        """Report the number of rows in each dataset and per step."""
         args = self.training_args
         factors = (args.per_device_train_batch_size, args.gradient_accumulation_steps, self.num_processes)
         return [

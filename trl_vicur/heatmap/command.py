@@ -22,13 +22,13 @@ class HeatmapArguments:
     model: str = field(metadata={"help": "Id or folder of the base model."})
     adapter: str = field(metadata={"help": "Id or folder of a cue recovery adapter for it."})
     question: str = field(metadata={"help": "Question about the images."})
-    output: str = field(metadata={"help": "File for the picture: .png, .pdf, .svg, …"})
+    output: str = field(metadata={"help": "File for the figure: .png, .pdf, .svg, …"})
     revision: str | None = field(default=None, metadata={"help": "Revision of the base model."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the base model."})
 
 
 def heatmap(arguments: list[str]) -> None:
-    """Runs `trl-vicur heatmap`."""
+    """Run `trl-vicur heatmap`."""
     parser = CommandParser(
         [HeatmapArguments],
         prog="trl-vicur heatmap",
@@ -42,7 +42,7 @@ def heatmap(arguments: list[str]) -> None:
     )
     parser.add_argument("--image", action="append", required=True, help="File or URL of an image. Can be repeated.")
     args, images = parser.parse_args_and_config(arguments)
-    # All that needs no model is checked before the model is loaded
+    # Check everything that needs no model before loading the model
     output = Path(args.output)
     formats = Figure().canvas.get_supported_filetypes()
     if output.suffix[1:].lower() not in formats:

@@ -1,4 +1,4 @@
-"""Draw the sink's attention over images and video frames: a row of panels for each."""
+"""Draw the sink's attention over images and video frames, one row of panels for each."""
 
 import math
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ with needs_extra("heatmap", "Drawing heat maps"):
     from matplotlib.image import AxesImage
 
 
-MAX_COLUMNS = 5  # keeps a figure legible at page width; more panels wrap into further lines
+MAX_COLUMNS = 5  # keeps a figure legible at page width; further panels wrap onto more lines
 PANEL_WIDTH = 1.9  # inches
 MAX_ASPECT = 1.5  # height / width of a panel
 MAX_PIXELS = 1024  # per side; more would not be visible
@@ -60,8 +60,8 @@ def plot_sink_attention(
     Draw what the sink token attends to: its attention over the images and videos of a conversation (ViCuR, Fig. 11),
     averaged over heads, for each layer that carries a module and averaged over these layers.
 
-    The attention is relative to uniform attention: `1` is the share of each visual token of the conversation if all
-    had the same. All panels have this scale.
+    The attention is relative to uniform attention: `1` is what each visual token of the conversation would get if all
+    got the same. All panels share this scale.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -76,7 +76,8 @@ def plot_sink_attention(
 
     Returns:
         [`~matplotlib.figure.Figure`]: A row of panels for each image, and for each group of video frames that share
-            their visual tokens; a row of many panels wraps into lines. The axes count the picture's own pixels.
+            their visual tokens; a row of many panels wraps onto several lines. Axis units are the picture's original
+            pixels.
 
     Raises:
         `ValueError`: If the model has no active cue recovery adapter, if the prompt has no visual tokens or no sink
@@ -85,7 +86,7 @@ def plot_sink_attention(
     """
     layers, pictures = attend(model, processing_class, messages, **chat_template_kwargs)
     titles = ["", *layers, "mean over layers"] if len(layers) > 1 else ["", *layers]
-    # Never narrower than from 0 to 2: the noise of near-uniform attention would look like structure
+    # At least the range 0 to 2, so that noise in near-uniform attention does not look like structure
     max_attention = max(2.0, *(attended.attention.max().item() for attended in pictures))
     norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=max_attention)
     panels = make_panels([attended.picture.height / attended.picture.width for attended in pictures], len(titles))
@@ -102,7 +103,7 @@ def plot_sink_attention(
 
 
 def make_panels(aspects: list[float], num_panels: int) -> Panels:
-    """An empty figure with `num_panels` panels for each picture, whose heights follow from its height / width."""
+    """An empty figure with `num_panels` panels for each picture; `aspects` are the pictures' height / width."""
     num_lines = math.ceil(num_panels / MAX_COLUMNS)
     num_columns = math.ceil(num_panels / num_lines)
     line_aspects = [min(aspect, MAX_ASPECT) for aspect in aspects for _ in range(num_lines)]
@@ -128,7 +129,7 @@ def draw_heat_maps(row: np.ndarray, attended: AttendedPicture, norm: Normalize) 
     attention = attended.attention
     if len(attention) > 1:
         attention = torch.cat([attention, attention.mean(dim=0, keepdim=True)])
-    # Light greys under the heat maps: colour and darkness are for the attention
+    # Light greys under the heat maps, because colour and darkness show attention
     grey = ImageOps.autocontrast(picture.convert("L"))
     drawn = []
     for axis, heat_map in zip(row[1:], attention.numpy(), strict=True):
@@ -156,7 +157,7 @@ def attend(
 ) -> tuple[list[str], list[AttendedPicture]]:
     """
     The names of the layers that carry a module, and the pictures with the attention of each layer, relative to
-    uniform. Arguments and errors are those of [`plot_sink_attention`].
+    uniform. Arguments and errors are the same as in [`plot_sink_attention`].
     """
     check_messages(messages)
     control_token = control_token_pattern(processing_class)
@@ -172,7 +173,7 @@ def attend(
         return_tensors="pt",
         **chat_template_kwargs,
     )
-    assert isinstance(inputs, BatchFeature)  # as asked for with `return_dict`
+    assert isinstance(inputs, BatchFeature)  # because of `return_dict`
     inputs = inputs.to(model.device, model.dtype)
     weights = sink_attention(model, **inputs)
     if not weights:
@@ -184,7 +185,7 @@ def attend(
     pictures = attended_pictures(attention, inputs.data, images, model.config, processing_class)
     if not pictures:
         raise ValueError(
-            "There is no image or video in the prompt, so there is nothing to attend to. Add a block "
+            "The prompt has no image or video, so there is nothing to attend to. Add a block "
             "`{'type': 'image', 'image': ...}` to the conversation."
         )
     if not attention.any():
@@ -196,7 +197,7 @@ def attend(
 
 
 def load_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list]:
-    """The messages with their images read, so that the figure shows what the processor gets, and these images."""
+    """Load the images of the messages, so that the figure shows the images that the processor gets."""
     loaded, images = [], []
     for message in messages:
         content = message.get("content")

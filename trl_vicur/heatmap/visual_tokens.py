@@ -16,7 +16,7 @@ class AttendedPicture(NamedTuple):
         name (`str`):
             Its label, e.g. `"image 1"` or `"video 1, frames 3–4"` (in two lines).
         picture (`PIL.Image.Image`):
-            The image as given, or the first of the frames as the model sees it.
+            The original image, or the first of the frames as the model sees it.
         attention (`torch.Tensor` of shape `(layers, rows, columns)`):
             The sink's attention to each visual token. The tokens tile the whole picture evenly.
     """
@@ -49,14 +49,14 @@ def attended_pictures(
             The processor, with the patch sizes of its videos.
 
     Returns:
-        `list[AttendedPicture]`: First the images, then the videos frame by frame; empty for a prompt without any.
+        `list[AttendedPicture]`: First the images, then the videos frame by frame; empty if the prompt has none.
 
     Raises:
         `ValueError`: If the processor does not report the grid of the visual tokens.
     """
     pictures = []
     for kind in ("image", "video"):
-        # Some models have only one of them; LLaVA's config maps the name to another one
+        # Some models have only one of the two ids; LLaVA's config maps the name to another attribute
         token_id = getattr(config, f"{kind}_token_id", None)
         positions = [i for i, input_id in enumerate(inputs["input_ids"][0].tolist()) if input_id == token_id]
         if not positions:
@@ -81,16 +81,16 @@ def split_into_grids(attention: torch.Tensor, grid_thw: torch.Tensor | None, mod
     Arrange the attention to all images (or all videos) of a prompt in two dimensions.
 
     Each visual token covers a square of merged patches, in reading order: frames, rows, columns. The side of the
-    square follows from the numbers of tokens and patches.
+    square is computed from the numbers of tokens and patches.
 
     Args:
         attention (`torch.Tensor` of shape `(layers, tokens)`):
             Attention to the image tokens, or to the video tokens.
         grid_thw (`torch.Tensor` of shape `(images, 3)`, *optional*):
-            For each image the numbers of frames (or of groups of frames that share their patches), and of rows and
-            columns of patches.
+            For each image, the numbers of frames (or of groups of frames that share their patches), of patch rows and
+            of patch columns.
         model_type (`str`):
-            The model's name in errors.
+            The model type to name in errors.
 
     Returns:
         `list[torch.Tensor]`: For each image, the attention of shape `(layers, frames, rows, columns)`.
@@ -113,7 +113,7 @@ def split_into_grids(attention: torch.Tensor, grid_thw: torch.Tensor | None, mod
 
 def unknown_grid(model_type: str, problem: str) -> ValueError:
     return ValueError(
-        f"The visual tokens of a model of type {model_type!r} cannot be laid over its images: {problem}. Heat maps "
+        f"The visual tokens of a model of type {model_type!r} cannot be mapped onto its images: {problem}. Heat maps "
         "need tokens that are squares of merged patches, as in the Qwen-VL and GLM-V families."
     )
 
@@ -122,16 +122,16 @@ def video_frames(
     pixel_values: torch.Tensor, grid_thw: torch.Tensor, processing_class: ProcessorMixin
 ) -> list[list[Image.Image]]:
     """
-    The first of each group of frames that share their patches, reassembled from the patches: the processor samples
-    frames and does not report which.
+    The first of each group of frames that share their patches, reassembled from the patches, because the processor
+    does not report which frames it sampled.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(patches, channels * frames * height * width)`):
             The videos' normalized patches, `pixel_values_videos`.
         grid_thw (`torch.Tensor` of shape `(videos, 3)`):
-            For each video the numbers of groups of frames, and of rows and columns of patches.
+            For each video, the numbers of frame groups, of patch rows and of patch columns.
         processing_class ([`~transformers.ProcessorMixin`]):
-            The processor that cut them.
+            The processor that made the patches.
 
     Returns:
         `list[list[PIL.Image.Image]]`: The frames of each video.

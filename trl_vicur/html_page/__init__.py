@@ -1,4 +1,4 @@
-"""An HTML page that shows rows of a dataset: one file, which loads nothing and trusts no text."""
+"""HTML page that shows rows of a dataset: one self-contained file, which treats all text as untrusted."""
 
 import base64
 import hashlib
@@ -18,13 +18,13 @@ from ..data.rows import RowReader
 
 
 MAX_IMAGE_SIZE = 320  # pixels, of the longer side
-# Limits per row: of the page, of memory and of time
+# Limits per row, to bound page size, memory and time
 MAX_IMAGES_PER_ROW = 6
 MAX_TEXT_LENGTH = 4000
 
-# Characters that a reader cannot see, or that change how the text around them reads: controls, zero-width spaces,
-# overrides of the writing direction, and tag characters, which can hide whole prompts. Joiners and direction marks
-# stay: emoji, Persian and Hebrew need them.
+# Characters that a reader cannot see, or that change how surrounding text is displayed: control characters, zero-width
+# spaces, text-direction overrides, and tag characters, which can hide whole prompts. Joiners and direction marks are
+# not included: emoji, Persian and Hebrew need them.
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060-\u2069\ufeff\U000e0000-\U000e007f]"
 )
@@ -45,8 +45,8 @@ def check_page(path: str | Path, max_rows: int) -> Path:
 
 def undecoded_rows(dataset: Dataset, numbers: Iterable[int], columns: list[str]) -> Iterator[dict[str, Any]]:
     """
-    Rows with the given numbers: those of the columns that exist, and `images` or `image`. Images are not decoded, so
-    one that cannot be read does not lose its row.
+    Rows with the given numbers, with those of `columns` that exist and with `images` or `image`. Images are not
+    decoded, so an unreadable image does not lose its row.
     """
     # The same preference as in the trainer and in `generate_cues`
     columns = [*columns, "images" if "images" in dataset.column_names else "image"]
@@ -58,13 +58,13 @@ def undecoded_rows(dataset: Dataset, numbers: Iterable[int], columns: list[str])
 
 def write_page(template: Path, path: Path, **variables: Any) -> None:
     """
-    Write a page. It works without JavaScript, which only filters.
+    Write a page. It works without JavaScript, which is used only for filtering.
 
     Args:
         template (`Path`):
             Jinja template that extends `page.html.jinja`.
         path (`Path`):
-            The file. It appears, or replaces an older one, when it is complete.
+            The file. It is created, or replaced, only when the page is complete.
         variables:
             Variables of the template. Iterators are consumed as the page is written, so only one row's images are in
             memory at a time.
@@ -97,19 +97,19 @@ def show_images(images: list) -> dict[str, Any]:
 
 
 def show_image(image: Image.Image | dict | str | None) -> dict[str, Any]:
-    """A thumbnail as data URL with its own size and the image's, or the error why the image cannot be shown."""
+    """A thumbnail as a data URL with its size and the image's size, or the reason why it cannot be shown."""
     source = image["path"] if isinstance(image, dict) and image.get("bytes") is None else image
     if image is None or source is None:
         return {"error": "The dataset has neither its bytes nor its path."}
     if isinstance(source, str) and "://" in source:
-        # Otherwise a report would fetch any URL in a dataset, and wait for it
+        # Otherwise, a report would fetch every URL in the dataset and wait for it
         return {"error": f"It is not in the dataset, and a report downloads nothing: {readable(source, 200)}"}
     try:
         thumbnail = read_image(image)
         size = thumbnail.size
-        thumbnail.info = {}  # else a file's comment and colour profile, of any length, would be saved again
+        thumbnail.info = {}  # do not save the file's comment and colour profile, which may be large
         thumbnail.thumbnail((MAX_IMAGE_SIZE, MAX_IMAGE_SIZE))
-        # Drawings are smaller, and sharp, as PNG; photographs are smaller as JPEG
+        # Drawings are smaller, and stay sharp, as PNG; photographs are smaller as JPEG
         encoded = min(encode(thumbnail, "PNG"), encode(thumbnail, "JPEG"), key=len)
     except ValueError as error:
         return {"error": readable(str(error), 400)}
@@ -117,7 +117,7 @@ def show_image(image: Image.Image | dict | str | None) -> dict[str, Any]:
 
 
 def encode(image: Image.Image, image_format: str) -> str:
-    """The image as data URL."""
+    """The image as a data URL."""
     buffer = BytesIO()
     image.save(buffer, image_format, quality=85, optimize=True)
     return f"data:image/{image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

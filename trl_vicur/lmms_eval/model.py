@@ -21,7 +21,7 @@ from ..generation.end_tokens import end_token_ids
 
 class PresencePenalty(LogitsProcessor):
     """
-    Lowers the logits of tokens that occur in the completion so far; the prompt does not count, as in vLLM and OpenAI's
+    Lowers the logits of tokens that are already in the completion. The prompt does not count, as in vLLM and OpenAI's
     API.
 
     Args:
@@ -48,7 +48,7 @@ class ViCuRModel(lmms):
     tasks: `lmms_eval --model trl_vicur --model_args pretrained=…,adapter=…`.
 
     Decoding follows the paper's evaluation (ViCuR, App. A) and ignores a task's `generation_kwargs`, so that all
-    benchmarks are decoded in the same way; `model_args` change it.
+    benchmarks are decoded in the same way. Use `model_args` to change it.
 
     Args:
         pretrained (`str`):
@@ -64,12 +64,12 @@ class ViCuRModel(lmms):
         batch_size (`int`, *optional*, defaults to `1`):
             Requests per batch.
         system_prompt (`str`, *optional*, defaults to `"You are a helpful assistant."`):
-            First turn of a conversation, unless the task has its own (in DynaMath and We-Math, it asks for the format
-            that is scored).
+            System turn of each conversation, unless the task has its own (in DynaMath and We-Math, that turn asks for
+            the format that is scored).
         temperature (`float`, *optional*, defaults to `0.7`):
             Sampling temperature; 0 is greedy.
         top_p (`float`, *optional*, defaults to `0.8`):
-            Nucleus sampling.
+            Total probability of the tokens to sample from (nucleus sampling).
         top_k (`int`, *optional*, defaults to `20`):
             Number of tokens to sample from.
         presence_penalty (`float`, *optional*, defaults to `1.5`):

@@ -1,4 +1,4 @@
-"""The text audit of a visual cue: does it describe visible evidence, or does it leak the answer or steer a model?"""
+"""Text audit of a visual cue: does it describe visible evidence, or does it leak the answer or steer a model?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from .folding import fold_text
 @dataclass(frozen=True)
 class CueAudit:
     """
-    The findings of the text audit in a cue.
+    Findings of the text audit of one cue.
 
     Args:
         answer_leak (`str`):
@@ -39,17 +39,17 @@ class CueAudit:
 
 def audit_cue(cue: str, question: str, answer: str | None = None, visible_text: Sequence[str] = ()) -> CueAudit:
     """
-    Audit the text of a cue. All that is known of the image is `visible_text`.
+    Audit the text of a cue. The audit does not see the image; it knows only `visible_text`.
 
     Args:
         cue (`str`):
             The cue.
         question (`str`):
-            The question that the cue is for, with its options.
+            The question that the cue belongs to, with its options.
         answer (`str`, *optional*):
-            The reference answer. Without it, no answer leak is found.
+            The reference answer. Without it, answer leaks cannot be found.
         visible_text (`Sequence[str]`, *optional*, defaults to `()`):
-            Texts in the image (labels, ticks, captions); empty if they are unknown.
+            Texts in the image (labels, ticks, captions); empty if unknown.
 
     Returns:
         [`CueAudit`]: The verdicts and the reasons for them.

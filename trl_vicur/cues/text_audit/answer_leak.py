@@ -1,10 +1,10 @@
 """
 Does a cue state the answer?
 
-1. The answer is read into its meanings: quantities, the label of an option, a phrase, a verdict.
-2. Every mention of one of them in the cue is found.
-3. A mention can be excused: the value is known, or said, to be in the image.
-4. The strongest verdict wins.
+1. Parse the answer into its meanings: quantities, the label of an option, a phrase, a yes or no.
+2. Find every mention of a meaning in the cue.
+3. Excuse a mention if the value is known to be in the image, or if the cue says so.
+4. Return the strongest verdict.
 """
 
 import re
@@ -18,7 +18,7 @@ from .quantities import Quantity, find_other_readings, find_quantities, is_same_
 from .units import UNIT_WORD, read_unit
 
 
-# Attributes that are visible directly; not those that follow from marks (isosceles, rhombus, parallel).
+# Attributes that are directly visible, not those that must be inferred from marks (isosceles, rhombus, parallel).
 COLOUR_OR_SHAPE = (
     r"(?:(?:dark|light|bright|pale)[ -])?(?:red|orange|yellow|green|blue|purple|violet|pink|brown|black|white|gr[ea]y"
     r"|gold(?:en)?|silver|beige|turquoise|cyan|magenta|navy|maroon|teal|tan|cream|circ(?:le|ular)|round|square"
@@ -54,7 +54,7 @@ ALTERNATIVES = re.compile(r"(?:[\w-]+,\s){0,6}[\w-]+,?\sor\s(?:an?\s|the\s)?[\w-
 FINAL_ANSWER = re.compile(
     r"boxed\s?\{(.+)\}|####\s?(.+)|<answer>(.+?)</answer>|\banswer(?: is|:)\s(.+)", re.IGNORECASE
 )
-# Words that an answer may contain besides its quantities; with more other words, it is a text
+# Words that an answer may contain besides its quantities; an answer with other words is a text
 FILLERS = frozenset("and or about units approximately is equals to by from between x y z n".split())
 ASKS_FOR_A_DATE = re.compile(r"\b(?:when|dates?|days?)\b", re.IGNORECASE)
 # "No apples are left" answers "How many apples are left?" with 0
@@ -82,13 +82,13 @@ YES_NO_QUESTION = re.compile(
 
 class Answer(NamedTuple):
     """
-    The meanings of an answer; a cue that expresses one of them states the answer.
+    The meanings of an answer. A cue that expresses any of them states the answer.
 
     Args:
         quantities (`list[list[Quantity]]`):
-            Its readings; each is one quantity, or several that must be stated together.
+            Possible readings; each is one quantity, or several that must be stated together.
         labels (`list[str]`):
-            The label of its option, and the option's text if that is a label, too: "(B) II".
+            The label of its option, and the option's text if the text is also a label: "(B) II".
         phrase (`Phrase`, *optional*):
             Its words, or those of the option.
         is_visible_attribute (`bool`):
@@ -105,7 +105,7 @@ class Answer(NamedTuple):
 
 
 class Mention(NamedTuple):
-    """A part of a cue, `cue[start:end]`, that states the answer by one of its meanings."""
+    """A part of a cue, `cue[start:end]`, that expresses one of the answer's meanings."""
 
     start: int
     end: int
@@ -116,7 +116,7 @@ def find_answer_leak(
     cue: str, question: str, answer: str, visible_text: Sequence[str] = ()
 ) -> tuple[Literal["none", "possible", "leak"], list[str]]:
     """
-    Find out whether a cue states the answer. All texts are those that [`fold_text`] returns.
+    Find out whether a cue states the answer. All texts must be folded by [`fold_text`].
 
     Args:
         cue (`str`):
@@ -129,8 +129,8 @@ def find_answer_leak(
             Texts in the image; empty if they are unknown.
 
     Returns:
-        `tuple[str, list[str]]`: `"leak"` if the cue states it, `"possible"` if it does but the image may show the
-            value, `"none"` otherwise; and the reasons.
+        `tuple[str, list[str]]`: `"leak"` if the cue states the answer, `"possible"` if it does but the image may show
+            the value, `"none"` otherwise; and the reasons.
     """
     stem, options = split_options(question)
     meanings = read_answer(answer, stem, options)
@@ -160,11 +160,11 @@ def find_answer_leak(
     return verdict, reasons
 
 
-# --- 1. The answer's meanings ---
+# --- 1. Meanings of the answer ---
 
 
 def read_answer(answer: str, stem: str, options: dict[str, str]) -> Answer:
-    """The meanings of an answer; of an option, both its label and its text."""
+    """Parse an answer into its meanings; for an option, both its label and its text."""
     if match := FINAL_ANSWER.search(answer):
         answer = match[match.lastindex or 0]
     text = answer.strip(" \n.")
@@ -188,7 +188,7 @@ def read_answer(answer: str, stem: str, options: dict[str, str]) -> Answer:
 
 
 def read_quantities(text: str, stem: str) -> tuple[list[list[Quantity]], bool]:
-    """The quantities that an answer may mean, and whether it has other words."""
+    """The quantities that an answer may mean, and whether it also has other words."""
     unit = asked_unit(stem)
     found = [each if each.unit else each._replace(unit=unit) for each in find_quantities(text)]
     other_words = words_beside(found, text)
@@ -223,7 +223,7 @@ def asked_unit(stem: str) -> str | None:
     return None
 
 
-# --- 2. Its mentions ---
+# --- 2. Mentions of the answer ---
 
 
 def find_mentions(cue: str, stem: str, answer: Answer, options: dict[str, str]) -> Iterator[Mention]:
@@ -262,7 +262,7 @@ def find_same(wanted: list[Quantity], text: str) -> Iterator[tuple[int, int]]:
 
 
 def _take(wanted: Quantity, quantities: list[Quantity]) -> bool:
-    """Remove the wanted quantity from the list; returns whether it was there."""
+    """Remove the wanted quantity from the list; return whether it was there."""
     for index, quantity in enumerate(quantities):
         if is_same_quantity(wanted, quantity):
             del quantities[index]
@@ -294,7 +294,7 @@ def find_verdict(verdict: str, cue: str, stem: str) -> Iterator[tuple[int, int]]
                 yield match.span()
 
 
-# --- 3. What excuses a mention ---
+# --- 3. Excuses for a mention ---
 
 
 def contains(text: str, answer: Answer) -> bool:
@@ -309,14 +309,14 @@ def contains(text: str, answer: Answer) -> bool:
 
 
 def names_all_equally(cue: str, options: dict[str, str]) -> bool:
-    """Whether the cue names every option equally often, and so prefers none."""
+    """Whether the cue names every option equally often and therefore prefers none."""
     phrases = [make_phrase(text) for text in options.values()]
     counts = {sum(1 for _ in find_phrase(phrase, cue)) if phrase else 0 for phrase in phrases}
     return len(phrases) > 1 and len(counts) == 1 and counts != {0}
 
 
 def find_excuse(cue: str, question: str, mention: Mention, answer: Answer, has_visible_text: bool) -> str | None:
-    """The reason why the image may show what a mention states; `None` if there is no such reason."""
+    """The reason why the image may show what a mention states, or `None`."""
     start, end, meaning = mention
     if meaning == "phrase" and answer.is_visible_attribute:
         return "it is an attribute that is seen directly"
@@ -326,7 +326,7 @@ def find_excuse(cue: str, question: str, mention: Mention, answer: Answer, has_v
         return "the cue reads it off a scale"
     counted = COUNTED.match(cue, end) if meaning == "quantity" else None
     if ASKS_FOR_A_COUNT.search(question):
-        # "The letter bears three stamps" counts them, where "3" may be printed on it
+        # "The letter bears three stamps" is a count; a "3" in quotation marks may be printed on it
         is_count = counted is not None and cue[max(0, start - 1) : start] not in ("'", '"')
     else:
         is_count = False

@@ -3,8 +3,8 @@
 import re
 
 
-# Special tokens of chat and vision formats without bars. A list of names, because other text in angle brackets may
-# be a visible label (<OK>), markup (<div>) or mathematics (⟨u, v⟩).
+# Names of special tokens in chat and vision formats that have no bars (|). An explicit list, because other text in
+# angle brackets may be a visible label (<OK>), markup (<div>) or mathematics (⟨u, v⟩).
 TOKEN_NAMES = (
     r"s|bos|eos|pad|unk|mask|image|images|img|video|audio|think|thinking|answer|tool_call|tool_response|tools|boi|eoi"
     r"|image_pad|video_pad|image_start|image_end|vision_start|vision_end|start_of_turn|end_of_turn|start_of_image"
@@ -57,13 +57,13 @@ ORDER = re.compile(
 )
 
 
-# Tag characters can spell whole invisible prompts, and overrides of the writing direction disguise text. Folding
-# removes them, so the search runs before it.
+# Tag characters can spell whole invisible prompts, and text-direction overrides can disguise text. Folding removes
+# both, so search for them before folding.
 HIDDEN = re.compile("[\u202a-\u202e\u2066-\u2069\U000e0020-\U000e007e]")
 
 
 def find_hidden_text(cue: str) -> list[str]:
-    """A sentence if the cue, before folding, contains characters that hide text; else an empty list."""
+    """One sentence if the cue, before folding, contains characters that hide text; otherwise an empty list."""
     if match := HIDDEN.search(cue):
         return [f"the cue holds the hidden character U+{ord(match[0]):04X}"]
     return []
@@ -75,8 +75,8 @@ def find_control_text(cue: str) -> list[str]:
 
     Args:
         cue (`str`):
-            The cue, as [`fold_text`] returns it: tokens disguised with invisible or full-width characters are found in
-            the form in which a model may read them.
+            The cue, folded by [`fold_text`], so that tokens disguised with invisible or full-width characters are
+            found, too.
 
     Returns:
         `list[str]`: One sentence for each kind, which quotes its first match; empty if there is none.

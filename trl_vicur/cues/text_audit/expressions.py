@@ -1,4 +1,4 @@
-"""Mathematical expressions in text: where they are, and what they evaluate to."""
+"""Find mathematical expressions in text, and evaluate them."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from latex2sympy2_extended import latex2sympy
 from .units import UNIT
 
 
-# All repetitions are bounded or possessive, so the work is linear in the length of any text
+# All repetitions are bounded or possessive, so matching time is linear in the length of the text
 NUMBER = r"(?>(?:(?:\d{1,3}(?:,\d{3}){1,6}(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2}(?!\w))?)"
 GROUP = r"\s?\{(?:[^{}]|\{[^{}]{0,40}\}){1,60}\}"
 ATOM = (
@@ -19,7 +19,7 @@ ATOM = (
     rf"|{NUMBER}|π|[a-zA-Zα-ω](?![a-zA-Z]))"
 )
 OPERATOR = r"\s{0,30}(?:[-+*/^×⋅÷]|plus|minus|times|divided by)\s{0,30}"
-# Side by side: 2π, 3√5, 2(x + 1), 2x, but not 2m
+# Implicit products: 2π, 3√5, 2(x + 1), 2x, but not 2m
 SIDE_BY_SIDE = rf"(?:\s?(?=\\frac|\\sqrt|√|π)|(?=\()|(?<=[\dπ)}}])(?!{UNIT})(?=[a-zA-Zα-ω]))"
 PIECE = rf"[({{]{{0,3}}-?{ATOM}[)}}]{{0,3}}"
 EXPRESSION = (
@@ -28,11 +28,11 @@ EXPRESSION = (
 )
 
 SCIENTIFIC = re.compile(r"(?<=\d)\s?[×⋅*]\s?10\s?\^\s?\{?-?\d+\}?")
-# A step of a solution, where 24/2, 3^2 and 2√36 are notations of a number
+# A step of a solution, whereas 24/2, 3^2 and 2√36 are just notations of a number
 CALCULATION = re.compile(r"[\d)}]\s*(?:[-+×⋅*÷]|plus|minus|times|divided by)\s*[-\d({\\√π]")
 IRRATIONAL_OR_VARIABLE = re.compile(r"√|\\sqrt|π|(?<![a-zA-Z\\])[a-zA-Zα-ω](?![a-zA-Z])")
 POWER_TOWER = re.compile(r"\^\s?[({]?-?(?:\d{3,}|[\w.]*\s?\^)|\d{16,}")  # 10^10^10
-# Notations that latex2sympy does not know; a whole number before a fraction makes a mixed number, not a product
+# Rewrite notations that latex2sympy cannot parse; a whole number before a fraction is a mixed number, not a product
 TO_LATEX = [
     (re.compile(r"^(?:minus|negative)\s"), "-"), (re.compile("[×⋅]|times"), "*"), (re.compile("÷|divided by"), "/"),
     (re.compile("plus"), "+"), (re.compile("minus"), "-"),
@@ -52,10 +52,11 @@ def evaluate(expression: str) -> tuple[Fraction | float, frozenset[str]] | None:
     """
     Value and variables of an expression; `None` for a calculation, and if the expression cannot be parsed.
 
-    Expressions with variables are compared at one point, where each variable is a logarithm: different expressions do
-    not meet there. It takes microseconds, where simplifying their difference may take seconds.
+    An expression with variables is evaluated at one point, with a logarithm as the value of each variable: two
+    different expressions practically never have the same value there. Comparing the values takes microseconds;
+    simplifying the difference of the expressions may take seconds.
     """
-    for opening, closing in ("()", "{}"):  # unbalanced ones belong to the text around it
+    for opening, closing in ("()", "{}"):  # unbalanced brackets belong to the text around the expression
         while expression.startswith(opening) and expression.count(opening) > expression.count(closing):
             expression = expression[1:]
         while expression.endswith(closing) and expression.count(closing) > expression.count(opening):
@@ -78,6 +79,6 @@ def evaluate(expression: str) -> tuple[Fraction | float, frozenset[str]] | None:
         if isinstance(parsed, sympy.Rational):
             return Fraction(int(parsed.p), int(parsed.q)), frozenset()
         value = float(parsed.subs(variables.items()).evalf(15, maxn=50))
-    except Exception:  # the parser raises many kinds for text that is not an expression
+    except Exception:  # the parser raises many types of error for text that is not an expression
         return None
     return (value, frozenset(map(str, variables))) if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Fold text: one notation for what looks or means the same. All checks of the audit read the folded text."""
+"""Fold text into one notation for what looks or means the same. All audit checks read folded text."""
 
 import re
 import unicodedata
@@ -12,7 +12,7 @@ INVISIBLE = re.compile(
 # Invisible twins of the ASCII characters, which a language model may still read
 TAG_CHARACTERS = {0xE0000 + code: chr(code) for code in range(0x20, 0x7F)}
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-# NFKC would make "1½" to "11/2" and "º" to "o"
+# NFKC would turn "1½" into "11/2" and "º" into "o"
 BEFORE_NFKC = str.maketrans({"º": "°", "˚": "°"} | {part: f" {part}" for part in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"})
 LOOK_ALIKES = str.maketrans("−‐‑⁄∕·∙’‘“”", "---//⋅⋅''\"\"")
 EN_DASH = re.compile(r"(?<=\d)\s?–\s?(?=\d)|–(?=\d)")
@@ -45,7 +45,7 @@ NOTATIONS = [
 
 def fold_text(text: str) -> str:
     """
-    The text with one notation for what looks or means the same: no invisible characters, no full-width forms, no
+    Fold the text into one notation for what looks or means the same: no invisible characters, no full-width forms, no
     LaTeX markup around plain symbols.
     """
     text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates

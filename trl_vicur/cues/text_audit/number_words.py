@@ -1,4 +1,4 @@
-"""Numbers in words: "seventy-two", "three quarters of a million", "one in four", "half a dozen"."""
+"""Numbers written as words: "seventy-two", "three quarters of a million", "one in four", "half a dozen"."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from functools import lru_cache
 from text_to_num import Token, find_numbers
 
 
-# Pads the digits of a number word to the length of the word; white space for regular expressions
+# Pads digits to the length of the words that they replace; matches \s in regular expressions
 FILL_CHARACTER = "\x1f"
 
 ORDINALS = (
@@ -18,7 +18,7 @@ ORDINALS = (
 PARTS = {ordinal: number for number, ordinal in enumerate(ORDINALS, start=1) if number > 2} | {"quarter": 4}
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
-# A single letter is more often a name
+# At least two letters: a single letter is usually a name
 ROMAN_NUMERAL = r"(?=[MDCLXVI]{2,15}\b)M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})(?<=[A-Z])\b"
 ROMAN_DIGITS = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}
 
@@ -39,7 +39,7 @@ PRONOUN_AFTER = re.compile(
     re.IGNORECASE,
 )
 
-# The following patterns read digits that have replaced number words
+# The following patterns match digits that already replaced number words
 DIGITS = r"\b(\d{1,4})\x1f{0,20}"
 MAGNITUDE = re.compile(rf"\b(\d{{1,9}}(?:\.\d{{1,9}})?) ({'|'.join(POWERS)})\b", re.IGNORECASE)
 SINGLE = re.compile(r"\ba single\b", re.IGNORECASE)
@@ -54,7 +54,7 @@ MIXED = re.compile(rf"{DIGITS} and (\d{{1,2}}/\d{{1,2}})\b", re.IGNORECASE)
 
 
 class Word(Token):
-    """A word in the form that text2num reads."""
+    """A word as a text2num token."""
 
     def __init__(self, match: re.Match):
         self.match = match
@@ -65,7 +65,7 @@ class Word(Token):
 
 
 def read_words(run: re.Match) -> str:
-    """Digits for a run of number words, which may be several numbers: "eighteen seventy-four"."""
+    """Convert a run of number words, which may be several numbers ("eighteen seventy-four"), to digits."""
     before, after = run.string[max(0, run.start() - 30) : run.start()], run.string[run.end() : run.end() + 20]
     if run[0].lower() == "one" and (PRONOUN_BEFORE.search(before) or PRONOUN_AFTER.match(after)):
         return run[0]
@@ -81,7 +81,7 @@ def read_dozens(match: re.Match) -> str:
     return str(size // 2 if (match[2] or "").lower() == "half a" else size * int(match[1] or 1))
 
 
-# In this order: later patterns read the digits of earlier ones
+# The order matters: later patterns match the digits that earlier ones produced
 READERS: list[tuple[re.Pattern, Callable[[re.Match], str]]] = [
     (MAGNITUDE, lambda match: str(int(Fraction(match[1]) * 10 ** POWERS[match[2].lower()]))),
     (NUMBER_WORDS, read_words),

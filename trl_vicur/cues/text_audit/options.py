@@ -1,4 +1,4 @@
-"""The options of a question, and the ways in which a cue prefers one of them by its label."""
+"""Parse the options of a question, and find where a cue prefers one of them by its label."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from .phrases import FUNCTION_WORDS, read_tokens
 LABELS = ("ABCDEFGH", "abcdefgh", "123456789", ("I", "II", "III", "IV", "V", "VI"))
 OPTION_START = re.compile(
     r"(?:(?<=[\s,;])|^)(?:\(([A-Ha-h1-9]|[IV]{1,3})\)|\[([A-H])\]|([A-Ha-h1-9]|[IV]{1,3})[.):](?=\s))\s?"
-    r"|^([A-H])[ \t]*$",  # figures have no text
+    r"|^([A-H])[ \t]*$",  # an option that is a figure has no text
     re.MULTILINE,
 )
 # "Which is it? A 4 B 5 C 6"
@@ -24,7 +24,7 @@ DESCRIBED_NOUN = (
     r"(?:figure|graph|diagram|picture|image|panel|shape|chart|plot|map|curve|net|object|animal|drawing|sketch|one)"
 )
 ASSERTION = r"(?:is|are|was|shows?|has|have|fits?|match(?:es)?|satisf(?:y|ies)|represents?|depicts?|gives?|contains?)"
-# Words of a question that say nothing about its subject
+# Words of a question that do not describe its subject
 GENERAL_WORDS = FUNCTION_WORDS | frozenset(
     "which what who whose following these those one ones option options figure figures graph graphs diagram diagrams "
     "picture pictures image images shown drawn labelled marked given below above correct from by".split()
@@ -32,7 +32,7 @@ GENERAL_WORDS = FUNCTION_WORDS | frozenset(
 
 
 def split_options(question: str) -> tuple[str, dict[str, str]]:
-    """The question without its options, and the options by label, or by number if they have no labels."""
+    """Split a question into its stem and its options, keyed by label, or by number if they have no labels."""
     starts = _starts_of_options(OPTION_START.finditer(question))
     if len(starts) < 2 and (question_mark := question.find("?")) != -1:
         starts = _starts_of_options(BARE_OPTION_START.finditer(question, question_mark))
@@ -50,7 +50,7 @@ def split_options(question: str) -> tuple[str, dict[str, str]]:
 
 
 def _starts_of_options(matches: Iterator[re.Match]) -> list[re.Match]:
-    """The matches whose labels count up: A, B, C."""
+    """The matches whose labels are consecutive: A, B, C."""
     starts: list[re.Match] = []
     for match in matches:
         if len(starts) < 6 and match[match.lastindex or 0] in [labels[len(starts)] for labels in LABELS]:
@@ -64,7 +64,7 @@ def find_label(label: str, labels: tuple[str, ...], cue: str, stem: str) -> Iter
     yield from (match.span() for match in prefers.finditer(cue))
     asked = {token.base for token in read_tokens(stem) if token.word.lower() not in GENERAL_WORDS}
     for match in asserts.finditer(cue):
-        # It prefers an option by saying of it what the question asks for: "figure B is a net of the cube"
+        # It prefers an option if it says about it what the question asks for: "figure B is a net of the cube"
         if any(token.base in asked for token in read_tokens(match["predicate"])):
             yield match.span("label")
 

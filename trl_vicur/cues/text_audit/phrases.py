@@ -1,4 +1,4 @@
-"""Does a text say the same phrase, in any inflection and word order?"""
+"""Does a text contain a phrase, in any inflection and word order?"""
 
 import re
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from .number_words import ORDINALS, ROMAN_NUMERAL, read_roman_numeral
 WORD = re.compile(r"(?:[A-Za-z]\.){2,}|\w+(?:'\w+)?")
 SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\b(?:Dr|Mr|Ms|St))(?<!\bMrs)[.!?;]['\")]?\s|\n")
 ARTICLES = frozenset("a an the An The".split())
-# Words without content of an answer: "They are playing soccer", "it falls"
+# Words that add nothing to an answer, such as "they are" in "They are playing soccer"
 FUNCTION_WORDS = ARTICLES | frozenset(
     "it its they he she is are was were be been being does do did has have and or of in on at to with for as that "
     "this there".split()
 )
 NEGATIONS = frozenset("not never isn't aren't doesn't don't no neither nor without".split())
-# Names that are also other words
+# Names that are also ordinary words
 KEEPS_CASE = frozenset({"May", "March"})
 CALENDAR = {
     name[:3]: name.lower()
@@ -43,7 +43,7 @@ ROMAN = re.compile(ROMAN_NUMERAL)
 
 
 class Token(NamedTuple):
-    """A word at `text[start:end]`, its position among the words, and the number of its sentence."""
+    """A word at `text[start:end]`, its index among the words, and the index of its sentence."""
 
     base: str
     word: str
@@ -59,13 +59,13 @@ class Phrase(NamedTuple):
 
     Args:
         bases (`frozenset[str]`):
-            The base forms of its words, which may come in any order.
+            The base forms of its words, which may be in any order.
         window (`int`):
-            The number of consecutive words that must include them all.
+            All of them must be within this many consecutive words.
         company (`frozenset[str]`, *optional*):
             Base forms that must be somewhere in the same sentence.
         exact_word (`str`, *optional*):
-            A word whose case counts.
+            A word whose case must match.
     """
 
     bases: frozenset[str]
@@ -76,7 +76,7 @@ class Phrase(NamedTuple):
 
 @lru_cache(maxsize=100_000)
 def base_form(word: str) -> str:
-    """One form for "increases", "increased" and "increasing", "mouse" and "mice", "second", "2nd" and "II"."""
+    """The same form for "increases", "increased" and "increasing"; "mouse" and "mice"; "second", "2nd" and "II"."""
     if word in CALENDAR:
         return CALENDAR[word]
     if ROMAN.fullmatch(word):
@@ -153,7 +153,7 @@ def make_phrase(text: str, stem: str = "") -> Phrase | None:
 
 
 def find_phrase(phrase: Phrase, text: str) -> Iterator[tuple[int, int]]:
-    """Spans of the text that say the phrase and do not negate it."""
+    """Spans of the text that contain the phrase without negating it."""
     tokens = read_tokens(text)
     company: dict[int, set[str]] = {}
     if phrase.company:
@@ -179,6 +179,6 @@ def find_phrase(phrase: Phrase, text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_in_compound(token: Token, text: str) -> bool:
-    """Whether it is a part of another word: "apple-green", but not "left-hand"."""
+    """Whether the word is part of a compound: "apple-green", but not "left-hand"."""
     before, after = text[max(0, token.start - 1) : token.start], text[token.end : token.end + 5].lower()
     return before == "-" or after.startswith("-") and after[1:] not in ("hand", "side")

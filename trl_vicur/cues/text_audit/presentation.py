@@ -1,4 +1,4 @@
-"""How a cue presents part of its text: as the answer, as written in the image, or as read off a scale."""
+"""How does a cue present part of its text: as the answer, as written in the image, or as read off a scale?"""
 
 import re
 
@@ -62,13 +62,13 @@ def sentence_around(text: str, start: int, end: int) -> tuple[str, str]:
 def is_announced(text: str, start: int, end: int) -> bool:
     """Whether `text[start:end]` is presented as the answer."""
     before = text[max(0, start - CONTEXT_CHARS) : start]
-    if text[start].isdigit() and before.endswith("solution is "):  # that of a flask may be blue
+    if text[start].isdigit() and before.endswith("solution is "):  # "the solution is blue" may be about a flask
         return True
     return bool(ANNOUNCED_BEFORE.search(before) or ANNOUNCED_AFTER.match(sentence_around(text, start, end)[1]))
 
 
 def governs(verb: re.Pattern, before: str) -> bool:
-    """Whether the last such verb refers to the text after `before`: no other statement begins in between."""
+    """Whether the last match of `verb` refers to the text after `before`: no other statement begins in between."""
     matches = list(verb.finditer(before))
     return bool(matches) and not NEW_STATEMENT.search(before[matches[-1].end() :])
 

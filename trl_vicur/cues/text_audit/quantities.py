@@ -12,7 +12,7 @@ from .number_words import ROMAN_NUMERAL, number_words_to_digits, read_roman_nume
 from .units import UNIT_AFTER, convert, read_unit
 
 
-# Parsing an expression takes milliseconds: longer ones, and more than this many per text, are not parsed
+# Parsing an expression takes milliseconds, so longer ones, and more than this many per text, are not parsed
 MAX_EXPRESSION_CHARS = 80
 MAX_EXPRESSIONS = 50
 
@@ -35,7 +35,7 @@ class Quantity(NamedTuple):
 
     Args:
         value (`Fraction`, `float` or `tuple[int, ...]`):
-            Its value, exact if the text is. A time, date or ratio is the tuple of its parts. An expression with
+            Its value, exact if the text is exact. A time, date or ratio is the tuple of its parts. An expression with
             variables has its value at one point, see [`evaluate`].
         start, end (`int`):
             Its span, including its unit.
@@ -43,8 +43,8 @@ class Quantity(NamedTuple):
             Its unit, in pint's notation; `"count"` for a bare number of things. For a tuple its kind (`"date"`,
             `"ratio"`, `"time"`, or `"time of day"` if it is known to be before or after noon).
         decimals (`int`, *optional*):
-            Number of digits after the point; of an integer that is called approximate, minus its number of trailing
-            zeros. `None` if the value is exact.
+            Number of digits after the decimal point; for an integer that the text calls approximate, minus its number
+            of trailing zeros. `None` if the value is exact.
         variables (`frozenset[str]`, *optional*):
             Names of its variables.
     """
@@ -57,7 +57,7 @@ class Quantity(NamedTuple):
     variables: frozenset[str] = frozenset()
 
 
-# --- Finding them ---
+# --- Finding quantities ---
 
 
 @lru_cache(maxsize=32)
@@ -77,7 +77,7 @@ def find_quantities(text: str) -> tuple[Quantity, ...]:
         start, position = match.span()
         if match["date"]:
             date = read_date(match[0])
-            # The year alone, too: a date states it
+            # Also add the year alone, because a date states it
             quantities += [Quantity(date, start, position, "date"), Quantity(Fraction(date[0]), start, position)]
             continue
         if match["expression"] and (
@@ -114,7 +114,7 @@ def find_quantities(text: str) -> tuple[Quantity, ...]:
 
 
 def add_up_compounds(quantities: list[Quantity], text: str) -> Iterator[Quantity]:
-    """Merge pairs like 2 h 15 min or 5 ft 3 in: side by side, the second in a smaller unit."""
+    """Merge adjacent pairs whose second has a smaller unit, such as 2 h 15 min or 5 ft 3 in."""
     previous = None
     for quantity in quantities:
         if previous is not None and previous.unit is None and quantity.unit == "money_cent":  # $7 and 50 cents
@@ -133,7 +133,7 @@ def add_up_compounds(quantities: list[Quantity], text: str) -> Iterator[Quantity
 
 
 def add_up(large: Quantity, small: Quantity, text_between: str) -> Quantity | None:
-    """The sum of two numbers side by side, the second in a smaller unit; `None` where they are not such a pair."""
+    """The sum of two adjacent quantities if the second has a smaller unit; otherwise `None`."""
     if isinstance(large.value, tuple) or isinstance(small.value, tuple) or not large.unit or not small.unit:
         return None
     if not re.fullmatch(r"[\s\x1f]{0,30}(?:,|and)?\s{0,30}", text_between):
@@ -155,7 +155,7 @@ def read_date(text: str) -> tuple[int, int, int]:
 
 
 def count_decimals(number: str, before: str) -> int | None:
-    """Digits after the point of a plain number; of an integer, if `before` ends with "about", minus its zeros."""
+    """Digits after the decimal point of a plain number; for an integer after "about", minus its trailing zeros."""
     if re.fullmatch(r"[\d,]*\.\d+", number):
         return len(number.partition(".")[2])
     if re.fullmatch(r"[\d,]+", number) and HEDGE.search(before):
@@ -259,12 +259,12 @@ READINGS: list[tuple[re.Pattern, Callable[[re.Match], Quantity | None]]] = [
         ),
         read_ratio,
     ),
-    # Eighteen seventy-four, nineteen oh five: these were words
+    # Eighteen seventy-four, nineteen oh five, written in words
     (
         re.compile(r"\b(1\d|20)\x1f{1,20}[\s-](?:oh |o )?(\d\d?)\x1f{1,20}(?!\d)"),
         number(lambda match: 100 * int(match[1]) + int(match[2])),
     ),
-    # Fifty-nine ninety-nine, of a price
+    # Fifty-nine ninety-nine, a price
     (
         re.compile(r"\b(\d{1,2})\x1f{1,20}[\s-](\d\d)\x1f{1,20}(?!\d)"),
         number(lambda match: int(match[1]) + Fraction(int(match[2]), 100)),
@@ -318,15 +318,15 @@ READINGS: list[tuple[re.Pattern, Callable[[re.Match], Quantity | None]]] = [
 @lru_cache(maxsize=32)
 def find_other_readings(text: str) -> tuple[Quantity, ...]:
     """
-    Other meanings of parts of a text than those that [`find_quantities`] finds: "12.5k" is an expression with a
-    variable k, or 12,500; "2 to 3" is two numbers, a ratio, or a time.
+    Readings of a text besides those that [`find_quantities`] finds: "12.5k" is an expression with a variable k, or
+    12,500; "2 to 3" is two numbers, a ratio, or a time.
     """
     text = number_words_to_digits(text)
     readings = (read(match) for pattern, read in READINGS for match in pattern.finditer(text))
     return tuple(reading._replace(end=skip_fill(text, reading.end)) for reading in readings if reading is not None)
 
 
-# --- Comparing them ---
+# --- Comparing quantities ---
 
 
 def is_same_quantity(answer: Quantity, mention: Quantity) -> bool:
@@ -359,7 +359,7 @@ def is_same_quantity(answer: Quantity, mention: Quantity) -> bool:
         if share.unit not in (None, "count"):
             return False
         percentage, exact = (value, 100 * other) if answer.unit == "percent" else (other, 100 * value)
-        # A percentage is rounded to the digits that it has
+        # Treat a percentage as rounded to the digits that it has
         return (
             math.isclose(percentage, exact)
             or is_rounded(exact, percentage, percent.decimals or 0)
@@ -391,7 +391,7 @@ def is_same_tuple(answer: Quantity, mention: Quantity) -> bool:
 
 
 def is_rounded(value: Fraction | float, rounded: Fraction | float, decimals: int | None) -> bool:
-    """Whether `rounded` is the value, rounded to so many decimals. One significant digit is too little evidence."""
+    """Whether `rounded` is the value rounded to `decimals` digits. One significant digit is too little evidence."""
     if decimals is None:
         return False
     step = 10.0**-decimals

@@ -9,8 +9,8 @@ from .presentation import is_announced, is_presented_as_written, is_read_off_sca
 from .quantities import find_quantities, is_same_quantity
 
 
-# Everyday words that also name theorems and steps (power, law, formula, sum, product, solution, line, count) are in
-# these lists only together with words that make them part of a solution.
+# Everyday words that also name theorems or steps (power, law, formula, sum, product, solution, line, count) are in
+# these lists only in combination with words that make them part of a solution.
 THEOREMS = (
     r"theorems?|lemma|corollary|postulate|axioms?|pythag\w+|soh[- ]?cah[- ]?toa|power of (?:a|the) point"
     r"|rise over run",
@@ -121,7 +121,7 @@ VARIABLE = re.compile(r"(?<![a-zA-Z\\])[a-zA-Zα-ορ-ω](?![a-zA-Z])")
 RANGE = re.compile(r"(\d+(?:\.\d+)?)\s?-\s?(\d+(?:\.\d+)?)")
 # "a 3 × 4 grid" is a format, not a product
 FORMAT = re.compile(r"\s?-?(?:grid|table|matrix|array|board|pixels?|squares?|blocks?|rows?|checkerboard|tiles?)\b")
-# "AB = 2x" may read a label, and "the curve y = x^2" may name a curve, if the labels are unknown
+# If the labels are unknown, "AB = 2x" may be a label, and "the curve y = x^2" the name of a curve
 READING = re.compile(r"(?:\b[A-Z∠△]{2,4}|\b(?:curve|line|graph|parabola|function|circle)\s(?:of\s)?\S{1,4})\s?=\s?$")
 # Formulas without an operator between numbers: words, functions, products of letters (F = ma), degrees
 OTHER_FORMULAS = re.compile(
@@ -137,7 +137,7 @@ STATED = re.compile(
 
 def find_reasoning_leak(cue: str, question: str, visible_text: Sequence[str] = ()) -> list[str]:
     """
-    Find parts of the solution in a cue. All texts are those that [`fold_text`] returns.
+    Find parts of the solution in a cue. All texts must be folded by [`fold_text`].
 
     Args:
         cue (`str`):

@@ -1,4 +1,4 @@
-"""Units of measurement: their notations, and conversion between them."""
+"""Notations of units of measurement, and conversion between units."""
 
 import re
 from functools import cache, lru_cache
@@ -24,7 +24,7 @@ UNIT = rf"(?:°\s?[CF]\b|[°%€£¢]|(?:(?:square|sq|cubic)\.?\s)?{SIMPLE_UNIT}
 # "12 cm", "a 12-cm side", "a quarter of an hour", "half a ton" (where half has become digits)
 UNIT_AFTER = re.compile(rf"\s{{0,30}}-?(?:of an? |(?<=\x1f )an? )?({UNIT})")
 
-# One unit for all currencies: question and answer seldom repeat which one it is
+# One unit for all currencies, because question and answer seldom both name the currency
 PINT_NAMES = {
     "°": "degree", "deg": "degree", "%": "percent", "per cent": "percent", "pct": "percent", "°c": "degC",
     "°f": "degF", "degree celsius": "degC", "degrees celsius": "degC", "degree fahrenheit": "degF",
@@ -59,8 +59,8 @@ def read_unit(text: str) -> str | None:
 def convert(value: float, unit: str, other_unit: str) -> float | None:
     """The value in another unit; `None` between units of different dimensions."""
     if {unit, other_unit} in ({"degree", "degree_Celsius"}, {"degree", "degree_Fahrenheit"}):
-        return value  # a temperature with a bare degree sign
-    if {"percent", "count"} & {unit, other_unit}:  # like angles, these have no dimension in pint
+        return value  # a bare degree sign may mean a temperature
+    if {"percent", "count"} & {unit, other_unit}:  # these have no dimension in pint, like angles
         return None
     try:
         return unit_registry().convert(value, unit, other_unit)
