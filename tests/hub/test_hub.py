@@ -83,7 +83,7 @@ def test_card_of_an_adapter(tmp_path, processor):
     ) in text_of_commands(card)
     for row in (
         "| privilege of the teacher | cue |",
-        "| teacher | the student as it was |",
+        "| teacher | the initial student |",
         "| `distillation_mode` | sampled_token |",
         "| `layer_interval` | 1 |",
         r"| `sink_token` | <\|im_end\|> |",

@@ -315,7 +315,7 @@ REFUSED_DATASETS = {
     "no-rows": (lambda: dict(dataset=GOOD.select([])), "train_dataset has 0 row(s), expected at least 1"),
     "less-than-a-batch": (
         lambda: dict(dataset=GOOD, per_device_train_batch_size=2, gradient_accumulation_steps=2),
-        "train_dataset has 3 row(s), expected at least 4: an incomplete batch is left out. Take more rows",
+        "train_dataset has 3 row(s), expected at least 4: an incomplete batch is left out. Use more rows",
     ),
     "no-prompts": (
         lambda: dict(dataset=GOOD.rename_column("prompt", "messages")),

@@ -274,7 +274,7 @@ def test_ignore_data_skip_starts_with_other_rows(tmp_path, checkpoints):
 def test_checkpoint_without_the_teacher_average_is_refused(tmp_path, checkpoints):
     train(tmp_path, max_steps=1)
     with pytest.raises(
-        ValueError, match="has no ema_teacher.safetensors: it was not made with `teacher_model_kind='ema'`"
+        ValueError, match="has no ema_teacher.safetensors: it was not saved with `teacher_model_kind='ema'`"
     ):
         train(tmp_path, resume=True, teacher_model_kind="ema")
 

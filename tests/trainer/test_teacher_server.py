@@ -225,7 +225,7 @@ def test_unreachable_server_is_reported(processor, tmp_path):
     ("options", "message"),
     [
         (dict(teacher_model_server_url="localhost:8000"), "must be an address such as 'http://localhost:8000', got"),
-        (dict(teacher_model_kind="live"), "makes the student its own teacher, but there is a `teacher_model_server_u"),
+        (dict(teacher_model_kind="live"), "makes the student its own teacher, but `teacher_model_server_url="),
         (dict(distillation_mode="full_logits"), "needs .* the whole vocabulary, which a server does not send. Choose"),
         (dict(temperature=0.7), "vLLM always scores prompt tokens at temperature 1"),
     ],

@@ -1012,7 +1012,7 @@ def test_zero3_is_refused(tmp_path, processor, monkeypatch):
     "version, arguments, error",
     [
         ("1", {}, "FSDP1 is not supported: ViCuRTrainer needs FSDP2. Set `fsdp_version: 2`"),
-        ("2", {"teacher_model_kind": "ema"}, "`teacher_model_kind='ema'` exchanges the student's weights"),
+        ("2", {"teacher_model_kind": "ema"}, "`teacher_model_kind='ema'` swaps the student's weights"),
     ],
 )
 def test_shards_that_cannot_train_are_refused_before_models_are_loaded(

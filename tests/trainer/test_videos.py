@@ -310,9 +310,14 @@ def test_bad_video_is_reported_with_its_row(tmp_path, processor):
     "family, arguments, has_tools, error",
     [
         ("llava_onevision", {}, False, "which a LlavaOnevisionProcessor lays out in a way that ViCuRTrainer does not"),
-        ("glm4v", {}, False, "for which a Glm4vProcessor writes the tokens of images"),
+        ("glm4v", {}, False, "for which a Glm4vProcessor writes image tokens"),
         ("qwen3_vl", dict(use_vllm=True), False, "which TRL does not pass on to vLLM. Set `use_vllm=False`, or give"),
-        ("qwen3_vl", dict(teacher_model_server_url="http://localhost"), False, "the teacher's server is not given"),
+        (
+            "qwen3_vl",
+            dict(teacher_model_server_url="http://localhost"),
+            False,
+            "cannot be sent to the teacher's server",
+        ),
         ("qwen3_vl", {}, True, "Train without `tools`, or give the frames as images."),
     ],
 )

@@ -1,4 +1,4 @@
-"""Language-model heads as the losses read them: weight, bias, logit scale and soft-cap."""
+"""Reads a model's language-model head for the losses: weight, bias, logit scale and soft-cap."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,8 +16,8 @@ from trl.kernels.chunked_divergence import _project
 from trl.kernels.chunked_logprob import _addmm_fp32
 
 
-# Number of head weights that are cast to another dtype at a time. On a CPU these are 4 MiB in float32, which stay in
-# its cache until the product
+# Number of head weights that are cast to another dtype at a time. On a CPU this is 4 MiB in float32, which stays in
+# the cache until the product
 CPU_WEIGHT_BLOCK = 2**20
 WEIGHT_BLOCK = 2**24
 
@@ -27,7 +27,7 @@ _transforms: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyD
 
 class LMHead(NamedTuple):
     """
-    A language-model head: its weights, and what the model does to their product with the hidden states.
+    A language-model head: its weights, and how the model scales and caps their product with the hidden states.
 
     Args:
         weight (`torch.Tensor` of shape `(vocab, hidden)`):
@@ -65,7 +65,7 @@ class LMHead(NamedTuple):
         if isinstance(head, FSDPModule):
             # FSDP2 gathers a separately sharded head for the head's own forward only. Backward reduces and frees it
             head.unshard()
-        # PEFT's wrapper for `trainable_token_indices` has no bias while its adapter is active, nor does it add one
+        # PEFT's wrapper for `trainable_token_indices` neither has nor adds a bias while its adapter is active
         bias = getattr(head, "bias", None)
         assert isinstance(bias, torch.Tensor | None)
         return cls(head.weight, bias, *_transforms[base])
@@ -146,10 +146,10 @@ class _BackboneOutput(tuple):
 
 @contextmanager
 def _calls_replaced(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """While active, calls of these modules run the given functions instead, without hooks and without weights."""
+    """While active, calling these modules runs the given functions instead, without hooks and without weights."""
     with ExitStack() as stack:
         for module, function in replacements.items():
-            # If this attribute is set, as by `nn.Module.compile`, `nn.Module.__call__` runs it and nothing else
+            # `nn.Module.compile` sets this attribute too. If it is set, `nn.Module.__call__` runs nothing else
             stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
             module._compiled_call_impl = function
         yield
@@ -160,7 +160,7 @@ def _read_transform(model: PreTrainedModel, head: nn.Linear | AuxiliaryTrainingW
     """
     Probe a model for its logit scale and soft-cap.
 
-    The text config does not say: LLaVA-NeXT does not scale the logits of a Granite, nor Aya Vision those of a Cohere2.
+    The text config is no guide: LLaVA-NeXT does not scale logits with a Granite decoder, nor Aya Vision with Cohere2.
     So run the model's own forward with a backbone that returns known states and a head that returns known products.
     This reads no weights, so it works for sharded, offloaded and quantized models.
 

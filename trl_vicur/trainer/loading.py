@@ -1,4 +1,4 @@
-"""Defaults of a trainer's arguments, and what is read of a model before its weights are loaded."""
+"""Fills in a trainer's arguments: default configuration, processor, and the model's config, before loading weights."""
 
 import warnings
 
@@ -29,7 +29,7 @@ def load_defaults(
             configuration.
 
     Raises:
-        `OSError`: If there is no such model.
+        `OSError`: If the model is not found.
     """
     name = model if isinstance(model, str) else get_config_model_id(model.config)
     if args is None:
@@ -55,7 +55,7 @@ def load_defaults(
 
 
 def leave_out_liger_kernels(args: ViCuRConfig) -> None:
-    """On a CPU, turn off the Triton kernels that `Trainer` would put into the model. The fused JSD runs anywhere."""
+    """On a CPU, turn off the Triton kernels that `Trainer` would patch into the model. The fused JSD runs anywhere."""
     if args.use_liger_kernel and args.device.type == "cpu":
         warnings.warn(
             "`use_liger_kernel=True` on a CPU: Liger's Triton kernels need a GPU and are left out of the model; "

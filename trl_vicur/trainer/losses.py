@@ -1,15 +1,15 @@
 """
 The distillation objectives, per completion token.
 
-First the objectives as functions of log-probabilities, then the same from what a model's backbone computes: the last
-hidden states of the scored tokens and the two language-model heads. The latter never hold the logits of all tokens,
-`(tokens, vocabulary)`: on a CPU with a frozen head they are plain PyTorch over chunks of tokens, which takes three
-products with a head; elsewhere they are TRL's or Liger's kernels, which take five and more memory (there is no kernel
-for the top-k divergence). `test_frozen_head_changes_neither_values_nor_gradients` holds the two together.
+The first functions compute the objectives from log-probabilities; the others compute them from the last hidden states
+of the scored tokens and the two language-model heads. The latter never hold the logits of all tokens,
+`(tokens, vocab)`: on a CPU with a frozen head they are plain PyTorch over chunks of tokens, with three products with a
+head; elsewhere they are TRL's or Liger's kernels, with five and more memory (there is no kernel for the top-k
+divergence). `test_frozen_head_changes_neither_values_nor_gradients` checks that the two agree.
 
 The operands of a product with a head have the hidden states' dtype, as in the model. The product accumulates in
 float32, and logits and losses stay in float32: bfloat16 would round logits by up to 2⁻⁹ of their value, which is more
-than most teachers differ from their student. Liger's loss is the exception. Autocast must be off.
+than the difference between most teachers and their student. Liger's loss is the exception. Autocast must be off.
 """
 
 import math
@@ -81,7 +81,7 @@ def before_rejection(
         threshold (`float`):
             A token is rejected if its gap is below the negative threshold, in nats.
         ends (`torch.Tensor` of shape `(batch, completion)`, *optional*):
-            `True` at the last token of each sentence. After it, tokens count again. By default none do.
+            `True` at the last token of each sentence, after which tokens count again. By default, they never do.
 
     Returns:
         `torch.Tensor` of shape `(batch, completion)`: `True` at the tokens of `mask` up to and including a rejected
@@ -91,7 +91,7 @@ def before_rejection(
     earlier = rejected.cumsum(dim=1) - rejected.long()  # rejections before each token
     if ends is not None:
         is_first = F.pad(ends, (1, -1), value=True)
-        # What was rejected before the token's own sentence; the counts only grow
+        # Subtract the rejections before the token's own sentence; `cummax` works because the counts only grow
         earlier = earlier - (earlier * is_first).cummax(dim=1).values
     return mask & (earlier == 0)
 
@@ -106,7 +106,7 @@ def importance_sampling_ratio(
 ) -> torch.Tensor:
     """
     Weights that correct for sampling tokens with vLLM, whose probabilities differ from those in training by rounding.
-    As in TRL's `GRPOTrainer`: p_train / p_vLLM, truncated to `[clip_min, clip_max]`, or zero outside.
+    As in TRL's `GRPOTrainer`, they are p_train / p_vLLM, clamped to `[clip_min, clip_max]` or set to zero outside.
 
     Args:
         logprobs (`torch.Tensor` of shape `(tokens,)`):
@@ -114,7 +114,7 @@ def importance_sampling_ratio(
         sampling_logprobs (`torch.Tensor` of shape `(tokens,)`):
             The log-probabilities that they were sampled with. NaN where unknown, which means no correction.
         mask (`torch.Tensor` of shape `(batch, completion)`):
-            `True` at the tokens.
+            `True` at these tokens.
         mode (`str`):
             `"token_truncate"` or `"token_mask"` for a ratio per token, `"sequence_truncate"` or `"sequence_mask"` for
             the product of a completion's ratios.
@@ -153,7 +153,7 @@ def _generalized_jsd(student: torch.Tensor, teacher: torch.Tensor, beta: float) 
 
 def _with_rest(logprobs: torch.Tensor) -> torch.Tensor:
     """Append the log of the probability that `logprobs` `(tokens, k)` leave over."""
-    # Clamped below zero: rounding can make the sum exceed one, and the log of nothing is not finite
+    # Clamp below zero: rounding can make the sum reach or exceed one, and then the log of the rest is not finite
     covered = logprobs.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7)
     return torch.cat([logprobs, torch.log(-torch.expm1(covered))], dim=-1)
 
@@ -262,9 +262,9 @@ def liger_divergence_sum(
     temperature: float = 1.0,
 ) -> torch.Tensor:
     """
-    Sum over tokens of [`full_divergence`], by Liger's fused linear JSD. Same arguments.
+    Sum over tokens of [`full_divergence`], with Liger's fused linear JSD. Same arguments.
 
-    It rounds logits to the hidden states' dtype.
+    Liger rounds logits to the hidden states' dtype.
 
     Raises:
         `ValueError`: If a model scales or caps its logits, which Liger's loss does not support.
@@ -336,8 +336,8 @@ def topk_divergence(
     """
     Generalized Jensen-Shannon divergence over the teacher's `k` most likely tokens and one bucket for all others.
 
-    The bucket keeps both sides distributions, so this is a true divergence: never negative, and never more than
-    [`full_divergence`]. Same arguments and return values, except for the teacher's:
+    With the bucket, both sides are distributions, so this is a true divergence: never negative, and never more than
+    [`full_divergence`]. Arguments and return values are the same, except for the teacher's:
 
     Args:
         top_logprobs (`torch.Tensor` of shape `(tokens, k)`):

@@ -1,8 +1,9 @@
 """
 Mixed precision: models compute in bfloat16 or float16; log-probabilities and losses are computed in float32.
 
-Accelerate's own autocast is not enough. It wraps the student's `forward`, which TRL's `_ForwardRedirection` replaces
-(TRL#6988 is the same in DPO) and which `generate` of a PEFT model does not call; and under DeepSpeed there is none.
+Accelerate's own autocast is not enough. It wraps the student's `forward`, but TRL's `_ForwardRedirection` replaces
+that (TRL#6988 is the same bug in DPO), and `generate` of a PEFT model does not call it. Under DeepSpeed, accelerate
+does not use autocast at all.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,9 +37,9 @@ def autocast(accelerator: Accelerator) -> Iterator[None]:
     """
     Mixed precision for one pass of a model or one rollout.
 
-    Enter it separately for each pass. Autocast caches the weights that it casts, by parameter. The cache is wrong
+    Enter it separately for each pass. Autocast caches the weights that it casts, by parameter. The cache is stale
     after other weights were swapped in (`teacher_model_kind="ema"`), and for a pass with gradients after one without.
-    PyTorch clears it only when the outermost context ends, counting contexts with `enabled=False` (PyTorch#65766,
+    PyTorch clears it only when the outermost context ends, even if that has `enabled=False` (PyTorch#65766,
     PyTorch#112583), so clear it here.
     """
     dtype = compute_dtype(accelerator)

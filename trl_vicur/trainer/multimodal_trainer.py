@@ -1,6 +1,6 @@
 """
-What TRL's trainers lack for prompts with images and videos. Nothing here is about distillation: each item names the
-upstream issue, and goes when a release that we require has it.
+Adds to TRL's trainers what prompts with images and videos need. Nothing here is specific to distillation. Each
+workaround names the upstream issue; remove it once the oldest supported release has the fix.
 """
 
 import inspect
@@ -55,7 +55,7 @@ class MultimodalMixin(TRLTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         # TRL's `_generate_and_score_completions` processes a prompt's images for the rollout and again for the loss,
-        # and the trainer for the teacher's prompt. Goes when TRL reuses the fields of `_tokenize_prompts`
+        # and ViCuRTrainer once more for the teacher's prompt. Remove once TRL reuses the fields of `_tokenize_prompts`
         with ExitStack() as stack:
             for name in ("image_processor", "video_processor"):
                 if hasattr(self.processing_class, name):
@@ -90,7 +90,7 @@ class MultimodalMixin(TRLTrainer):
         self.generation_config.suppress_tokens = suppressed
         if self.use_vllm:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-        # transformers#37186: with FSDP, a rank whose prompts have no images leaves the vision towers of others waiting
+        # transformers#37186: with FSDP, a rank without images would leave the other ranks' vision towers waiting
         needs_image = images is None and not has_videos and self._vision_is_sharded
         if needs_image:
             prompt_ids, multimodal_fields = self._blank_image_row.add_to_prompts(prompt_ids, multimodal_fields)
@@ -101,9 +101,9 @@ class MultimodalMixin(TRLTrainer):
     def _generate(self, prompts: list) -> tuple:
         prompt_ids, completion_ids, tool_mask, images, *others = super()._generate(prompts)
         if any(_count_blocks(prompts, "video")):
-            images = None  # TRL#5373: TRL would process them together with prompts whose videos it does not have
+            images = None  # TRL#5373: TRL would process them together with the prompts, but without the videos
         elif images is not None:
-            # transformers#40263: processors expect an empty list for a prompt without images; TRL has None there
+            # transformers#40263: for a prompt without images, processors expect an empty list, but TRL passes None
             images = [image_list or [] for image_list in images]
         return prompt_ids, completion_ids, tool_mask, images, *others
 
@@ -112,18 +112,18 @@ class MultimodalMixin(TRLTrainer):
         prompts = [row["prompt"] for row in inputs]
         if any(_count_blocks(prompts, "video")):
             output.update(self._visual_inputs(prompts, output))
-        token_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # tools return images, too
+        token_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)  # tools can return images, too
         output["num_image_tokens"] = (token_ids == self.model.config.image_token_id).sum(dim=1).tolist()
         if "video_grid_thw" in output:
             output["num_video_tokens"] = (token_ids == self.model.config.video_token_id).sum(dim=1).tolist()
         if "pixel_attention_mask" in output and "spatial_shapes" not in output:
-            # Pixels of Idefics and SmolVLM have a row per sample. TRL#6570 recognizes that by the number of rows, and
-            # would split them by image if there are as many images as samples
+            # Idefics and SmolVLM have one row of pixels per sample. TRL#6570 recognizes this by the number of rows,
+            # so it would split them by image if there are as many images as samples
             del output["num_images"]
         return output
 
     def _visual_inputs(self, prompts: list, output: dict[str, Any]) -> dict[str, Any]:
-        """Model inputs of the prompts' images and videos, as the rollout had them (TRL#5373)."""
+        """The model inputs of images and videos that the rollout used (TRL#5373)."""
         _, _, fields, *_ = self._tokenize_prompts(prompts)
         inputs = {}
         for name in ("token_type_ids", "mm_token_type_ids"):
@@ -170,7 +170,7 @@ class MultimodalMixin(TRLTrainer):
             return self._get_last_hidden_state(model, input_ids, attention_mask, completion_length, **fields)[:-1]
 
     def _multimodal_inputs(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        # Rows of this micro-batch may have no image, or no video, though the generation batch had some
+        # This micro-batch may have no images or videos, even if the generation batch has some
         has_images, has_videos = (any(inputs.get(f"num_{kind}_tokens", [])) for kind in ("image", "video"))
         multimodal_inputs = {}
         for key in self._multimodal_keys:
@@ -192,7 +192,7 @@ class MultimodalMixin(TRLTrainer):
                 stack.callback(hook.remove)
             with autocast(self.accelerator):
                 states = super()._get_last_hidden_state(unwrapped_model, *args, **multimodal_inputs)
-        # The dtype in which autocast would pass them to the head, so that losses see the distribution that is sampled
+        # Autocast would pass them to the head in this dtype, so the losses see the distribution that is sampled from
         return states.to(compute_dtype(self.accelerator) or states.dtype)
 
     # --- Features of images and videos, computed once for all passes with the same vision weights ---
@@ -200,8 +200,8 @@ class MultimodalMixin(TRLTrainer):
     @contextmanager
     def _shared_features(self, model: nn.Module, inputs: dict[str, Any], is_shared: bool) -> Iterator[bool]:
         """
-        If `is_shared`, the model gets the features of the batch while this is active, or its own are added to the
-        batch. Yields whether the model encodes images.
+        If `is_shared`, the model reuses the batch's features while this is active. If the batch has none yet, the
+        model encodes its images and the features are added to the batch. Yields whether the model encodes images.
         """
         features = {kind: inputs[f"{kind}_features"] for kind in ("image", "video") if f"{kind}_features" in inputs}
         if not is_shared:
@@ -215,7 +215,7 @@ class MultimodalMixin(TRLTrainer):
             self._add_features(recorded, inputs)
 
     def _add_features(self, recorded: dict[str, list[ModelOutput]], inputs: dict[str, Any]) -> None:
-        """Add them to a batch, by sample, so that they are shuffled, split and freed with it."""
+        """Add features to a batch, by sample, so that they are shuffled, split and freed with it."""
         num_samples = len(inputs["num_image_tokens"])
         num_tokens = {kind: inputs.get(f"num_{kind}_tokens", [0] * num_samples) for kind in ("image", "video")}
         if not any(map(any, num_tokens.values())) and self._vision_is_sharded:
@@ -227,7 +227,7 @@ class MultimodalMixin(TRLTrainer):
                 samples[kind] = split_by_sample(outputs[0], numbers) if len(outputs) == 1 else None
         has_features = bool(samples) and None not in samples.values()
         if self._vision_is_sharded:
-            # A rank that encodes images again alone would wait for the others
+            # If only some ranks encoded their images again, they would wait for the others forever
             has_features = all(gather_object([has_features]))
         if has_features:
             inputs.update({f"{kind}_features": of_kind[:num_samples] for kind, of_kind in samples.items()})

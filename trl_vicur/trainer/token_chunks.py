@@ -1,6 +1,6 @@
 """
-Functions of tokens whose logits never exist as a whole: plain PyTorch over chunks of tokens, and TRL's kernels over
-tiles.
+Per-token functions that never hold the logits of all tokens: plain PyTorch over chunks of tokens, and TRL's kernels
+over tiles of logits.
 """
 
 import math
@@ -21,12 +21,12 @@ from trl.kernels.chunked_logprob import (
 from .lm_head import LMHead, add_products
 
 
-# Logits of a chunk of tokens. On a CPU 64 MiB, above what the C library's heap keeps for itself and fragments; a GPU
-# needs more to be busy
+# Number of logits in a chunk of tokens. On a CPU this is 64 MiB, large enough that the C library returns it to the
+# system instead of fragmenting its heap; a GPU needs more to be busy
 CPU_CHUNK_LOGITS = 2**24
 CHUNK_LOGITS = 2**26
-# Size of a tile of float32 logits. With its bfloat16 copy for the backward products it needs no more memory than TRL's
-# bfloat16 tile of 4,096 x 32,768
+# Size of a tile of float32 logits. Together with its bfloat16 copy for the backward products, it needs no more memory
+# than TRL's bfloat16 tile of 4,096 x 32,768
 TILE_TOKENS = 4096
 TILE_COLUMNS = 8192
 
@@ -38,16 +38,16 @@ def over_token_chunks(
     heads: list[LMHead],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Apply a function of tokens to a chunk of them at a time, so that only the chunk's logits exist.
+    Apply a per-token function to one chunk of tokens at a time, so that only that chunk's logits are in memory.
 
     Args:
         function (`Callable`):
-            Returns two tensors with a row for each token: a value, differentiable in the states and the first head,
-            and one without gradient, such as the entropy.
+            Returns two tensors with one row per token: a value, differentiable in the states and the first head, and
+            one without gradient, such as the entropy.
         states (`torch.Tensor` of shape `(tokens, hidden)`):
             Its first argument.
         others (`torch.Tensor` of shape `(tokens, ...)`):
-            Its further arguments, without gradient.
+            Its other arguments, without gradient.
         heads (`list[LMHead]`):
             The heads that it uses.
 
@@ -58,7 +58,7 @@ def over_token_chunks(
     chunk_size = max(1, chunk_logits // heads[0].weight.shape[0])
     chunks = list(zip(*(each.split(chunk_size) for each in (states, *others)), strict=True))
     if heads[0].trains:
-        # Compute each chunk's logits again in backward, since the head's gradient depends on that of each value
+        # Recompute each chunk's logits in backward, because the head's gradient depends on the gradient of each value
         results = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
     elif torch.is_grad_enabled() and states.requires_grad:
         results = [_ValuesWithGradients.apply(function, *chunk) for chunk in chunks]
@@ -70,8 +70,8 @@ def over_token_chunks(
 
 class _ValuesWithGradients(torch.autograd.Function):
     """
-    Values of tokens whose gradients are computed in forward, so that backward needs neither logits nor a third product
-    with the head.
+    Computes the values' gradients already in forward, so that backward needs neither logits nor a third product with
+    the head.
 
     A token's value depends on its own hidden state only, so each row of the gradient of their sum is one token's.
     """
@@ -103,10 +103,10 @@ class TokenLogprobs(torch.autograd.Function):
     """
     Log-probabilities and entropies of tokens by TRL's kernels, on float32 tiles of logits.
 
-    It replaces TRL's `ChunkedLogProbFunction`, whose tiles have the hidden states' dtype. bfloat16 has steps of 0.125
-    at a logit of 28, which gave 27 % of small advantages the wrong sign. It becomes superfluous once TRL's function
-    keeps its tiles in float32. `test_frozen_head_changes_neither_values_nor_gradients` compares it with the plain
-    form, `test_gpu_kernels_agree_with_their_torch_form` the Triton kernels with their PyTorch form.
+    It replaces TRL's `ChunkedLogProbFunction`, whose tiles have the hidden states' dtype. Near a logit of 28, bfloat16
+    values are 0.125 apart, which gave 27 % of small advantages the wrong sign. Remove it once TRL's function keeps its
+    tiles in float32. `test_frozen_head_changes_neither_values_nor_gradients` compares it with the plain form, and
+    `test_gpu_kernels_agree_with_their_torch_form` compares the Triton kernels with their PyTorch form.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What `report_to` cannot carry as a scalar: histograms and alerts, in TensorBoard, wandb and trackio."""
+"""Sends histograms and alerts, which are not scalars, to TensorBoard, wandb and trackio."""
 
 import torch
 from transformers import TrainerCallback
@@ -10,29 +10,29 @@ NUM_BINS = 64
 
 def log_histogram(callbacks: list[TrainerCallback], name: str, values: torch.Tensor, step: int) -> None:
     """
-    Show a histogram in every tracker that the trainer reports to, each in its own form.
+    Log a histogram to every tracker that the trainer reports to, in the tracker's own format.
 
     Args:
         callbacks (`list[TrainerCallback]`):
-            The trainer's callbacks, which have logged scalars before.
+            The trainer's callbacks, after they have logged scalars.
         name (`str`):
             Name of the metric, e.g. `"train/advantage/histogram"`.
         values (`torch.Tensor`):
-            The values that are to be counted.
+            The values to count.
         step (`int`):
             Optimizer steps so far.
     """
     array = values.float().cpu().numpy()
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback):
-            assert callback.tb_writer is not None  # the callback makes it when training begins
+            assert callback.tb_writer is not None  # the callback creates it when training begins
             # torch's annotation allows only the names of NumPy's estimators
             callback.tb_writer.add_histogram(name, array, step, bins=NUM_BINS)  # pyright: ignore[reportArgumentType]
             callback.tb_writer.flush()
         elif isinstance(callback, WandbCallback):
             import wandb
 
-            # the annotation of wandb lacks arrays
+            # wandb's annotation lacks arrays
             histogram = wandb.Histogram(array, num_bins=NUM_BINS)  # pyright: ignore[reportArgumentType]
             wandb.log({name: histogram, "train/global_step": step})
         elif isinstance(callback, TrackioCallback):
@@ -44,11 +44,11 @@ def log_histogram(callbacks: list[TrainerCallback], name: str, values: torch.Ten
 
 def alert(callbacks: list[TrainerCallback], title: str, text: str, step: int) -> None:
     """
-    Show an alert in every tracker that the trainer reports to: as a text in TensorBoard, as an alert in the others.
+    Send an alert to every tracker that the trainer reports to: as text in TensorBoard, as an alert in the others.
 
     Args:
         callbacks (`list[TrainerCallback]`):
-            The trainer's callbacks, which have logged scalars before.
+            The trainer's callbacks, after they have logged scalars.
         title (`str`):
             What happened.
         text (`str`):

@@ -1,4 +1,4 @@
-"""TRL's trainer, as the mixins of ours see it."""
+"""TRL's trainer as a base class for type checking of our mixins."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .vicur_config import ViCuRConfig
 
     class TRLTrainer(DistillationTrainer):
-        """Attributes whose annotations in transformers and TRL allow more than `check_options` does."""
+        """Narrows attributes whose annotations in transformers and TRL allow more than `check_options` does."""
 
         args: ViCuRConfig
         model: PreTrainedModel
@@ -28,4 +28,4 @@ if TYPE_CHECKING:
         _tokenizer: PreTrainedTokenizerBase
 
 else:
-    TRLTrainer = object  # the mixins are for any of TRL's trainers that generate
+    TRLTrainer = object  # the mixins work with any TRL trainer that generates rollouts

@@ -32,7 +32,8 @@ CHOICES = {
     "vllm_importance_sampling_mode": get_args(ImportanceSamplingMode),
     "share_vision_features": ("auto", "never"),
 }
-# What numbers must be, in words and as a check that NaN fails. Some are TRL's options, which TRL does not check
+# Allowed range of each number, in words and as a check that fails for NaN. Some are TRL's options, which TRL does not
+# check
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "teacher_sync_steps": ("an integer of at least 1", _is_count),
     "distillation_topk": ("an integer of at least 1", _is_count),
@@ -116,8 +117,8 @@ class ViCuRConfig(DistillationConfig):
         distillation_mode (`str`, *optional*, defaults to `"sampled_token"`):
             `"sampled_token"` is the paper's objective: the teacher's and student's log-probabilities of the sampled
             token give its advantage in a PPO loss (Eq. 6-8). `"full_logits"` is the generalized JSD over the whole
-            vocabulary; `beta` selects it. `"topk_logits"` is the same over the teacher's most likely tokens and one
-            bucket for all others.
+            vocabulary; `beta` selects the divergence. `"topk_logits"` is the same over the teacher's most likely
+            tokens and one bucket for all others.
         distillation_topk (`int`, *optional*, defaults to `100`):
             Number of the teacher's most likely tokens in `"topk_logits"`.
         num_iterations (`int`, *optional*, defaults to `1`):
@@ -125,16 +126,16 @@ class ViCuRConfig(DistillationConfig):
         epsilon (`float`, *optional*, defaults to `0.2`):
             Clip range of the importance ratio in `"sampled_token"`.
         epsilon_high (`float`, *optional*):
-            Upper clip range. By default `epsilon`.
+            Upper clip range. Defaults to `epsilon`.
         advantage_clip (`float`, *optional*, defaults to `10.0`):
             Largest absolute advantage in `"sampled_token"`, in nats: the difference of the two log-probabilities is
-            clamped. The authors' code also clamps each log-probability at −10 before the difference, so that a token
-            that both models find unlikely gets zero advantage; here it keeps its advantage.
+            clamped. The authors' code also clamps each log-probability at −10 first, so a token that both models find
+            unlikely gets zero advantage there; here it keeps its advantage.
         prefix_rejection (`str`, *optional*, defaults to `"none"`):
             Which tokens after one that the teacher rejects are left out of the loss, because the teacher scores them
             after a prefix that it would not have written: `"completion"`, all of them; `"sentence"`, those up to the
             end of the sentence (a token that ends in `.`, `!`, `?`, `;` or a line break). Left-out tokens still count
-            in the mean that `loss_aggregation` takes. In `"full_logits"` and `"topk_logits"` it costs a projection of
+            in the mean of `loss_aggregation`. In `"full_logits"` and `"topk_logits"`, it costs one more projection of
             student and teacher to the vocabulary.
         prefix_rejection_threshold (`float`, *optional*, defaults to `3.0`):
             The teacher rejects a token whose log-probability is lower than the student's by more than this, in nats.
@@ -145,9 +146,8 @@ class ViCuRConfig(DistillationConfig):
         > Parameters that control the correction for rollouts with vLLM, as in [`~trl.GRPOConfig`]
 
         vllm_importance_sampling_correction (`bool`, *optional*, defaults to `True`):
-            Whether `"sampled_token"` weights the tokens of a vLLM rollout by the ratio of their probability in
-            training to that with which vLLM sampled them; the two differ by rounding. Rollouts with tools are not
-            weighted.
+            Whether `"sampled_token"` weights each token of a vLLM rollout by the ratio of its probability in training
+            to its probability in vLLM; the two differ by rounding. Rollouts with tools are not weighted.
         vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_truncate"`):
             `"token_truncate"` clips the ratio of each token, `"token_mask"` leaves out tokens whose ratio is outside
             of the bounds; `"sequence_truncate"` and `"sequence_mask"` do so with the product of a completion's ratios.
@@ -160,10 +160,10 @@ class ViCuRConfig(DistillationConfig):
         > Parameters that control memory and speed
 
         share_vision_features (`str`, *optional*, defaults to `"auto"`):
-            `"auto"` encodes each image and video once for rollout, student and teacher, as far as their vision weights
-            are the same: all three in self-distillation with a frozen vision tower, rollout and student with an
-            external teacher, rollout and teacher where the vision tower of a `"live"` teacher trains. The features of
-            one generation batch are kept until the next one. `"never"` encodes images and videos in each pass.
+            `"auto"` encodes each image and video once for all passes with the same vision weights: rollout, student
+            and teacher in self-distillation with a frozen vision tower; rollout and student with an external teacher;
+            rollout and teacher if the vision tower of a `"live"` teacher trains. The features of a generation batch
+            are kept until the next one. `"never"` encodes images and videos in each pass.
 
     Raises:
         `ValueError`: If the value of an option is not allowed, or if options contradict each other.
@@ -294,8 +294,8 @@ class ViCuRConfig(DistillationConfig):
         if taken := sorted(ViCuRConfig.__annotations__.keys() & DistillationConfig.__dataclass_fields__.keys()):
             names = ", ".join(f"`{name}`" for name in taken)
             raise ImportError(
-                f"TRL {version('trl')} has options of its own named {names}, which trl-vicur {version('trl-vicur')} "
-                "defines with another meaning. Install `trl==1.16.*`, or a newer trl-vicur."
+                f"TRL {version('trl')} has options named {names}, which trl-vicur {version('trl-vicur')} defines with "
+                "a different meaning. Install `trl==1.16.*`, or a newer trl-vicur."
             )
 
     def _check_choices(self) -> None:
@@ -337,8 +337,9 @@ class ViCuRConfig(DistillationConfig):
             )
         if self.teacher_model_kind != "base":
             raise ValueError(
-                f"`teacher_model_kind={self.teacher_model_kind!r}` makes the student its own teacher, but there is a "
-                f"`teacher_model_server_url={self.teacher_model_server_url!r}` as well. Leave out one of the two."
+                f"`teacher_model_kind={self.teacher_model_kind!r}` makes the student its own teacher, but "
+                f"`teacher_model_server_url={self.teacher_model_server_url!r}` is set as well. Leave out one of the "
+                "two."
             )
         if self.distillation_mode == "full_logits":
             raise ValueError(
@@ -354,7 +355,7 @@ class ViCuRConfig(DistillationConfig):
 
 
 def template_variables(args: ViCuRConfig) -> dict[str, Any]:
-    """The variables that prompts are rendered with: `chat_template_kwargs`, `{}` if it is not set."""
+    """The chat template's variables: `chat_template_kwargs`, or `{}` if it is not set."""
     variables = args.chat_template_kwargs or {}
     assert isinstance(variables, dict)  # `TrainingArguments` has parsed a string
     return variables

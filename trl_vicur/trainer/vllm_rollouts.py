@@ -1,4 +1,4 @@
-"""Rollouts with vLLM through TRL: the engine gets the recovery module, and forgets what earlier weights computed."""
+"""Rollouts with vLLM through TRL: adds the recovery module to the engine, and clears caches after weights change."""
 
 import json
 import math
@@ -19,11 +19,11 @@ from ..cue_recovery.positions import visual_token_ids
 @contextmanager
 def engine_with_module(get_model: Callable[[], PeftModel]) -> Iterator[None]:
     """
-    While active, the engine that TRL starts has a recovery module like the model's.
+    While active, a vLLM engine that TRL starts gets a recovery module with the model's options.
 
     TRL's `VLLMGeneration` passes the engine the name of a model and has no option for engine arguments such as
-    `hf_overrides`; with one, this function becomes superfluous. The weights of the module arrive with each
-    synchronization, as do those of LoRA, merged.
+    `hf_overrides`. Remove this function once it has one. Each weight synchronization sends the module's weights, and
+    the base weights with LoRA merged.
 
     Args:
         get_model (`Callable[[], PeftModel]`):
@@ -45,9 +45,9 @@ def engine_with_module(get_model: Callable[[], PeftModel]) -> Iterator[None]:
 
 class StudentGeneration:
     """
-    TRL's generation with vLLM, and what rollouts of a vision-language student need in addition: vLLM reads exactly the
-    prompts that are trained on, samples no image tokens, drops image features of earlier weights, and the
-    log-probabilities of the sampled tokens are kept.
+    TRL's generation with vLLM, extended for a vision-language student: vLLM reads exactly the prompts that are trained
+    on, samples no image tokens, and drops image features of earlier weights. The log-probabilities of the sampled
+    tokens are kept.
 
     Args:
         generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
@@ -65,8 +65,8 @@ class StudentGeneration:
         if generation.mode == "server" and generation.accelerator.is_main_process:
             _check_server(generation.vllm_client, recovery_config)
         generation.logprobs = 0  # of the sampled token only
-        # TRL#3847: the model would look for image features of a sampled image token. TRL suppresses these tokens in
-        # rollouts by transformers only
+        # TRL#3847: the model would expect image features for a sampled image token. TRL suppresses these tokens only
+        # in rollouts with transformers
         bias = dict.fromkeys(visual_token_ids(generation.model.config), -100.0)
         generation.generation_kwargs = {"logit_bias": bias} | generation.generation_kwargs
         self.sampled_logprobs: list[list[float]] = []
@@ -102,7 +102,7 @@ class StudentGeneration:
         for ids, read_ids in zip(prompts, output[0], strict=True):
             if ids != read_ids:
                 raise RuntimeError(
-                    f"vLLM read {len(read_ids)} tokens where the trainer's processor makes {len(ids)} of a prompt. "
+                    f"vLLM turned a prompt into {len(read_ids)} tokens, but the trainer's processor into {len(ids)}. "
                     f"vLLM loads the processor of {self.model.name_or_path!r}: save the one that you train with there "
                     "(its image sizes matter most), or set `use_vllm=False`."
                 )

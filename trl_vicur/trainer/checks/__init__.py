@@ -1,1 +1,1 @@
-"""Refuse, before any training time is spent, what cannot be trained."""
+"""Checks of options, datasets and sharding, which raise before any training time is spent."""

@@ -1,8 +1,8 @@
 """
-Check that a model whose adapter is disabled is, and stays, its base model.
+Checks that a model with a disabled adapter equals its base model, before and during training.
 
 `disable_adapter()` removes the adapter from the forward pass. It does not undo changes that attaching the adapter made
-to the base weights (PiSSA and its relatives move a part of them into the adapter), nor the training of base weights
+to the base weights (PiSSA and similar methods move a part of them into the adapter), nor the training of base weights
 together with the adapter (`bias`).
 """
 
@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from trl.trainer import distillation_trainer
 
 
-# LoRA initializations that leave the base unchanged. Only adapters that the user attached are judged by this list; for
-# those that TRL attaches, weights before and after are compared
+# LoRA initializations that leave the base unchanged. This list is used only for adapters that the user attached; if
+# TRL attaches the adapter, weights before and after are compared
 KEEPING_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -31,8 +31,8 @@ def refusing_adapters_that_rewrite_the_base() -> Iterator[None]:
     """
     While active, compare checksums of the base weights before and after TRL attaches an adapter.
 
-    Also with a separate teacher: a saved adapter that needs a rewritten base gives wrong results wherever LoRA weights
-    are added to the published ones, such as in vLLM.
+    This matters with a separate teacher, too: a saved adapter that needs a rewritten base gives wrong results wherever
+    it is added to the published base, e.g. in vLLM.
 
     Raises:
         `ValueError`: If attaching the adapter changed a base weight.
@@ -68,7 +68,7 @@ def refusing_adapters_that_rewrite_the_base() -> Iterator[None]:
 
 def check_attached_adapters(peft_configs: dict[str, PeftConfig]) -> None:
     """
-    Check adapters that the user attached, by their configs, because the original base weights are unknown.
+    Check the configs of adapters that the user attached. Their original base weights are unknown.
 
     Args:
         peft_configs (`dict[str, PeftConfig]`):
@@ -91,7 +91,7 @@ def check_attached_adapters(peft_configs: dict[str, PeftConfig]) -> None:
 
 
 def trainable_base_weights(model: PeftModel) -> list[str]:
-    """Names of trainable weights outside adapters; disabling adapters does not restore their initial values."""
+    """Names of trainable weights outside of adapters. Disabling adapters does not restore their initial values."""
     in_adapters = set()
     for module in model.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -117,6 +117,6 @@ def _checksum(parameter: nn.Parameter) -> int | None:
     data = parameter.data.contiguous().view(-1).view(torch.uint8)
     if data.storage_offset() % 8:
         data = data.clone()
-    # Sum 8 bytes at a time, which a CPU does 200 times as fast as 2 bytes at a time
+    # Sum 8 bytes at a time, which is 200 times as fast on a CPU as 2 bytes at a time
     whole = len(data) // 8 * 8
     return int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())

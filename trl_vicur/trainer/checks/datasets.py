@@ -30,7 +30,7 @@ def check_dataset(
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The dataset. The trainer checks rows of a stream as it reads them.
         name (`str`):
-            What to call it in errors.
+            Name of the dataset in errors.
         checker ([`RowChecker`]):
             Checks a row.
         args ([`ViCuRConfig`]):
@@ -43,8 +43,8 @@ def check_dataset(
         [`name_streamed_rows`].
 
     Raises:
-        `ValueError`: If it is not a dataset, has too few rows, lacks a column or has a bad row. The error names the
-            column, or the row by number.
+        `ValueError`: If it is not a dataset, has too few rows, lacks a column or has a bad row. The error gives the
+            column or the row's number.
     """
     check_shape(dataset, name, args, min_rows)
     if isinstance(dataset, IterableDataset):
@@ -65,8 +65,8 @@ def find_bad_rows(
     dataset: Dataset | IterableDataset, name: str, checker: RowChecker, args: ViCuRConfig, min_rows: int = 1
 ) -> Iterator[ValueError]:
     """
-    All errors that fixing a dataset step by step would get from [`check_dataset`]: too few rows, then each bad row in
-    order. Same arguments.
+    All errors that [`check_dataset`] would raise one after the other while a user fixes the dataset: too few rows,
+    then each bad row in order. Same arguments.
 
     Raises:
         `ValueError`: If it is not a dataset or lacks a column.
@@ -102,7 +102,7 @@ def check_shape(dataset: Dataset | IterableDataset, name: str, args: ViCuRConfig
         check_columns(dataset.column_names, name, args)
     if isinstance(dataset, Dataset) and len(dataset) < min_rows:
         raise TooFewRowsError(
-            f"{name} has {len(dataset)} row(s), expected at least {min_rows}: an incomplete batch is left out. Take "
+            f"{name} has {len(dataset)} row(s), expected at least {min_rows}: an incomplete batch is left out. Use "
             "more rows, or a smaller batch (`per_device_train_batch_size`, `gradient_accumulation_steps`, processes)."
         )
 
@@ -142,7 +142,7 @@ def _problems(dataset: Dataset, name: str, checker: RowChecker, args: ViCuRConfi
         collate_fn=list,
         # For few rows, starting workers takes longer than the check
         num_workers=num_workers if num_workers > 1 and len(numbers) > num_workers * ROWS_PER_BATCH else 0,
-        generator=torch.Generator(),  # drawing from the global one would change a new adapter's initial weights
+        generator=torch.Generator(),  # the global one also draws a new adapter's initial weights
     )
     is_silent = args.disable_tqdm or args.process_index != 0
     with tqdm(total=len(numbers), desc=f"Checking {name}", unit="row", disable=is_silent) as progress:

@@ -1,5 +1,5 @@
 """
-Remember which datasets have passed the check of their rows, so that a resumed run need not check a million rows again.
+Remembers which datasets have passed the row check, so that a resumed run need not check a million rows again.
 
 A dataset that has passed leaves an empty file, its receipt, in the cache of `datasets`. The file's name is a digest of
 everything that the result depends on, so a receipt is never out of date, and a killed check leaves none.
@@ -37,8 +37,8 @@ def receipt_of(dataset: Dataset, checker: RowChecker) -> Path | None:
             Checks a row.
 
     Returns:
-        `Path` or `None`: `None` if the dataset is small, if caching is off ([`~datasets.disable_caching`]), or if
-        changes of rows cannot be noticed because a transform computes them or their images are URLs.
+        `Path` or `None`: `None` if the dataset is small, if caching is off ([`~datasets.disable_caching`]), or if rows
+            could change unnoticed because a transform computes them or their images are URLs.
     """
     if len(dataset) < MIN_ROWS or not datasets.is_caching_enabled() or dataset.format["type"] is not None:
         return None
@@ -66,7 +66,7 @@ def write_receipt(receipt: Path) -> None:
 
 
 def _file_state(path: str) -> tuple[str, int, int] | str:
-    """Size and modification time, to notice changes. A missing file has none; the check of rows reports it."""
+    """Size and modification time, to notice changes. For a missing file only the path; the row check reports it."""
     try:
         state = os.stat(path)
     except OSError:

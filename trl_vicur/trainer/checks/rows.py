@@ -1,4 +1,4 @@
-"""Check that a dataset row can be trained on, without decoding more of it than its errors need."""
+"""Checks that a dataset row can be trained on, and decodes only as much of it as the check needs."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ from ..vicur_config import ViCuRConfig, template_variables
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-# Options that the check of a row reads. `test_the_receipt_depends_on_every_option_that_the_check_reads` compares
+# Options that the row check reads; `test_the_receipt_depends_on_every_option_that_the_check_reads` keeps them complete
 OPTIONS = (
     "privilege",
     "cue_column",
@@ -39,7 +39,7 @@ OPTIONS = (
 
 @runtime_checkable
 class CountsMultimodalTokens(Protocol):
-    """A processor that computes the number of an image's tokens from the image's size."""
+    """A processor that can compute an image's number of tokens from its size."""
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]]) -> Mapping[str, list[int]]: ...
 
@@ -87,7 +87,7 @@ class RowChecker:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of everything that the check of a row depends on: options, processor, and code."""
+        """Digest of everything that the row check depends on: options, processor, and code."""
         hasher = hashlib.blake2b(digest_size=16)
         options = {name: getattr(self.args, name) for name in OPTIONS}
         limits = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
@@ -143,16 +143,16 @@ class RowChecker:
         for is_refused, problem, fix in (
             (
                 "video_grid_thw" not in self.processing_class.model_input_names,
-                f"a {processor} lays out in a way that ViCuRTrainer does not know",
+                f"a {processor} lays out in a way that ViCuRTrainer does not support",
                 "Use a model of the Qwen-VL families",
             ),
             (self.args.use_vllm, "TRL does not pass on to vLLM", "Set `use_vllm=False`"),
             (
                 self.args.teacher_model_server_url is not None,
-                "the teacher's server is not given",
+                "cannot be sent to the teacher's server",
                 "Pass the teacher as `teacher_model`",
             ),
-            (self.has_tools, "TRL does not pass on to turns that answer tools", "Train without `tools`"),
+            (self.has_tools, "TRL does not pass on to the turns after a tool call", "Train without `tools`"),
             (self.is_sharded, "would make ranks with a sharded vision tower wait for each other", "Train with DDP"),
         ):
             if is_refused:
@@ -243,7 +243,7 @@ class RowChecker:
                 )
 
     def _text_token_ids(self, prompt: list[dict[str, Any]], num_images: int, num_videos: int) -> list[int]:
-        """Token ids of the rendered prompt, in which each image and video is still one placeholder."""
+        """Token ids of the rendered prompt, with one placeholder for each image and video."""
         text = self.processing_class.apply_chat_template(
             fill_prompt(prompt, [None] * num_images, [None] * num_videos),
             tokenize=False,
@@ -265,7 +265,7 @@ class RowChecker:
                     f"The processor does not accept images of the sizes {list(image_sizes)}, in pixels: {error}. "
                     "Crop or pad the image, or remove the row."
                 ) from error
-        # SmolVLM's and LFM2-VL's processors count only what they have processed
+        # The processors of SmolVLM and LFM2-VL can count tokens only by processing an image
         return sum(map(self._num_tokens_of_blank_image, image_sizes))
 
     @lru_cache(maxsize=10_000)  # noqa: B019
@@ -275,7 +275,7 @@ class RowChecker:
 
     @lru_cache(maxsize=10_000)  # noqa: B019
     def _num_video_tokens(self, shape: tuple[int, ...]) -> int:
-        """Tokens of a blank video of this shape, with the time stamps that some processors write before its frames."""
+        """Tokens of a blank video of this shape, including time stamps that some processors write before frames."""
         video = {"type": "video", "video": np.zeros(shape, np.uint8)}
         try:
             token_ids = self._tokenize([{"role": "user", "content": [video]}])
@@ -288,9 +288,9 @@ class RowChecker:
         video_token_id: int = self.processing_class.video_token_id  # pyright: ignore[reportAttributeAccessIssue]
         if video_token_id not in token_ids:
             raise ValueError(
-                f"The row has videos, for which a {type(self.processing_class).__name__} writes the tokens of images; "
-                "its model cannot have both in one batch. Give the frames as images, or use a model of the Qwen-VL "
-                "families."
+                f"The row has videos, for which a {type(self.processing_class).__name__} writes image tokens; its "
+                "model cannot have images and videos in one batch. Give the frames as images, or use a model of the "
+                "Qwen-VL families."
             )
         return len(token_ids)
 
@@ -327,5 +327,5 @@ def with_row_number(check: Callable[[dict], None], get_row: Callable[[], dict], 
         check(get_row())
     except ValueError as error:
         raise ValueError(f"{row_name}: {error}") from error
-    except Exception as error:  # e.g. from a transform of the user's
+    except Exception as error:  # e.g. from a user's transform
         raise ValueError(f"{row_name} cannot be read: {type(error).__name__}: {error}") from error

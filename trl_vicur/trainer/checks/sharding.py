@@ -1,4 +1,4 @@
-"""How ranks shard the weights, and what cannot be trained with each kind of sharding."""
+"""Finds out how ranks shard the weights, and refuses what cannot be trained that way."""
 
 import os
 from typing import Literal
@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..vicur_config import ViCuRConfig
 
 
-# "DeepSpeed" is ZeRO-1 or ZeRO-2, which keep whole weights in buffers of their own. FSDP is named by its version
+# "DeepSpeed" is ZeRO-1 or ZeRO-2, which keep complete weights in buffers of their own
 Sharding = Literal["FSDP1", "FSDP2", "DeepSpeed", "ZeRO-3"] | str
 
 
@@ -64,7 +64,7 @@ def check_sharding(sharding: Sharding | None, args: ViCuRConfig, peft_configs: l
     if sharding == "ZeRO-3":
         raise ValueError(
             "DeepSpeed's ZeRO-3 is not supported: the losses and the teacher's copy would read shards of weights. "
-            "Use FSDP2 (examples/accelerate_configs/fsdp2.yaml), or ZeRO-2 where the models fit whole."
+            "Use FSDP2 (examples/accelerate_configs/fsdp2.yaml), or ZeRO-2 if the models fit on each GPU."
         )
     if sharding is not None and sharding.startswith("FSDP") and sharding != "FSDP2":
         raise ValueError(
@@ -72,7 +72,7 @@ def check_sharding(sharding: Sharding | None, args: ViCuRConfig, peft_configs: l
         )
     if sharding is not None and args.teacher_model_kind == "ema":
         raise ValueError(
-            "`teacher_model_kind='ema'` exchanges the student's weights, which FSDP and DeepSpeed keep in buffers of "
+            "`teacher_model_kind='ema'` swaps the student's weights, which FSDP and DeepSpeed keep in buffers of "
             "their own. Train with DDP, or choose `teacher_model_kind='base'` or `'live'`."
         )
     if sharding == "FSDP2" and any(getattr(config, "trainable_token_indices", None) for config in peft_configs):

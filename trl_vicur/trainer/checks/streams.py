@@ -1,4 +1,4 @@
-"""Names for the rows of a stream, so that errors can name a row without its number."""
+"""Names the rows of a stream, so that errors can identify a row."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def name_streamed_rows(dataset: IterableDataset, name: str) -> IterableDataset:
 
 
 def _undecoded(feature: Any) -> Any:
-    """The feature, with images left as bytes and paths at any depth."""
+    """The feature, with images at any depth left as bytes and paths."""
     if isinstance(feature, dict):
         return {key: _undecoded(value) for key, value in feature.items()}
     if isinstance(feature, (List, LargeList)):

@@ -1,4 +1,4 @@
-"""Warnings about thinking modes: privilege harms thinking models, and teacher and student need the same mode."""
+"""Warns about thinking modes: privilege harms thinking models, and teacher and student need the same mode."""
 
 import re
 import warnings
@@ -23,7 +23,7 @@ def thinking_mode(
     render: Callable[..., str], chat_template_kwargs: dict[str, Any] | None, switches: Iterable[str] = SWITCHES
 ) -> ThinkingMode:
     """
-    Find out in which mode a chat template puts the model.
+    Find out which thinking mode a chat template puts the model in.
 
     Args:
         render (`Callable`):
@@ -62,7 +62,7 @@ def thinking_mode_of_processor(
         assert isinstance(rendered, str)  # because of `tokenize=False`
         return rendered
 
-    # A processor takes variables that its template lacks for its own arguments
+    # A processor treats variables that its template lacks as its own arguments
     try:
         return thinking_mode(render, chat_template_kwargs, [name for name in SWITCHES if name in template])
     except (TypeError, TemplateError):
@@ -103,8 +103,8 @@ def warn_about_thinking_teacher(
             f"Teacher and student are in different thinking modes: with `chat_template_kwargs="
             f"{args.chat_template_kwargs!r}` the chat template of the teacher {teacher_name!r} {does[teacher_mode]}, "
             f"but the student's, which renders the prompts of both, {does[student_mode]}. The teacher would score "
-            "prompts unlike those it was trained on. Choose two thinking or two instruct checkpoints, or put both "
-            "into the same mode with `chat_template_kwargs={'enable_thinking': ...}`."
+            "prompts unlike those it was trained on. Choose two thinking or two instruct checkpoints, or put both in "
+            "the same mode with `chat_template_kwargs={'enable_thinking': ...}`."
         )
 
 

@@ -1,4 +1,4 @@
-"""Which teacher scores the completions: decided here and nowhere else."""
+"""Chooses the teacher. This is the only place where options decide which model scores the completions."""
 
 from accelerate import Accelerator
 from peft import PeftModel
@@ -37,7 +37,7 @@ def build_teacher(
         student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student before training.
         teacher_model (`nn.Module`, *optional*):
-            A model of its own, as TRL prepared it.
+            A separate teacher, as TRL prepared it.
         server ([`TeacherServer`], *optional*):
             Client of the teacher's server.
         processing_class ([`~transformers.ProcessorMixin`]):
@@ -45,7 +45,7 @@ def build_teacher(
         accelerator ([`~accelerate.Accelerator`]):
             The trainer's accelerator.
         forward_redirection ([`ForwardRedirection`]):
-            Runs a method within a wrapped model's forward.
+            Runs a method inside a wrapped model's forward.
         hidden_states (`Callable`):
             Runs a model over completions after the teacher's prompts, see `HiddenStates`.
     """

@@ -1,4 +1,4 @@
-"""What a teacher says about the completion tokens: the log-probabilities that the objectives read."""
+"""A teacher's scores of completion tokens: the log-probabilities that the objectives read."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from ..losses import token_logprobs, topk_logprobs
 
 
 class TeacherScores(ABC):
-    """A teacher's scores of completion tokens: of a whole batch first, of the tokens of the loss after `at`."""
+    """A teacher's scores of all completion tokens of a batch, or, after `at`, of the tokens in the loss."""
 
     @abstractmethod
     def at(self, mask: torch.Tensor) -> Self:
         """
-        Select the tokens of the loss.
+        Select the tokens in the loss.
 
         Args:
             mask (`torch.Tensor` of shape `(batch, completion)`):
-                Whether a token counts; its device is where the scores are needed.
+                Whether each token is in the loss. The scores move to the mask's device.
         """
 
     @abstractmethod
@@ -53,7 +53,7 @@ class TeacherScores(ABC):
 @dataclass(frozen=True)
 class StateScores(TeacherScores):
     """
-    Scores of a model in this process: everything that its hidden states and its head give.
+    Scores by a model in this process, computed from its hidden states and its head.
 
     Args:
         states (`torch.Tensor` of shape `(batch, completion, hidden)`, after `at` `(tokens, hidden)`):
@@ -82,7 +82,7 @@ class StateScores(TeacherScores):
 @dataclass(frozen=True)
 class ServedScores(TeacherScores):
     """
-    Scores that a server sent with the rollouts.
+    Scores by a server, which were requested when the rollouts were generated.
 
     Args:
         logprobs (`torch.Tensor` of shape `(batch, completion)`):
@@ -102,5 +102,5 @@ class ServedScores(TeacherScores):
         return self.logprobs
 
     def top_logprobs(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.top is not None  # the server is asked for them in "topk_logits"
+        assert self.top is not None  # requested from the server in "topk_logits"
         return self.top

@@ -20,7 +20,7 @@ from .teacher import HiddenStates, Model, Teacher
 
 class SeparateTeacher(Teacher):
     """
-    A model beside the student.
+    A teacher model separate from the student.
 
     Args:
         hidden_states (`Callable`):
@@ -32,9 +32,9 @@ class SeparateTeacher(Teacher):
         accelerator ([`~accelerate.Accelerator`]):
             The trainer's accelerator.
         forward_redirection ([`ForwardRedirection`]):
-            Runs a method within a wrapped model's forward, so that FSDP gathers its shards.
+            Runs a method inside a wrapped model's forward, so that FSDP gathers its shards.
         description (`str`):
-            How a model card names the teacher.
+            The teacher's name in a model card.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SeparateTeacher(Teacher):
 
 def copy_of_base(student: PreTrainedModel | PeftModel, accelerator: Accelerator) -> nn.Module:
     """
-    A frozen copy of the student's initial weights, without its adapter, prepared as a model that does not train.
+    A frozen copy of the student's initial weights, without its adapter, prepared for evaluation.
 
     Args:
         student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -75,7 +75,7 @@ def copy_of_base(student: PreTrainedModel | PeftModel, accelerator: Accelerator)
     if isinstance(teacher, PeftModel):
         teacher = teacher.unload()
     teacher.requires_grad_(False)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its engine casts the teacher to bfloat16, too
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its engine also casts the teacher to bfloat16
         return prepare_deepspeed(teacher, accelerator)
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
     return shard(teacher, accelerator) if accelerator.is_fsdp2 else teacher
@@ -83,25 +83,24 @@ def copy_of_base(student: PreTrainedModel | PeftModel, accelerator: Accelerator)
 
 def warn_about_copy(student: PeftModel, trained: list[str]) -> None:
     """
-    Warn that an adapter trains weights of the base, which makes a copy of the base necessary.
+    Warn that base weights train with the adapter, so that the teacher must be a copy of the base.
 
     Args:
         student ([`~peft.PeftModel`]):
             The student.
         trained (`list[str]`):
-            Names of the weights of the base that train.
+            Names of the trained base weights.
     """
     warnings.warn(
-        f"{len(trained)} weight(s) of the base train with the adapter, among them '{trained[0]}'. Without "
-        "its adapter the model would keep their trained values, so the teacher is a frozen copy of the "
-        f"base, which needs another {student.get_memory_footprint() / 2**30:.2f} GiB. Freeze the base "
-        "(`bias='none'`) to avoid the copy."
+        f"{len(trained)} weight(s) of the base train with the adapter, among them '{trained[0]}'. Disabling the "
+        "adapter would not restore their initial values, so the teacher is a frozen copy of the base, which needs "
+        f"another {student.get_memory_footprint() / 2**30:.2f} GiB. Freeze the base (`bias='none'`) to avoid the copy."
     )
 
 
 def shard(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
     """
-    Shard a teacher with FSDP2, as the student will be. TRL leaves it whole, on the device where it was loaded.
+    Shard a teacher with FSDP2, like the student. TRL leaves it unsharded, on the device where it was loaded.
 
     Args:
         teacher (`nn.Module`):

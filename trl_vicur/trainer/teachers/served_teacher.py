@@ -1,4 +1,4 @@
-"""A teacher on a vLLM server: it scores completions as soon as they are sampled."""
+"""A teacher on a vLLM server, which scores completions as soon as they are sampled."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from .teacher_server import ScoringRequest, TeacherServer
 
 class ServedTeacher(Teacher):
     """
-    The model that a server serves.
+    A teacher that a vLLM server runs.
 
     Args:
         server ([`TeacherServer`]):
@@ -22,7 +22,7 @@ class ServedTeacher(Teacher):
         processing_class ([`~transformers.ProcessorMixin`]):
             Processor of the student.
         chat_template_kwargs (`dict`):
-            Further arguments of the chat template.
+            Variables of the chat template.
     """
 
     def __init__(self, server: TeacherServer, processing_class: ProcessorMixin, chat_template_kwargs: dict[str, Any]):
@@ -33,8 +33,8 @@ class ServedTeacher(Teacher):
 
     def prepare(self, conversations: Sequence[list[dict[str, Any]]], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """
-        The server's log-probabilities of the completion tokens, `(batch, completion)`, and, in `"topk_logits"`, the
-        log-probabilities and ids of the most likely tokens, `(batch, completion, k)`; zero on padding.
+        Get the server's log-probabilities of the completion tokens, `(batch, completion)`, and, in `"topk_logits"`,
+        the log-probabilities and ids of the most likely tokens, `(batch, completion, k)`; zero on padding.
         """
         texts = self.processing_class.apply_chat_template(
             conversation=list(conversations), add_generation_prompt=True, tokenize=False, **self.chat_template_kwargs
@@ -65,7 +65,7 @@ class ServedTeacher(Teacher):
 
 
 def _pad(values: list[list], mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values per token of each completion as a tensor `(batch, completion, …)`, zero where the mask is `False`."""
+    """Turn each completion's values into a tensor `(batch, completion, …)`, zero where the mask is `False`."""
     tensor = torch.tensor([value for completion in values for value in completion], dtype=dtype)
     padded = torch.zeros(*mask.shape, *tensor.shape[1:], dtype=dtype, device=mask.device)
     padded[mask] = tensor.to(mask.device)

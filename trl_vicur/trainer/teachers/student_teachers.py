@@ -1,4 +1,4 @@
-"""Teachers that run the student itself, with other weights or with the same ones. They need no copy of the model."""
+"""Teachers that run the student model itself, with other weights or the same ones. They need no copy of the model."""
 
 import os
 from abc import abstractmethod
@@ -36,11 +36,11 @@ class StudentTeacher(Teacher):
 
     @abstractmethod
     def weights(self, student: Model) -> AbstractContextManager[None]:
-        """While active, the student has the teacher's weights. For passes without gradient."""
+        """While active, the student has the teacher's weights. Only for passes without gradient."""
 
     @contextmanager
     def acting(self, student: Model) -> Iterator[None]:
-        """While active, the student is the teacher: with its weights, in evaluation mode."""
+        """While active, the student acts as the teacher: it has the teacher's weights and is in evaluation mode."""
         was_training = student.training
         with self.weights(student):
             student.eval()
@@ -61,9 +61,9 @@ class StudentTeacher(Teacher):
 
 
 class AdapterOffTeacher(StudentTeacher):
-    """The student without its adapter, which is the frozen initial student where only the adapter trains."""
+    """The student with its adapter disabled: the frozen initial student, if only the adapter trains."""
 
-    description = "the student as it was"
+    description = "the initial student"
 
     def weights(self, student: Model) -> AbstractContextManager[None]:
         assert isinstance(student, PeftModel)
@@ -93,7 +93,7 @@ class LiveTeacher(StudentTeacher):
         return nullcontext()
 
     def shares_vision_features(self, is_vision_frozen: bool) -> bool:
-        # Weights that train stay the same until the next optimizer step
+        # Weights that train change only at the next optimizer step
         return is_vision_frozen or self.num_iterations == 1
 
 
@@ -103,7 +103,7 @@ class EMATeacher(StudentTeacher, TrainerCallback):
 
         teacher ← (1 − update_rate) · teacher + update_rate · student,    every `sync_steps` optimizer steps
 
-    Frozen weights are shared with the student, so an adapter's teacher only costs a second adapter.
+    Frozen weights are shared with the student, so with an adapter the teacher only costs a second adapter.
 
     Args:
         hidden_states (`Callable`):
@@ -118,7 +118,7 @@ class EMATeacher(StudentTeacher, TrainerCallback):
             Optimizer steps between updates.
     """
 
-    description = "the student's average"
+    description = "a moving average of the student"
 
     def __init__(
         self, hidden_states: HiddenStates, temperature: float, student: Model, update_rate: float, sync_steps: int
@@ -152,7 +152,7 @@ class EMATeacher(StudentTeacher, TrainerCallback):
             self._swap()
 
     def _swap(self) -> None:
-        # Swap the storages, not the values: the graph of the student's pass must find the student's weights again
+        # Swap the storages, not the values: the autograd graph of the student's pass still needs the student's weights
         for name, parameter in self.parameters.items():
             parameter.data, self.average[name] = self.average[name], parameter.data
 
@@ -166,11 +166,11 @@ class EMATeacher(StudentTeacher, TrainerCallback):
         path = os.path.join(directory, EMA_TEACHER_FILE)
         if not os.path.isfile(path):
             raise ValueError(
-                f"The checkpoint {directory!r} has no {EMA_TEACHER_FILE}: it was not made with "
+                f"The checkpoint {directory!r} has no {EMA_TEACHER_FILE}: it was not saved with "
                 "`teacher_model_kind='ema'` and cannot be resumed with it."
             )
         loaded = load_file(path)
         if loaded.keys() != self.average.keys():
-            raise ValueError(f"{path!r} holds the weights of another model or adapter than the one that is trained.")
+            raise ValueError(f"{path!r} holds weights of a different model or adapter than this run trains.")
         for name, average in self.average.items():
             average.copy_(loaded[name])

@@ -22,7 +22,7 @@ class Teacher(ABC):
 
     Attributes:
         description (`str`):
-            How a model card names the teacher.
+            The teacher's name in a model card.
     """
 
     description: str
@@ -34,7 +34,7 @@ class Teacher(ABC):
 
         Args:
             student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-                The unwrapped student, within its wrapper's forward.
+                The unwrapped student. The call runs inside its wrapper's forward.
             inputs (`dict`):
                 The micro-batch, with the tensors that `prepare` returned.
         """
@@ -45,7 +45,7 @@ class Teacher(ABC):
 
         Args:
             conversations (sequence of `list[dict]`):
-                The teacher's prompts, with their images in the blocks.
+                The teacher's prompts, with images inside their content blocks.
             batch (`dict`):
                 The rollouts, with the token ids of the teacher's prompts.
 
@@ -56,21 +56,21 @@ class Teacher(ABC):
 
     def shares_vision_features(self, is_vision_frozen: bool) -> bool:
         """
-        Whether features that the student's vision tower computed in the rollout are the teacher's, too.
+        Whether the teacher can reuse features that the student's vision tower computed in the rollout.
 
         Args:
             is_vision_frozen (`bool`):
-                Whether no part of the student before its decoder trains.
+                Whether all of the student before its decoder is frozen.
         """
         return False
 
     def save(self, directory: str) -> None:  # noqa: B027
-        """Write the teacher's state into a checkpoint; most have none."""
+        """Save the teacher's state in a checkpoint. Most teachers have none."""
 
     def load(self, directory: str) -> None:  # noqa: B027
         """
         Read the state that `save` wrote.
 
         Raises:
-            `ValueError`: If the checkpoint has none, or one of another model.
+            `ValueError`: If the checkpoint has no such state, or that of another model.
         """

@@ -1,1 +1,1 @@
-"""Images and videos on their way through a training batch."""
+"""Images and videos in training: processing them, sharing their features, and blank images for text-only ranks."""

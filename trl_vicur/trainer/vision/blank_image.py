@@ -1,8 +1,8 @@
 """
-A row with a blank image, for ranks whose rows have no image while those of other ranks do.
+A row with a blank image, for ranks without images in their batch when other ranks have some.
 
-FSDP2 gathers the layers of a sharded vision tower from all ranks, also in rollouts, and the gradients of a vision
-tower that trains are reduced over all ranks. Without the blank image, the other ranks would wait forever.
+FSDP2 gathers the layers of a sharded vision tower from all ranks, in rollouts too, and the gradients of a vision tower
+that trains are reduced over all ranks. Without the blank image, the other ranks would wait forever.
 """
 
 from functools import cached_property
@@ -17,15 +17,15 @@ from trl.data_utils import prepare_multimodal_messages
 
 class BlankImageRow:
     """
-    The row that is added to a text-only batch, so that its pass goes through the vision tower.
+    The row that is added to a text-only batch, so that its forward pass runs the vision tower.
 
     Args:
         processing_class ([`~transformers.ProcessorMixin`]):
             Processor of the model.
         image_token_id (`int`):
-            Id of the token that stands for a patch of an image.
+            Id of the image token.
         chat_template_kwargs (`dict`):
-            Further arguments of the chat template.
+            Variables of the chat template.
     """
 
     def __init__(self, processing_class: ProcessorMixin, image_token_id: int, chat_template_kwargs: dict[str, Any]):
@@ -57,13 +57,13 @@ class BlankImageRow:
         self, prompt_ids: list[list[int]], multimodal_fields: dict[str, Any]
     ) -> tuple[list[list[int]], dict[str, Any]]:
         """
-        Append the row to prompts that are to be completed.
+        Append the row to the prompts of a rollout.
 
         Args:
             prompt_ids (`list[list[int]]`):
                 Token ids of text-only prompts.
             multimodal_fields (`dict`):
-                Other outputs of the processor: at most token types.
+                Other outputs of the processor: token types, or nothing.
 
         Returns:
             `tuple[list[list[int]], dict]`: The same with one more prompt.
@@ -88,7 +88,7 @@ class BlankImageRow:
             attention_mask (`torch.Tensor` of shape `(batch, seq)`):
                 Their attention mask.
             multimodal_inputs (`dict`):
-                Further model inputs: at most token types, `(batch, seq)`.
+                Other model inputs: token types, `(batch, seq)`, or nothing.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, dict]`: The same with one more row and its pixels.

@@ -76,7 +76,7 @@ def lend_features(model: nn.Module, samples: dict[str, list[dict]]) -> AbstractC
         model (`nn.Module`):
             The vision-language model.
         samples (`dict[str, list[dict]]`):
-            The features of each sample of the batch, from [`split_by_sample`], of `"image"` and `"video"`.
+            For `"image"` and `"video"`, the features of each sample of the batch, from [`split_by_sample`].
     """
     joined = {kind: _join_samples(of_kind) for kind, of_kind in samples.items()}
     return _features_by(lambda kind, encode, *args, **kwargs: joined[kind], model)
@@ -95,18 +95,18 @@ def split_by_sample(output: ModelOutput, num_tokens: list[int]) -> list[dict] | 
     """
     Cut a batch's features into those of each sample, so that they can be shuffled and split with the batch.
 
-    Models return them by image (Qwen-VL), by sample (Idefics), by tile (InternVL), or as one tensor (Gemma 3), but
-    always one feature for each visual token, in the order of the prompts. So they are cut by the number of tokens.
+    Models return features by image (Qwen-VL), by sample (Idefics), by tile (InternVL), or as one tensor (Gemma 3), but
+    always one feature per visual token, in the order of the prompts. So we split them by the number of tokens.
 
     Args:
         output (`ModelOutput`):
             Return value of the model's `get_image_features` or `get_video_features`.
         num_tokens (`list[int]`):
-            Number of image tokens, or of video tokens, of each sample.
+            Number of image tokens, or of video tokens, in each sample.
 
     Returns:
-        `list[dict]` or `None`: The features that a forward call reads, for each sample; `None` for a model that does
-            not return one for each visual token. Plain types, so that a checkpoint can hold them.
+        `list[dict]` or `None`: For each sample, the features that a forward call reads; `None` if the model does not
+            return one feature per visual token. The types are plain, so that a checkpoint can hold them.
     """
     levels = output.get("deepstack_features")
     parts = [_cut(value, num_tokens) for value in (output.get("pooler_output"), *(levels or []))]
@@ -122,7 +122,7 @@ def split_by_sample(output: ModelOutput, num_tokens: list[int]) -> list[dict] | 
 
 
 def _cut(features: torch.Tensor | Sequence[torch.Tensor] | None, num_tokens: list[int]) -> list | None:
-    """Features of each sample, `(tokens, hidden)`, in a tuple where the model returned a sequence of tensors."""
+    """Features of each sample, `(tokens, hidden)`, in a tuple if the model returned a sequence of tensors."""
     if features is None:
         return None
     is_tensor = isinstance(features, torch.Tensor)
@@ -149,7 +149,7 @@ def _features_by(function: Callable[..., ModelOutput], model: nn.Module) -> Iter
     methods = {kind: name for kind, name in methods.items() if hasattr(backbone, name)}
     for kind, name in methods.items():
         encode = getattr(backbone, name)
-        # `wraps`, because `generate` reads the signature
+        # `generate` reads the signature, so keep it with `wraps`
         setattr(backbone, name, wraps(encode)(partial(function, kind, encode)))
     try:
         yield

@@ -1,4 +1,4 @@
-"""Pixels of a batch's images and videos, made once for all that ask: the rollout, the loss, the teacher's prompt."""
+"""Processes a batch's images and videos once for the rollout, the loss and the teacher's prompt."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from transformers.video_utils import VideoInput
 @contextmanager
 def images_processed_once(image_processor: BaseImageProcessor | BaseVideoProcessor) -> Iterator[None]:
     """
-    While active, for the same images and arguments the image processor returns what it returned before.
+    While active, the image processor returns its earlier output for the same images and arguments.
 
     Args:
         image_processor ([`~transformers.BaseImageProcessor`] or [`~transformers.BaseVideoProcessor`]):
@@ -26,7 +26,7 @@ def images_processed_once(image_processor: BaseImageProcessor | BaseVideoProcess
     @wraps(preprocess)
     def preprocess_once(images: ImageInput | VideoInput, return_tensors: str | None = None, **kwargs) -> BatchFeature:
         for earlier_images, earlier_tensors, earlier_kwargs, output in calls:
-            # What has no lists is the same with and without `return_tensors="pt"`
+            # If all outputs are tensors, `return_tensors="pt"` makes no difference
             is_same_type = return_tensors == earlier_tensors or (
                 {return_tensors, earlier_tensors} == {None, "pt"}
                 and all(isinstance(value, torch.Tensor) for value in output.values())
@@ -36,7 +36,7 @@ def images_processed_once(image_processor: BaseImageProcessor | BaseVideoProcess
         else:
             output = preprocess(images, return_tensors=return_tensors, **kwargs)
             calls.append((images, return_tensors, kwargs, output))
-        return BatchFeature({**output})  # processors take things out of it
+        return BatchFeature({**output})  # a copy, because processors remove entries
 
     image_processor.preprocess = preprocess_once
     try:
