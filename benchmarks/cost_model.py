@@ -288,7 +288,7 @@ def check_seconds(repeats: int) -> list[dict[str, Any]]:
 def run(quick: bool = False) -> dict[str, Any]:
     checks = {"counts": check_counts(), "seconds": check_seconds(repeats=1 if quick else 3)}
     for name, value in checks["counts"].items():
-        print(f"{name}: {value:.4f} of what torch and transformers count")
+        print(f"{name}: {value:.4f} times the count of torch or transformers")
     for row in checks["seconds"]:
         measured = row["measured_over_predicted"]["median"]
         print(f"{row['model']}, {row['tokens']} tokens: measured {measured:.2f} of predicted seconds")

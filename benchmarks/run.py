@@ -33,9 +33,7 @@ if importlib.util.find_spec("vllm"):  # needs its own environment
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=BENCHMARKS, help="run only this one")
-    parser.add_argument(
-        "--quick", action="store_true", help="few repeats and small sizes: checks that it runs, measures nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="few repeats and small sizes, only to check that it runs")
     arguments = parser.parse_args()
     if arguments.only is None:
         for name in BENCHMARKS:  # each in its own process, so that none inherits another's memory

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("generated_cues_output"), help="folder of the results")
     parser.add_argument("--generator_steps", type=int, default=400, help="optimizer steps of the generator")
     parser.add_argument("--max_steps", type=int, default=150, help="optimizer steps of each student")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all trainings")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all training runs")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()

@@ -33,7 +33,7 @@ from trl_vicur.cue_recovery import sink_attention
 
 BASE = Path(__file__).parent / "quickstart_base"
 NUM_TEST_QUESTIONS = 2000  # of 8,879, always the same ones
-# Options of both trainings
+# Options of both training runs
 TRAINING = {
     # The forward KL divergence over the whole vocabulary: the densest signal, best for a short training
     "distillation_mode": "full_logits",
@@ -153,7 +153,7 @@ def print_table(console: Console, results: dict[str, dict[str, float]]) -> None:
         seconds = [f"{result[name]:.0f} s" if name in result else "" for name in ("training_seconds", "seconds")]
         table.add_row(names[key], *shares, *seconds)
     console.print(table)
-    console.print("grounded accuracy: the answer is right, and so is the evidence that the text gives for it")
+    console.print("grounded accuracy: both the answer and the evidence that the text states for it are right")
     console.print("cue teacher: the base with the cue in its prompt. ViCuR student: distilled from it")
     if "answer_student" in results:
         console.print("OPSD student: distilled from the base with the answer in its prompt. Same steps and options")

@@ -17,8 +17,8 @@ settings.register_profile("long", max_examples=5_000)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--store_notebook", action="store_true", help="keep the outputs of the example notebook")
-    parser.addoption("--kills", type=int, default=1, help="how often test_resume.py kills a run at a random moment")
+    parser.addoption("--store_notebook", action="store_true", help="save the outputs of the example notebook")
+    parser.addoption("--kills", type=int, default=1, help="number of random kills in test_resume.py")
 
 
 @pytest.fixture(scope="session")

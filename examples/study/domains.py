@@ -171,7 +171,7 @@ DOMAINS = {
         training={**TINY_TRAINING, "max_completion_length": 40},
     ),
 }
-# The same with bases that have an attention sink, as large language models do (attention_sink.py)
+# The same domains with bases that have an attention sink, as large language models do (attention_sink.py)
 DOMAINS |= {
     f"{name}_sink": DOMAINS[name]._replace(base=str(STUDY / f"{name}_sink_base")) for name in ("easy_vqa", "geometry")
 }

@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domain", choices=DOMAINS, required=True)
     parser.add_argument("--run", required=True, help="a trained student, e.g. cue+module-lr0.001-seed0")
-    parser.add_argument("--num_rows", type=int, default=500, help="test rows")
+    parser.add_argument("--num_rows", type=int, default=500, help="number of test rows")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--output_dir", type=Path, default=Path("study_output"), help="folder of the students")
     args = parser.parse_args()

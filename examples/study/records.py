@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def read_records(path: Path, kind: str) -> dict[str, dict[str, Any]]:
     """
-    Results of one kind by name, in the order in which they were first written; empty if there is no such file.
+    Results of one kind by name, in the order in which they were first written; empty if the file does not exist.
 
     Raises:
         `ValueError`: If a line other than an unfinished last one is not JSON.

@@ -4,7 +4,7 @@ The component study: trains every cell of the grid on one of the domains, and re
     python examples/study/run.py --domain easy_vqa --seeds 5
 
 Each cell is trained at each of its learning rates with seed 0; the other seeds use the one that scored best on
-validation rows. Each run is a process of its own and appends one record to the domain's results (`records.py`). Runs
+validation rows. Each run has its own process and appends one record to the domain's results (`records.py`). Runs
 with a record are skipped, so the command can be stopped at any time, and several can run side by side.
 `python examples/study/summary.py` makes the tables.
 """
@@ -35,7 +35,7 @@ from trl_vicur.cue_recovery import CueRecoveryLayer
 
 
 NUM_CURVE_POINTS = 4
-# Size of a GRPO group: as many rollouts per step as the other cells have, of fewer prompts
+# Size of a GRPO group: as many rollouts per step as in the other cells, from fewer prompts
 NUM_GENERATIONS = 4
 # Linear layers of Qwen3-VL's text decoder and of the mergers between vision tower and decoder
 TEXT_LINEAR = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -85,7 +85,7 @@ def share_weights(model: torch.nn.Module) -> None:
 
 
 def leakage_per_epoch(log: list[dict[str, Any]], rollouts_per_step: int) -> list[dict[str, int]]:
-    """Rollouts that mention the hint, and mentions in all, per epoch (ViCuR, Table 8), from the logged means."""
+    """Rollouts that mention the hint, and all mentions, per epoch (ViCuR, Table 8), computed from logged means."""
     epochs: dict[int, dict[str, int]] = {}
     last_step = 0
     for entry in log:
@@ -213,7 +213,7 @@ def searched_learning_rates(runs: dict[str, dict[str, Any]], cell: str, metric: 
 
 
 def run_cell(args: argparse.Namespace, cell: str, learning_rate: float, seed: int) -> None:
-    """Trains a cell in a process of its own, unless it has a record or another process is training it."""
+    """Trains a cell in its own process, unless it has a record or another process is training it."""
     results, name = args.results / f"{args.domain}.jsonl", run_name(cell, learning_rate, seed)
     if name in read_records(results, "run"):
         return
@@ -258,10 +258,10 @@ def main() -> None:
     parser.add_argument("--dataset", help="your own rows: an id on the Hub or a folder of `save_to_disk`")
     parser.add_argument("--model", help="the model that students start from, for --dataset")
     parser.add_argument("--stronger_teacher", help="the teacher of the cells that have a stronger one")
-    parser.add_argument("--cells", nargs="+", choices=GRID, default=list(GRID), help="which cells, in this order")
+    parser.add_argument("--cells", nargs="+", choices=GRID, default=list(GRID), help="cells to train, in this order")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--max_steps", type=int, help="optimizer steps of each student")
-    parser.add_argument("--max_rows", type=int, help="rows of each split, for a quick try")
+    parser.add_argument("--max_rows", type=int, help="maximum number of rows per split, for a quick test")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--output_dir", type=Path, default=Path("study_output"), help="folder of students and logs")
     parser.add_argument("--cell", choices=GRID, help="train only this cell, with --learning_rate and --seed")

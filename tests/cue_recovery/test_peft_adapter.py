@@ -182,7 +182,7 @@ def test_unload_returns_the_base_model(inputs, r):
     torch.testing.assert_close(logits(get_peft_model(unloaded, CueRecoveryConfig(layer_interval=2)), inputs), expected)
 
 
-# --- What trains ---
+# --- Trainable parameters ---
 
 
 def trainable_parts(model):

@@ -326,7 +326,7 @@ def test_two_processes_cannot_write_the_same_output(tmp_path):
         ResponseStore(tmp_path / "s.sqlite", {})
 
 
-# --- kills and full disks
+# --- killed processes and full disks
 
 KILLED_RUN = """
 import sys, time

@@ -146,7 +146,7 @@ ACCEPTED = {
         data(encoded(NOISE, "MPO", save_all=True, append_images=[WIDE])),
         Image.open(io.BytesIO(JPEG)),
     ),
-    # Upright
+    # Orientation
     "exif-1": (data(turned(1)), WIDE),
     "exif-2": (data(turned(2)), ImageOps.mirror(WIDE)),
     "exif-3": (data(turned(3)), WIDE.rotate(180)),
@@ -155,7 +155,7 @@ ACCEPTED = {
     "exif-6": (path("a.png", turned(6)), WIDE.rotate(-90, expand=True)),
     "exif-7": (data(turned(7)), WIDE.transpose(Image.Transpose.TRANSVERSE)),
     "exif-8": (lambda folder: Image.open(io.BytesIO(turned(8))), WIDE.rotate(90, expand=True)),
-    "exif-of-no-meaning": (data(turned(77)), WIDE),
+    "invalid-exif-orientation": (data(turned(77)), WIDE),
 }
 
 # The image and the expected error
@@ -167,7 +167,7 @@ REFUSED = {
     "nested-list": (value([NOISE]), f"{NO_TYPE} list"),
     "empty-dict": (value({}), f"({{}}) cannot be read: {NO_TYPE}"),
     "neither-bytes-nor-path": (value({"bytes": None, "path": None}), NO_TYPE),
-    # Places
+    # Locations
     "missing-file": (lambda folder: str(folder / "gone.png"), f"gone.png') cannot be read: {NO_FILE}"),
     "missing-file-in-dict": (value({"bytes": None, "path": "/no/a.png"}), f"('/no/a.png') cannot be read: {NO_FILE}"),
     "directory": (str, NO_FILE),
@@ -206,7 +206,7 @@ REFUSED = {
 }
 
 
-# --- The promises ---
+# --- Tests ---
 
 
 @pytest.fixture(scope="module")

@@ -273,7 +273,7 @@ def test_committed_results_have_a_base_and_known_cells():
             assert cell in cells.GRID | cells.REMOVED
 
 
-# --- A cell from start to end ---
+# --- A cell end to end ---
 
 
 @pytest.fixture(scope="module")

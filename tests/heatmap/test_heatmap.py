@@ -204,7 +204,7 @@ def test_sink_after_the_question(processor):
         assert axis.images[1].get_array().mean() == pytest.approx(1.0)
 
 
-# --- What cannot be drawn ---
+# --- Inputs that cannot be drawn ---
 
 
 def test_conversations_that_cannot_be_drawn_are_refused(processor):

@@ -342,7 +342,7 @@ def hub(tmp_path):
 
 
 def run_beside(hub: HubServer, code: str, home: Path) -> None:
-    """Run Python in an empty folder, as somebody who has access to nothing but that Hub."""
+    """Run Python in an empty folder, like a user who can access nothing but that Hub."""
     home.mkdir()
     environment = {
         **os.environ,

@@ -80,7 +80,7 @@ def test_unknown_values_of_tokenize_prompts_are_refused_by_version(tmp_path, pro
         trainer.train()
 
 
-# --- Our names ---
+# --- Names that must stay free ---
 
 
 def test_distillation_config_has_none_of_our_fields():
@@ -286,7 +286,7 @@ def test_recomputed_decoder_layer_reads_the_hooks_returned_value(processor, use_
     why = (
         f"transformers {version('transformers')} runs pre-forward hooks {dict(runs)} times in a forward pass and its "
         "backward with gradient checkpointing. The recovery module is such a hook on a decoder layer "
-        "(CueRecoveryLayer), so the recomputed layer must read what it returned, be it recomputed (2) or not (1)."
+        "(CueRecoveryLayer), so the recomputed layer must read its return value, whether recomputed (2) or not (1)."
     )
     assert set(runs.values()) in ({1}, {2}), why
     for first, recomputed in inputs.values():

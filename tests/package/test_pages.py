@@ -286,7 +286,7 @@ def test_python_snippets_match_the_code(page):
                 case ast.Import(names=names):
                     for each in names:
                         importlib.import_module(each.name)
-                case ast.ImportFrom(module="vllm"):  # in an environment of its own
+                case ast.ImportFrom(module="vllm"):  # in a separate environment
                     pass
                 case ast.ImportFrom(module=module, names=names):
                     for each in names:

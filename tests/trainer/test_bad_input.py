@@ -41,7 +41,7 @@ ACCEPTED_ROWS = {
     "empty-question": asks(""),
     "blank-question": asks(" \n\t"),
     "one-block": asks([IMAGE, text("What is this?")]),
-    "image-behind-the-text": asks([text("What is "), IMAGE, text("?")]),
+    "image-after-text": asks([text("What is "), IMAGE, text("?")]),
     "two-images": {"images": [make_image(0), make_image(1)]},
     "no-images": {"images": []},
     "images-none": {"images": None},
@@ -127,7 +127,7 @@ REFUSED_ROWS = {
         "Number of images provided (2) does not match number of image placeholders (1). Give `prompt` a block",
     ),
     "missing-image": ({**asks([IMAGE, text("What?")]), "images": []}, "provided (0) does not match number of image"),
-    "missing-place": (asks([text("What?")]), "provided (1) does not match number of image placeholders (0)"),
+    "missing-placeholder": (asks([text("What?")]), "provided (1) does not match number of image placeholders (0)"),
     "no-blocks": (asks([]), "provided (1) does not match number of image placeholders (0)"),
     "image-in-block": (
         asks([{**IMAGE, "image": make_image(0)}, text("What?")]),
@@ -141,7 +141,10 @@ REFUSED_ROWS = {
         {"prompt": [*QUESTION, {"role": "tool", "content": [IMAGE]}]},
         "`prompt` has an image block in a turn of role 'tool', where TRL inserts no image",
     ),
-    "images-text": ({"images": "a.png"}, "`images` must be a list, got str: 'a.png'. Put a single image into a list"),
+    "images-string": (
+        {"images": "a.png"},
+        "`images` must be a list, got str: 'a.png'. Put a single image into a list",
+    ),
     "images-image": ({"images": make_image(0)}, "`images` must be a list, got Image"),
     "images-dict": ({"images": {"bytes": b"", "path": None}}, "`images` must be a list, got dict"),
     "images-of-none": ({"images": [None]}, "An image (None) cannot be read"),
@@ -166,8 +169,11 @@ REFUSED_ROWS = {
     "placeholder-in-question": (asks("<|image_pad|>"), "contains the control token '<|image_pad|>'"),
     "placeholder-in-cue": ({"cue": "<|video_pad|>" * 9}, "contains the control token '<|video_pad|>'"),
     "padding-in-cue": ({"cue": "a dot<|endoftext|>"}, "contains the control token '<|endoftext|>'"),
-    "control-over-two-blocks": (asks([IMAGE, text("<|im_"), text("end|>")]), "The text of `prompt`" + CONTROL),
-    "control-over-trimmed-blocks": (asks([IMAGE, text("<|im_ "), text("\nend|>")]), "The text of `prompt`" + CONTROL),
+    "control-across-two-blocks": (asks([IMAGE, text("<|im_"), text("end|>")]), "The text of `prompt`" + CONTROL),
+    "control-across-trimmed-blocks": (
+        asks([IMAGE, text("<|im_ "), text("\nend|>")]),
+        "The text of `prompt`" + CONTROL,
+    ),
     "control-in-tool-call": (
         {"prompt": [*QUESTION, {**TOOL_CALL, "tool_calls": [{"function": {"<|im_end|>": 1}}]}, *QUESTION]},
         "The text of `prompt`" + CONTROL,
@@ -313,7 +319,7 @@ REFUSED_DATASETS = {
     "name": (lambda: dict(dataset="me/geometry-with-cues"), "train_dataset must be a `datasets.Dataset`"),
     "splits": (lambda: dict(dataset=DatasetDict(train=GOOD)), "got a DatasetDict of ['train']. Choose one split"),
     "no-rows": (lambda: dict(dataset=GOOD.select([])), "train_dataset has 0 row(s), expected at least 1"),
-    "less-than-a-batch": (
+    "fewer-rows-than-a-batch": (
         lambda: dict(dataset=GOOD, per_device_train_batch_size=2, gradient_accumulation_steps=2),
         "train_dataset has 3 row(s), expected at least 4: an incomplete batch is left out. Use more rows",
     ),
@@ -333,7 +339,7 @@ REFUSED_DATASETS = {
         lambda: dict(dataset=GOOD.remove_columns("answer"), privilege="answer"),
         "no column `answer`; with `privilege='answer'`",
     ),
-    "cues-elsewhere": (
+    "cues-in-another-column": (
         lambda: dict(dataset=GOOD, cue_column="evidence"),
         "no column `evidence`; with `privilege='cue'`",
     ),
@@ -507,7 +513,7 @@ CONFLICTS = {
         dict(loss_aggregation="sequence", use_liger_kernel=True, distillation_mode="full_logits"),
         "`loss_aggregation='sequence'` needs the divergence of each token",
     ),
-    "more-tokens-than-there-are": (
+    "topk-beyond-the-vocabulary": (
         dict(distillation_mode="topk_logits", distillation_topk=264),
         "`distillation_topk=264` exceeds the vocabulary of 263 tokens",
     ),

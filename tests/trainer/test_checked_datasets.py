@@ -113,7 +113,7 @@ def test_check_does_not_change_the_random_state(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# --- What is remembered ---
+# --- Receipts ---
 
 
 def test_dataset_that_has_passed_is_not_checked_again(tmp_path, checked, cache):

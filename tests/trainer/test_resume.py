@@ -279,7 +279,7 @@ def test_checkpoint_without_the_teacher_average_is_refused(tmp_path, checkpoints
         train(tmp_path, resume=True, teacher_model_kind="ema")
 
 
-# --- Kills ---
+# --- Killed processes ---
 
 # Everything that a checkpoint can contain; two steps on the same rollouts, 4 steps per epoch
 KILLED = dict(

@@ -868,7 +868,7 @@ def test_pad_token_at_the_start_of_a_prompt_is_kept(tmp_path, family):
     assert all(math.isfinite(log["loss"]) for log in train_logs(trainer))
 
 
-# --- As in TRL ---
+# --- Features of TRL ---
 
 
 def test_qwen2_5_vl(tmp_path):

@@ -23,7 +23,7 @@ from ..vicur_config import ViCuRConfig, template_variables
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-# Options that the row check reads; `test_the_receipt_depends_on_every_option_that_the_check_reads` keeps them complete
+# Options that the row check reads; `test_receipt_depends_on_every_option_that_the_check_reads` keeps them complete
 OPTIONS = (
     "privilege",
     "cue_column",
