@@ -107,7 +107,7 @@ def check_answers(
 
 
 def add_results(dataset: Dataset, asked: list[int], checked: dict[str, dict[int, CheckedAnswer]]) -> Dataset:
-    """The dataset with the models' completions, errors and verdicts as columns of dicts by model name."""
+    """Add the models' completions, errors and verdicts to the dataset, as columns of dicts by model name."""
     columns: dict[str, tuple[Value, Callable[[CheckedAnswer], Any]]] = {
         "completions": (Value("string"), lambda answer: answer.completion),
         "completion_errors": (Value("string"), lambda answer: answer.error),

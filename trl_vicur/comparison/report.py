@@ -78,7 +78,7 @@ def write_html_comparison(
 
 
 def verdicts_by_row(dataset: Dataset) -> tuple[list[str], dict[int, Verdict]]:
-    """The models' names, and the verdict on each row that they answered, by row number."""
+    """Return the models' names, and the verdict on each row that they answered, by row number."""
     correct = dataset.select_columns(["correct"]).with_format(None)["correct"]
     names = list(dataset.features["correct"])
     return names, {
@@ -89,7 +89,7 @@ def verdicts_by_row(dataset: Dataset) -> tuple[list[str], dict[int, Verdict]]:
 
 
 def group_id(verdict: Verdict) -> str:
-    """The name of the questions with this verdict in the page's filter."""
+    """Id of the verdict's button in the page's filter."""
     return "right-" + "".join("01"[is_right] for is_right in verdict)
 
 
@@ -107,7 +107,7 @@ def read_rows(
     cue_column: str,
     answer_column: str,
 ) -> Iterator[dict[str, Any]]:
-    """The rows with the given numbers and verdicts, one at a time, in the form that the template expects."""
+    """Yield the chosen rows, one at a time, in the form that the template expects."""
     columns = [question_column, cue_column, answer_column, "completions", "completion_errors"]
     for (number, verdict), row in zip(chosen.items(), undecoded_rows(dataset, chosen, columns), strict=True):
         cue = row.get(cue_column)

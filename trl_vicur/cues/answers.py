@@ -142,7 +142,7 @@ def is_correct(completion: str, answer: str) -> bool:
 
 
 def _final_answers(completion: str) -> list[str]:
-    """The candidates for the final answer."""
+    """Find candidates for the final answer."""
     tagged = ANSWER_TAG.findall(completion)
     if tagged:
         completion = tagged[-1]
@@ -164,7 +164,7 @@ def _final_answers(completion: str) -> list[str]:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{}`, which may contain braces."""
+    r"""Return the content of the last `\boxed{}`, which may contain braces."""
     start = text.rfind(r"\boxed{")
     if start == -1:
         return None
@@ -178,7 +178,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _clean(text: str) -> str:
-    """The text without Markdown, LaTeX's text commands and spacing, and trailing punctuation."""
+    """Remove Markdown, LaTeX's text and spacing commands, and trailing punctuation."""
     for symbol, latex in AS_LATEX.items():
         text = text.replace(symbol, latex)
     text = unicodedata.normalize("NFKC", text).replace("⁄", "/")  # the fraction slash of "½"
@@ -202,7 +202,7 @@ def _matches(final: str, answer: str) -> bool:
 
 
 def _named_option(text: str) -> str | None:
-    """The letter of the option that the text names; `None` unless it names exactly one."""
+    """Return the letter of the option that the text names, or `None` unless it names exactly one."""
     if leading := LEADING_OPTION.match(text):
         return _letter(leading)
     letters = set(map(_letter, NAMED_OPTION.finditer(text))) or set(map(_letter, LONE_LETTER.finditer(text)))
@@ -210,7 +210,7 @@ def _named_option(text: str) -> str | None:
 
 
 def _letter(match: re.Match) -> str:
-    """The option's letter, from the only group that matched, in upper case."""
+    """Return the option's letter in upper case; only one group of the match is set."""
     return next(filter(None, match.groups())).upper()
 
 
@@ -237,7 +237,7 @@ def _words(text: str) -> list[str]:
 
 
 def _in_digits(text: str) -> str:
-    """The text with number words as digits."""
+    """Replace number words with digits."""
     return number_words_to_digits(text).replace(FILL_CHARACTER, "")
 
 
@@ -294,7 +294,7 @@ def _is_number(expression: sympy.Basic) -> TypeGuard[sympy.Expr]:
 
 
 def _numbers(expression: sympy.Basic) -> Iterator[sympy.Expr]:
-    """The largest parts of an expression that are numbers."""
+    """Yield the largest parts of an expression that are numbers."""
     if _is_number(expression):
         yield expression
     else:
@@ -303,7 +303,7 @@ def _numbers(expression: sympy.Basic) -> Iterator[sympy.Expr]:
 
 
 def _exact(number: sympy.Expr) -> sympy.Expr:
-    """The number with fractions instead of decimals and percentages."""
+    """Replace decimals and percentages with exact fractions."""
     return number.xreplace({each: sympy.Rational(str(each)) for each in number.atoms(sympy.Float)}).doit()
 
 
@@ -333,7 +333,7 @@ def _is_same_number(one: sympy.Expr, other: sympy.Expr) -> bool:
 
 
 def _with_percent(number: sympy.Expr, factor: sympy.Expr) -> sympy.Expr:
-    """The number with `factor` substituted for its percent sign."""
+    """Substitute `factor` for the number's percent sign."""
     replaced = number.xreplace({PERCENT: factor})
     assert isinstance(replaced, sympy.Expr)  # replacing one expression by another gives an expression
     return replaced

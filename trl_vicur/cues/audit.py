@@ -30,7 +30,7 @@ class AuditColumns(NamedTuple):
     visible_text: str
 
     def audit(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The columns of `AUDIT_FEATURES` for a row."""
+        """Audit a row; returns the values of the columns `AUDIT_FEATURES`."""
         cue, answer = row[self.cue], row.get(self.answer)
         if cue is None:
             return dict.fromkeys(AUDIT_FEATURES) | {"cue_usable": False, "cue_reasons": ["there is no cue"]}

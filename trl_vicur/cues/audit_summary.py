@@ -134,7 +134,7 @@ def find_verdicts(row: dict[str, Any], cue: str | None) -> list[str]:
 
 
 def mean_of_columns(dataset: Dataset, columns: list[str]) -> dict[str, int | float]:
-    """The columns' means over the rows that have all values, and the number of these rows; empty if there are none."""
+    """Means of the columns over the rows that have all values, and the number of these rows; may be empty."""
     if not columns:
         return {}
     sums, num_rows = np.zeros(len(columns)), 0

@@ -136,7 +136,7 @@ def audit_and_measure(
     args: AuditArguments,
     generator_args: GeneratorArguments,
 ) -> Dataset:
-    """The dataset with the columns of the audit and of each requested measure."""
+    """Add the columns of the audit and of each requested measure."""
     prompt, seed = generator_args.make_prompt(), generator_args.seed
     columns = {"question_column": question_column, "answer_column": args.answer_column}
     if args.fix == "regenerate":

@@ -21,7 +21,7 @@ HTML = re.compile(r"\A\s*(?:<!doctype html|<html\b|<head\b|<body\b)", re.IGNOREC
 
 
 def check_cue(response: ChatResponse) -> ChatResponse:
-    """The response with the cue as its text, or with an error if its text is not a cue."""
+    """Return the response with the cue as its text, or with an error if the text is not a cue."""
     if response.text is None:
         return response
     text = THINKING.sub("", response.text).strip()

@@ -146,7 +146,7 @@ def read_row(teacher: TransformersGenerator, rows: QuestionRows, template: str, 
 
 
 def read_gaps(store: ResponseStore, num_rows: int) -> tuple[dict[str, list[float | None]], list[str | None]]:
-    """The stored gaps as columns, and the errors of the rows that failed."""
+    """Read the stored gaps as columns, and the errors of failed rows."""
     gaps: dict[str, list[float | None]] = {name: [None] * num_rows for name in GAP_COLUMNS}
     errors: list[str | None] = [None] * num_rows
     for number, text, error, _ in store:
@@ -226,7 +226,7 @@ def _split(token_ids: Sequence[list[int]]) -> Iterator[list[int]]:
 
 
 def greedy_completions(teacher: TransformersGenerator, conversations: list[list[dict[str, Any]]]) -> list[str]:
-    """The teacher's greedy completions, truncated at its `max_new_tokens`."""
+    """Generate the teacher's greedy completions, truncated at its `max_new_tokens`."""
     inputs = teacher.encode(conversations)
     max_new_tokens = teacher.settings["max_new_tokens"]
     # transformers annotates `generate` for its concrete classes only

@@ -40,7 +40,7 @@ class CuePrompt:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "CuePrompt":
-        """A prompt with the text of a file as its user turn, and the file's name as its version."""
+        """Make a prompt whose user turn is the text of a file and whose version is the file's name."""
         return cls(version=Path(path).name, user=Path(path).read_text(encoding="utf-8"))
 
     @property
@@ -49,7 +49,7 @@ class CuePrompt:
         return {"prompt_version": self.version, "prompt": [self.system, self.user]}
 
     def messages(self, question: str, images: list[Image.Image]) -> list[dict[str, Any]]:
-        """The conversation that asks for a cue to `question` in `images`."""
+        """Make the conversation that asks for a cue for `question` about `images`."""
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         # Not `str.format`: a question may contain braces
         content.append({"type": "text", "text": self.user.replace("{question}", question)})
@@ -61,7 +61,7 @@ class CuePrompt:
 
 def cue_messages(row: dict[str, Any], question_column: str, prompt: CuePrompt) -> list[dict[str, Any]]:
     """
-    The conversation that asks for a row's cue.
+    Make the conversation that asks for a row's cue.
 
     Raises:
         `ValueError`: If the row has no image or no question, or a control token in its question.

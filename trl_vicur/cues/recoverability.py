@@ -100,7 +100,7 @@ def check_sampling(generator: Generator, num_samples: int) -> None:
 
 
 def compare_samples(store: ResponseStore, cues: list[str], num_samples: int) -> dict[str, list[float | None]]:
-    """The agreement of each row's samples with its cue, and their entropy."""
+    """Compute the agreement of each row's samples with its cue, and the samples' entropy."""
     agreements: list[float | None] = [None] * len(cues)
     entropies: list[float | None] = [None] * len(cues)
     for number, responses in groupby(store, key=lambda response: response[0] // num_samples):

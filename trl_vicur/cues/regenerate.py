@@ -125,7 +125,7 @@ def attempt_cues(
 
 
 def replace_cues(dataset: Dataset, new_cues: dict[int, NewCue], settings: dict[str, Any]) -> Dataset:
-    """The dataset with new cues, and their provenance, in the given rows."""
+    """Replace the cues, errors and provenance of the given rows."""
     replacements: dict[str, dict[int, Any]] = {
         "cue": {number: cue.text for number, cue in new_cues.items()},
         "cue_error": dict.fromkeys(new_cues),

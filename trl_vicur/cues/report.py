@@ -123,7 +123,7 @@ def print_summary(dataset: Dataset, console: Console) -> None:
 
 
 def select_measures(summary: dict[str, int | float]) -> list[Measure]:
-    """The measures in the summary, each with only the columns that the summary has."""
+    """Select the measures in the summary, each with only the columns that the summary has."""
     selected = [
         measure._replace(columns={column: label for column, label in measure.columns.items() if column in summary})
         for measure in MEASURES
@@ -134,7 +134,7 @@ def select_measures(summary: dict[str, int | float]) -> list[Measure]:
 def read_rows(
     dataset: Dataset, chosen: dict[int, list[str]], question_column: str, cue_column: str, answer_column: str
 ) -> Iterator[dict[str, Any]]:
-    """The rows with the given numbers and verdicts, one at a time, in the form that the template expects."""
+    """Yield the chosen rows, one at a time, in the form that the template expects."""
     columns = [question_column, cue_column, answer_column, "cue_error", "cue_reasons"]
     for (number, verdicts), row in zip(chosen.items(), undecoded_rows(dataset, chosen, columns), strict=True):
         images = row_images(row) if "images" in row or "image" in row else []
@@ -156,12 +156,12 @@ def read_rows(
 
 
 def mark_quotes(reason: str) -> Markup:
-    """A reason with its quotations marked."""
+    """Mark the quotations in a reason."""
     return mark(reason, [match.span(match.lastindex or 0) for match in QUOTED.finditer(reason)])
 
 
 def mark_evidence(cue: str, quotes: set[str]) -> Markup:
-    """A cue with the quotations of its reasons marked, where they are whole words."""
+    """Mark in a cue what its reasons quote, as whole words."""
     # `repr`, which reasons quote with, doubles the backslashes of LaTeX
     longest_first = sorted({quote.replace("\\\\", "\\") for quote in quotes}, key=len, reverse=True)
     pattern = "|".join(rf"(?:(?<!\w)|(?=\W)){re.escape(quote)}(?:(?!\w)|(?<=\W))" for quote in longest_first)
@@ -169,7 +169,7 @@ def mark_evidence(cue: str, quotes: set[str]) -> Markup:
 
 
 def mark(text: str, spans: list[tuple[int, int]]) -> Markup:
-    """The text, escaped, with its `(start, stop)` spans marked."""
+    """Escape the text and mark its `(start, stop)` spans."""
     markup, end = Markup(""), 0
     for start, stop in spans:
         markup += escape(text[end:start]) + Markup("<mark>{}</mark>").format(text[start:stop])

@@ -16,7 +16,7 @@ from trl.import_utils import is_vllm_available
 
 
 def describe_devices() -> list[tuple[str, str]]:
-    """Each accelerator with its memory, and whether it supports bfloat16."""
+    """List each accelerator with its memory, and whether it supports bfloat16."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return [("accelerator", "none: training would run on the CPU, with `--use_cpu`")]
@@ -31,7 +31,7 @@ def describe_devices() -> list[tuple[str, str]]:
 
 
 def describe_kernels() -> list[tuple[str, str]]:
-    """The fused kernels available for training, and the options that enable them."""
+    """List the fused kernels available for training, and the options that enable them."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     has_gpu = accelerator is not None and accelerator.type in ("cuda", "xpu")
     has_triton = has_gpu and is_triton_available()
@@ -60,7 +60,7 @@ def describe_kernels() -> list[tuple[str, str]]:
 
 
 def describe_rollout_engines() -> list[tuple[str, str]]:
-    """The engines that can generate completions, with and without the recovery module."""
+    """List the engines that can generate completions, with and without the recovery module."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         has_vllm = is_vllm_available()
@@ -81,7 +81,7 @@ def describe_rollout_engines() -> list[tuple[str, str]]:
 
 
 def describe_package(name: str, use: str) -> str:
-    """The installed version of an optional package, and how to use it."""
+    """Report the installed version of an optional package, and how to use it."""
     try:
         return f"{name} {version(name)}: {use}"
     except PackageNotFoundError:

@@ -103,7 +103,7 @@ def plot_sink_attention(
 
 
 def make_panels(aspects: list[float], num_panels: int) -> Panels:
-    """An empty figure with `num_panels` panels for each picture; `aspects` are the pictures' height / width."""
+    """Make an empty figure with `num_panels` panels for each picture; `aspects` are their height / width."""
     num_lines = math.ceil(num_panels / MAX_COLUMNS)
     num_columns = math.ceil(num_panels / num_lines)
     line_aspects = [min(aspect, MAX_ASPECT) for aspect in aspects for _ in range(num_lines)]

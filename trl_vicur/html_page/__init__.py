@@ -92,12 +92,12 @@ def write_page(template: Path, path: Path, **variables: Any) -> None:
 
 
 def show_images(images: list) -> dict[str, Any]:
-    """The images of a row, in the form that the macro `row_images` expects."""
+    """Prepare the images of a row for the macro `row_images`."""
     return {"images": [show_image(image) for image in images[:MAX_IMAGES_PER_ROW]], "num_images": len(images)}
 
 
 def show_image(image: Image.Image | dict | str | None) -> dict[str, Any]:
-    """A thumbnail as a data URL with its size and the image's size, or the reason why it cannot be shown."""
+    """Make a thumbnail (a data URL, its size and the image's size), or say why the image cannot be shown."""
     source = image["path"] if isinstance(image, dict) and image.get("bytes") is None else image
     if image is None or source is None:
         return {"error": "The dataset has neither its bytes nor its path."}
@@ -117,18 +117,18 @@ def show_image(image: Image.Image | dict | str | None) -> dict[str, Any]:
 
 
 def encode(image: Image.Image, image_format: str) -> str:
-    """The image as a data URL."""
+    """Encode the image as a data URL."""
     buffer = BytesIO()
     image.save(buffer, image_format, quality=85, optimize=True)
     return f"data:image/{image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def readable(text: str, max_length: int = MAX_TEXT_LENGTH) -> str:
-    """The text with invisible characters spelled out, and cut to `max_length` characters."""
+    """Truncate the text to `max_length` characters, and spell out invisible ones."""
     shown = INVISIBLE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", text[:max_length])
     return shown if len(text) <= max_length else f"{shown}… ({len(text) - max_length:,} more characters)"
 
 
 def content_hash(text: str) -> str:
-    """The hash that allows a script in a content security policy."""
+    """Hash a script for the content security policy that allows it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -97,14 +97,14 @@ READERS: list[tuple[re.Pattern, Callable[[re.Match], str]]] = [
 
 @lru_cache(maxsize=32)
 def number_words_to_digits(text: str) -> str:
-    """The text with number words as digits, padded with `FILL_CHARACTER` so that all positions stay the same."""
+    """Replace number words with digits, padded with `FILL_CHARACTER` so that all positions stay the same."""
     for pattern, read in READERS:
         text = pattern.sub(lambda match, read=read: _fill_up(read(match), match[0]), text)
     return text
 
 
 def skip_fill(text: str, position: int) -> int:
-    """The position after the fill characters, if any, that start at `position`."""
+    """Return the position after any fill characters that start at `position`."""
     while text.startswith(FILL_CHARACTER, position):
         position += 1
     return position

@@ -110,7 +110,7 @@ def base_form(word: str) -> str:
 
 @lru_cache(maxsize=64)
 def read_tokens(text: str) -> tuple[Token, ...]:
-    """The words of a text, without articles."""
+    """Split a text into words, without articles."""
     tokens, sentence, end = [], 0, 0
     for match in WORD.finditer(text):
         if match[0] in ARTICLES:
@@ -123,7 +123,7 @@ def read_tokens(text: str) -> tuple[Token, ...]:
 
 def make_phrase(text: str, stem: str = "") -> Phrase | None:
     """
-    The phrase of a text; `None` if it has no words.
+    Make the phrase that expresses a text; `None` if the text has no words.
 
     Args:
         text (`str`):

@@ -63,12 +63,12 @@ class Quantity(NamedTuple):
 @lru_cache(maxsize=32)
 def find_quantities(text: str) -> tuple[Quantity, ...]:
     """
-    All quantities of a text, in order. A number within another quantity (12 in 1.12, 2 in 2x + 10) does not count, and
-    neither does the value of a calculation (8 + 4).
+    Find all quantities in a text, in order. A number within another quantity (12 in 1.12, 2 in 2x + 10) does not
+    count, and neither does the value of a calculation (8 + 4).
 
     Args:
         text (`str`):
-            The text, as [`fold_text`] returns it.
+            The text, folded by [`fold_text`].
     """
     text = number_words_to_digits(text)
     quantities: list[Quantity] = []
@@ -133,7 +133,7 @@ def add_up_compounds(quantities: list[Quantity], text: str) -> Iterator[Quantity
 
 
 def add_up(large: Quantity, small: Quantity, text_between: str) -> Quantity | None:
-    """The sum of two adjacent quantities if the second has a smaller unit; otherwise `None`."""
+    """Add two adjacent quantities if the second has a smaller unit; otherwise return `None`."""
     if isinstance(large.value, tuple) or isinstance(small.value, tuple) or not large.unit or not small.unit:
         return None
     if not re.fullmatch(r"[\s\x1f]{0,30}(?:,|and)?\s{0,30}", text_between):

@@ -174,7 +174,7 @@ def find_reasoning_leak(cue: str, question: str, visible_text: Sequence[str] = (
 
 
 def find_formulas(cue: str, shown: str, has_visible_text: bool) -> Iterator[str]:
-    """Calculations and equations that are not labels of the image."""
+    """Yield calculations and equations that are not labels in the image."""
     text = number_words_to_digits(cue)
     found = list(OTHER_FORMULAS.finditer(text))
     for match in EXPRESSIONS.finditer(text):
@@ -198,7 +198,7 @@ def find_formulas(cue: str, shown: str, has_visible_text: bool) -> Iterator[str]
 
 
 def find_computed_values(cue: str, shown: str) -> Iterator[str]:
-    """Values that the cue states as facts and no label shows."""
+    """Yield values that the cue states as facts but no label shows."""
     labels = find_quantities(shown)
     for quantity in find_quantities(cue):
         span = quantity.start, quantity.end

@@ -43,7 +43,7 @@ def unit_registry() -> pint.UnitRegistry:
 
 @lru_cache(maxsize=1000)
 def read_unit(text: str) -> str | None:
-    """A unit in pint's notation, `"centimeter ** 2"` for `"sq cm"`; `None` if pint does not know it."""
+    """Return a unit in pint's notation, `"centimeter ** 2"` for `"sq cm"`; `None` if pint does not know it."""
     text = re.sub(r"[{}]", "", text).replace("° ", "°")
     if re.fullmatch(rf"{CURRENCY}|({CURRENCY_PART})", text, re.IGNORECASE):
         return "money_cent" if re.fullmatch(CURRENCY_PART, text, re.IGNORECASE) else "money"
@@ -57,7 +57,7 @@ def read_unit(text: str) -> str | None:
 
 @lru_cache(maxsize=10_000)
 def convert(value: float, unit: str, other_unit: str) -> float | None:
-    """The value in another unit; `None` between units of different dimensions."""
+    """Convert a value to another unit; `None` if the units have different dimensions."""
     if {unit, other_unit} in ({"degree", "degree_Celsius"}, {"degree", "degree_Fahrenheit"}):
         return value  # a bare degree sign may mean a temperature
     if {"percent", "count"} & {unit, other_unit}:  # these have no dimension in pint, like angles
