@@ -164,7 +164,7 @@ def test_dataset_of_another_source_is_not_changed(tmp_path, capsys):
             "no column 'ask'",
         ),
         (["audit", "{dataset}"], "`cue_column` is 'cue', but the dataset has only"),
-        (["audit", "{dataset}", "--fix", "regenerate"], "name `--model`"),
+        (["audit", "{dataset}", "--fix", "regenerate"], "Set `--model`"),
         (["audit", "{dataset}", "--privilege_gap", "--model", "m", "--base_url", "http://x"], "not `--base_url`"),
     ],
 )
