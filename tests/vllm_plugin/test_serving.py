@@ -245,7 +245,7 @@ def test_options_that_separate_sink_and_image_are_disabled(start, monkeypatch):
     assert not config.cache_config.enable_prefix_caching
     assert not config.scheduler_config.enable_chunked_prefill
     assert config.scheduler_config.max_num_batched_tokens == 2048
-    assert "prefix caching and chunked prefill are switched off" in warnings[0]
+    assert "prefix caching and chunked prefill are turned off" in warnings[0]
 
 
 @pytest.mark.parametrize(
