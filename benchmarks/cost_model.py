@@ -167,7 +167,7 @@ def plan(student: Costs, teacher: Costs | None, full: bool, gpu: GPU) -> dict[st
         "teacher": samples * (scorer.decoder_flops(scored_sequence) + scorer.head_flops(COMPLETION_TOKENS)) / compute,
         "student": (samples * passes * student.decoder_flops(sequence) + student_head) / compute,
     }
-    # Each pass over a micro-batch gathers weights from the other GPUs; the time that products hide does not count
+    # Each pass over a micro-batch gathers weights from the other GPUs; time hidden by matrix products does not count
     gathered = samples * (teacher_bytes + (passes - 1) * student_bytes) * (NUM_GPUS - 1) / NUM_GPUS / gpu.link
     seconds["gathering weights"] = max(0.0, gathered - seconds["teacher"] - seconds["student"])
 

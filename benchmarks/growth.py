@@ -17,7 +17,7 @@ AXES = {
     "image_size": (128, 256, 512),
     "num_images": (1, 2, 4),
 }
-# Values of the other quantities while one grows
+# Fixed values of the other quantities while one grows
 POINT = dict(model="growth", batch_size=4, completion_length=16, image_size=128)
 KEYS = {"cpu_seconds_per_step": "CPU seconds per step", "peak_mib": "peak memory, MiB"}
 SIDES = {

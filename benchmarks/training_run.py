@@ -26,7 +26,7 @@ from trl_vicur import CueRecoveryConfig, ViCuRConfig, ViCuRTrainer
 from trl_vicur.trainer.vision.features import get_backbone
 
 
-# First steps that are not counted
+# Warm-up steps, which are not counted
 WARMUP_STEPS = 2
 OUTPUT = TemporaryDirectory()  # nothing is saved, but a trainer creates its `output_dir`
 # Changes to the text and vision configs of the tests' tiny Qwen3-VL

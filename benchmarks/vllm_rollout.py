@@ -30,7 +30,7 @@ from trl_vicur import CueRecoveryConfig
 PROMPTS = 16
 IMAGE_SIZE = 512  # pixels of a side: 256 visual tokens
 NEW_TOKENS = 64
-# vLLM's attention on a CPU supports no head smaller than 64
+# The smallest head size that vLLM's attention supports on a CPU
 TINY = MODELS["tiny"] | {"head_dim": 64, "rope_parameters": MODELS["100M"]["rope_parameters"]}
 
 

@@ -50,7 +50,7 @@ def train_generator(
     questions = [message["content"] for [message] in dataset["prompt"]]
     images, scenes = unique_images(dataset)
     pixels = processor.image_processor(images, return_tensors="pt")
-    # The vision tower is good; what the model lacks is words for what it sees
+    # The vision tower is good, but the model cannot yet name what it sees
     model.model.visual.requires_grad_(False)
     with torch.no_grad():
         features = encode_images(model, pixels)

@@ -35,7 +35,7 @@ BASE = Path(__file__).parent / "quickstart_base"
 NUM_TEST_QUESTIONS = 2000  # of 8,879, always the same ones
 # Options of both training runs
 TRAINING = {
-    # The forward KL divergence over the whole vocabulary: the densest signal, best for a short training
+    # The forward KL divergence over the whole vocabulary: the densest signal, best for short runs
     "distillation_mode": "full_logits",
     "beta": 0.0,
     "learning_rate": 1e-3,
@@ -84,7 +84,7 @@ def train(
         ),
         train_dataset=train_dataset,
         processing_class=processor,
-        # As in the paper, every weight trains together with the module. Two of the four layers have one
+        # As in the paper, all weights train with the module. Two of the four layers have a module
         peft_config=CueRecoveryConfig(layer_interval=2, train_base=True) if privilege == "cue" else None,
     )
     trainer.remove_callback(ProgressCallback)

@@ -90,7 +90,7 @@ def objective_options(cell: Cell) -> dict[str, Any]:
     return {"distillation_mode": "full_logits", "beta": {"forward_kl": 0.0, "reverse_kl": 1.0}[cell.objective]}
 
 
-# Cells with results on record whose option was removed: the sink in the header of the turn to be generated
+# Cells with recorded results whose option was removed: the sink in the header of the generated turn
 REMOVED = {
     "sink-assistant": Cell(),
     "module-alone-assistant": Cell(trains="nothing", learning_rates=MODULE_RATES),

@@ -275,7 +275,7 @@ def sample_scene(rng: random.Random, combinations: tuple[tuple[str, str], ...]) 
         if figure is None:
             continue
         shown = {*figure.question.split(), *(label.text for label in figure.labels)}
-        # Angles at parallels are equal, or add up to 180
+        # Angles at parallel lines are equal or add up to 180
         if str(figure.answer) not in shown or kind == "parallel lines":
             return Scene(kind, style, figure)
 

@@ -1,4 +1,4 @@
-"""Several models' answers side by side: `compare_models`, its page, and the command `trl-vicur compare`."""
+"""Answers of several models side by side: `compare_models`, its page, and the command `trl-vicur compare`."""
 
 import re
 

@@ -349,7 +349,7 @@ def test_all_prompts_score_the_same_completion_and_images(model):
 )
 def test_tokens_of_the_answer(model, completion, answer, found):
     token_ids, answer_tokens = privilege_gap.tokenize_completion(make_teacher(model), completion, answer)
-    assert len(token_ids) == len(completion.encode())  # text that looks like a special token stays text
+    assert len(token_ids) == len(completion.encode())  # text that looks like a special token is encoded as text
     assert answer_tokens == ([] if found is None else list(range(*found)))
 
 
@@ -420,7 +420,7 @@ def test_privilege_gap_resumes(model, tmp_path):
     measured = measure_privilege_gap(gap_rows(), make_teacher(model, 2), tmp_path)
     assert measured.to_dict() == whole.to_dict()
     texts = make_processor().batch_decode(torch.cat([call["input_ids"][:, :60] for call in second[:1]]))
-    assert "picture 2" in texts[0] and "picture 3" in texts[1]  # the first two rows are not measured again
+    assert "picture 2" in texts[0] and "picture 3" in texts[1]  # rows 0 and 1 are not measured again
     second.clear()
     assert measure_privilege_gap(gap_rows(), make_teacher(model, 2), tmp_path).to_dict() == whole.to_dict()
     hook.remove()

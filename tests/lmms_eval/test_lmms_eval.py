@@ -58,7 +58,7 @@ def run_lmms_eval(tmp_path, *options):
 
 def test_lmms_eval_scores_base_and_adapter(tmp_path):
     processor = make_processor()
-    model = make_qwen3_vl(initializer_range=0.3)  # so that each image gives another answer
+    model = make_qwen3_vl(initializer_range=0.3)  # so that each image gets a different answer
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     model = get_peft_model(model, CueRecoveryConfig(layer_interval=1, r=2)).eval()
@@ -67,7 +67,7 @@ def test_lmms_eval_scores_base_and_adapter(tmp_path):
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "adapter")
 
-    # The answer of plain transformers and PEFT is the reference answer of every second row
+    # In every second row, the reference answer is that of plain transformers and PEFT
     images = [make_image(number, (64 + 32 * number, 64)) for number in range(4)]
     completions, greedy = [], {"max_new_tokens": 6, "do_sample": False}
     for number, image in enumerate(images):

@@ -1,6 +1,6 @@
 """
 Bad and hostile datasets, rows and options, in tables (images have their own table). Each is accepted and handled
-correctly, or refused before training with an error that names the thing, its value, what was expected and a fix.
+correctly, or refused before training with an error that gives the problem, the value, what was expected and a fix.
 """
 
 import math

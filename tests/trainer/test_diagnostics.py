@@ -83,7 +83,7 @@ def test_diagnostics_are_in_every_tracker(tmp_path, processor, monkeypatch):
     assert [sum(log[HISTOGRAM]["values"]) for log in kept] == [histogram.num for histogram in histograms]
     assert {alert["title"] for alert in SQLiteStorage.get_alerts("vicur", "run")} == set(TITLES)
 
-    (record,) = tmp_path.rglob("run-*.wandb")  # protocol buffers, for which wandb has no reader
+    (record,) = tmp_path.rglob("run-*.wandb")  # protocol buffers, which wandb itself cannot read
     record = record.read_bytes()
     assert all(f"train/{name}".encode() in record for name in SCALARS)
     assert record.count(HISTOGRAM.encode()) >= 5 and b'"histogram"' in record
