@@ -454,7 +454,7 @@ for limit in (30_000, 1_000_000):
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     store_full, dataset_full = result.stdout.strip().splitlines()
-    assert "The disk is full" in store_full and "run the same again" in store_full
+    assert "The disk is full" in store_full and "run the same command again" in store_full
     assert "The disk is full" in dataset_full
     written = int(store_full.split()[0]) - 1
     assert 0 < written < 40

@@ -73,7 +73,7 @@ ACCEPTED_ROWS = {
 # --- Refused rows: their difference from a good one, and the error ---
 
 NO_MESSAGES = "`prompt`: expected a list of messages, each with 'role' and 'content', got "
-NO_BLOCK = "each block of message 0 must be a dict with a type of ('text', 'image', 'video'), and with a string 'text'"
+NO_BLOCK = "each block of message 0 must be a dict with a type of ('text', 'image', 'video'), and a text block needs a"
 NO_CUE = "expected the text that only the teacher sees. Fill it in, or set `missing_privilege='none'`"
 CONTROL = " contains the control token '<|im_end|>': "
 

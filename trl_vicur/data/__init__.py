@@ -1,1 +1,1 @@
-"""Rows of a dataset: reading, loading and saving them, and the teacher's view of a row."""
+"""Reads, loads and saves dataset rows, and builds the teacher's prompt from a row."""

@@ -1,4 +1,4 @@
-"""Find and check the columns of a dataset that cues are generated and audited from."""
+"""Find and check the dataset columns from which cues are generated and audited."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +18,7 @@ def check_dataset(dataset: Dataset) -> None:
     if isinstance(dataset, IterableDataset):
         raise TypeError(
             "Expected a `Dataset`, got an `IterableDataset`, but resuming needs row numbers. Load it without "
-            "`streaming=True`; a `Dataset` is read from disk row by row, too."
+            "`streaming=True`; a `Dataset` is also read from disk row by row."
         )
     if not isinstance(dataset, Dataset):
         raise TypeError(f"Expected a `datasets.Dataset`, got {type(dataset).__name__}.")
@@ -77,7 +77,7 @@ def set_column(dataset: Dataset, name: str, values: list[Any], feature: Any) -> 
 
 
 def set_columns(dataset: Dataset, columns: dict[str, list[Any]], feature: Any) -> Dataset:
-    """The dataset with several columns of one feature, as [`set_column`] sets each."""
+    """Set several columns of the same feature, see [`set_column`]."""
     for name, values in columns.items():
         dataset = set_column(dataset, name, values, feature)
     return dataset
@@ -86,12 +86,12 @@ def set_columns(dataset: Dataset, columns: dict[str, list[Any]], feature: Any) -
 def iterate_rows(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
     """The given columns of each row, as Python objects, whatever the dataset's format."""
     for row in dataset.select_columns(columns).with_format(None):
-        assert isinstance(row, dict)  # `datasets` annotates the rows of all formats
+        assert isinstance(row, dict)  # `datasets` annotates rows of any format
         yield row
 
 
 def iterate_tables(dataset: Dataset, columns: list[str], batch_size: int = 1000) -> Iterator[pa.Table]:
     """The given columns of a dataset in batches of rows, with images as they are stored."""
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size):
-        assert isinstance(table, pa.Table)  # `datasets` annotates the batches of all formats
+        assert isinstance(table, pa.Table)  # `datasets` annotates batches of any format
         yield table

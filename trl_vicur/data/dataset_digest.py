@@ -1,4 +1,4 @@
-"""A digest of a dataset, by which a resumed run recognizes it."""
+"""A digest of a dataset, so that a resumed run can recognize it."""
 
 import hashlib
 from typing import Any
@@ -9,7 +9,7 @@ from datasets import Dataset
 
 def dataset_digest(dataset: Dataset) -> str:
     """
-    A digest of every value, images included. It depends on the rows alone, unlike a `datasets` fingerprint.
+    A digest of all values, including images. Unlike a `datasets` fingerprint, it depends only on the rows.
 
     Args:
         dataset ([`~datasets.Dataset`]):

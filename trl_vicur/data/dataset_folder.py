@@ -29,13 +29,13 @@ def prepare_folder(folder: Path, *markers: str) -> None:
         `ValueError`: If the folder contains other files.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"The output {str(folder)!r} is a file. Name a folder.")
+        raise ValueError(f"The output {str(folder)!r} is a file. Give a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     is_ours = any((folder / marker).exists() for marker in markers)
     if not is_ours and (files := sorted(path.name for path in folder.iterdir())):
         raise ValueError(
-            f"The output {str(folder)!r} contains other files ({', '.join(files[:5])}). Name a new folder, or "
-            "one that an earlier run created."
+            f"The output {str(folder)!r} contains other files ({', '.join(files[:5])}). Give a new folder, or one "
+            "that an earlier run created."
         )
 
 
@@ -79,8 +79,8 @@ def save_dataset(
                 added = Dataset.from_file(str(unfinished / "columns.arrow"))
                 dataset = concatenate_datasets([dataset.with_format(None), added], axis=1)
             dataset.save_to_disk(str(unfinished / "dataset"))
-        # The new files are complete, and renaming them needs no disk space. If the process is killed while it renames
-        # them, the folder has no valid dataset, but the next run writes it again from the stored responses.
+        # The new files are complete, and renaming them needs no disk space. If the process is killed during the
+        # renames, the folder has no valid dataset, but the next run writes it again from the stored responses.
         (folder / STATE).unlink(missing_ok=True)
         for path in folder.glob("data-*.arrow"):
             path.unlink()

@@ -1,4 +1,4 @@
-"""Read a dataset row once, into the conversations that the student and the teacher see."""
+"""Read a dataset row once, and build the conversations that the student and the teacher see."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from .teacher_prompt import add_privilege
 @dataclass(frozen=True)
 class Example:
     """
-    A dataset row as training uses it.
+    A dataset row in the form that training uses.
 
     Args:
         prompt (`list[dict]`):
@@ -40,14 +40,14 @@ def read_row(
         privilege_column (`str`, *optional*):
             Column with the privileged text. `None` if the teacher reads the student's prompt.
         missing_privilege (`str`):
-            What happens without that text: `"error"`, or `"none"` for the student's prompt.
+            What to do if the text is missing: `"error"` raises, `"none"` gives the teacher the student's prompt.
         teacher_prompt_template (`str`):
             Template with the fields `{prompt}` and `{privilege}`.
 
     Raises:
         `ValueError`: If an image, a video or the privileged text cannot be read.
     """
-    # Decoded here for every reader: TRL and the processors treat files of different formats differently
+    # Decode here, once for all readers: TRL and processors treat different file formats differently
     images = [read_image(image) for image in row_images(row)]
     videos = [read_video(video) for video in row_videos(row)]
     privilege = read_privilege(row, privilege_column, missing_privilege)
@@ -65,10 +65,10 @@ def read_privilege(row: dict[str, Any], column: str | None, missing_privilege: s
         column (`str`, *optional*):
             Column with the text. `None` if the teacher sees no such text.
         missing_privilege (`str`):
-            What happens without the text: `"error"` or `"none"`.
+            What to do if the text is missing: `"error"` or `"none"`.
 
     Returns:
-        `str` or `None`: The text; `None` where the teacher sees the student's prompt.
+        `str` or `None`: The text; `None` if the teacher sees the student's prompt.
 
     Raises:
         `ValueError`: If the text is missing and `missing_privilege` is `"error"`, or if it is not a string.
@@ -90,12 +90,12 @@ def read_privilege(row: dict[str, Any], column: str | None, missing_privilege: s
 
 def fill_prompt(prompt: list[dict[str, Any]], images: Sequence, videos: Sequence) -> list[dict[str, Any]]:
     """
-    Put images and videos into the blocks of a prompt. TRL's `prepare_multimodal_messages` does so for images only.
+    Put images and videos into the blocks of a prompt. TRL's `prepare_multimodal_messages` does so only for images.
 
     Args:
         prompt (`list[dict]`):
-            Messages; either all contents are strings, and images and videos go before the text of the first user
-            turn, in this order, or there is a block `{"type": "image"}` or `{"type": "video"}` for each.
+            Messages. Either all contents are strings; then the images and after them the videos go before the text of
+            the first user turn. Or there is a block `{"type": "image"}` or `{"type": "video"}` for each.
         images (sequence):
             The images.
         videos (sequence):
@@ -105,7 +105,7 @@ def fill_prompt(prompt: list[dict[str, Any]], images: Sequence, videos: Sequence
         `list[dict]`: New messages, whose contents are lists of blocks; the given ones are not modified.
 
     Raises:
-        `ValueError`: If there are not as many blocks as images or videos.
+        `ValueError`: If the numbers of blocks and of images or videos differ.
     """
     first_user = next((i for i, message in enumerate(prompt) if message["role"] == "user"), None)
     if videos and first_user is not None and not any(isinstance(message.get("content"), list) for message in prompt):

@@ -9,7 +9,7 @@ from pathlib import Path
 @contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
     """
-    Add to errors of a full disk what to do.
+    Add the fix to errors about a full disk.
 
     Raises:
         `OSError`: If the disk is full.
@@ -21,7 +21,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"The disk is full ({error.strerror}). Everything up to here is kept; free some space and run the same "
-            "again",
+            f"The disk is full ({error.strerror}). All finished work is kept; free some space and run the same "
+            "command again",
             str(folder),
         ) from error

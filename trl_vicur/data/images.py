@@ -34,7 +34,7 @@ def open_image(image: Image.Image | dict | str) -> Iterator[Image.Image]:
             width, height = opened.size
             if not width * height:
                 raise ValueError(f"it has {width}×{height} pixels")
-            # Pillow checks only files, but an image in memory would be copied several times, too
+            # Pillow checks only files, but reading makes several copies of an image in memory, too
             if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:
                 raise ValueError(
                     f"its {width}×{height} pixels exceed the limit of {2 * Image.MAX_IMAGE_PIXELS} "
@@ -91,7 +91,7 @@ def _image_source(image: Any) -> str | BytesIO:
 
 def image_size(image: Image.Image | dict | str) -> tuple[int, int]:
     """
-    Width and height of an image in pixels once it is turned upright, after checking that it can be read.
+    Check that an image can be read, and return its width and height in pixels after rotating it upright.
 
     Args:
         image (`PIL.Image.Image`, `dict` or `str`):
@@ -102,7 +102,8 @@ def image_size(image: Image.Image | dict | str) -> tuple[int, int]:
     """
     with open_image(image) as opened:
         width, height = opened.size
-        # Decode everything, because a truncated file has an intact header; a JPEG at an eighth of its size, for speed
+        # Decode the whole image, because a truncated file can have an intact header. For speed, decode a JPEG at an
+        # eighth of its size
         if opened is not image:
             opened.draft("L", (1, 1))
         opened.load()
@@ -112,7 +113,7 @@ def image_size(image: Image.Image | dict | str) -> tuple[int, int]:
 
 def read_image(image: Image.Image | dict | str) -> Image.Image:
     """
-    Read an image as RGB: upright, on white where it is transparent, the first frame of an animation. Its `format` is
+    Read an image as RGB: rotated upright, transparent parts on white, the first frame of an animation. Its `format` is
     that of the file.
 
     Args:
@@ -137,7 +138,7 @@ def read_image(image: Image.Image | dict | str) -> Image.Image:
 
 def read_video(video: Sequence | np.ndarray) -> np.ndarray:
     """
-    The frames of a video, `(frames, height, width, 3)`, in 8 bits.
+    Read the frames of a video as 8-bit integers, `(frames, height, width, 3)`.
 
     Args:
         video (list or `numpy.ndarray`):

@@ -1,4 +1,4 @@
-"""Conversations: check their form, read their texts, find control tokens and placeholders in them."""
+"""Conversations: check their structure, read their texts, and find control tokens and placeholders in them."""
 
 import re
 from collections.abc import Iterator
@@ -38,8 +38,8 @@ def check_messages(messages: Any) -> None:
             block_type = block.get("type") if isinstance(block, dict) else None
             if block_type not in BLOCK_TYPES or (block_type == "text" and not isinstance(block.get("text"), str)):
                 raise ValueError(
-                    f"each block of message {number} must be a dict with a type of {BLOCK_TYPES}, and with a string "
-                    f"'text' if it is one, got {shorten(block)}."
+                    f"each block of message {number} must be a dict with a type of {BLOCK_TYPES}, and a text block "
+                    f"needs a string 'text', got {shorten(block)}."
                 )
 
 
@@ -78,7 +78,7 @@ def message_texts(messages: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def question_text(prompt: str | list[dict[str, Any]]) -> str:
-    """The question of a prompt: the text itself, or the texts of its user turns."""
+    """The question in a prompt: the prompt itself if it is a string, else the texts of its user turns."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(message_texts([message for message in prompt if message["role"] == "user"]))
@@ -98,7 +98,7 @@ def all_strings(value: Any) -> Iterator[str]:
 
 
 def control_token_pattern(processing_class: ProcessorMixin) -> re.Pattern:
-    """A pattern of all strings that a processor reads as control tokens: special tokens and image placeholders."""
+    """A pattern that matches all strings a processor reads as control tokens: special tokens and placeholders."""
     tokens = {token.content for token in processing_class.tokenizer.added_tokens_decoder.values() if token.special}
     # A processor replaces its `image_token`, `video_token` etc. in texts, even if they are not special tokens
     tokens |= {

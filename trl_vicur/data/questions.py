@@ -1,4 +1,4 @@
-"""The rows of a dataset that a model is asked about: question, images, and the other columns that a task reads."""
+"""Dataset rows that a model is asked about: question, images, and other columns that a task reads."""
 
 from collections.abc import Collection
 from typing import Any
@@ -15,14 +15,14 @@ from .rows import row_images, shorten
 
 class QuestionRows:
     """
-    Rows with a question and images. Nothing but the columns of a task is read.
+    Rows with a question and images. Only the columns that a task needs are read.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Rows with `images` or `image`, and a question.
         question_column (`str`, *optional*):
-            Column with the questions, strings or conversational prompts. By default `prompt` or, without one,
-            `question`.
+            Column with the questions, strings or conversational prompts. By default `prompt`, or `question` if there
+            is no `prompt`.
         may_lack (`Collection[str]`, *optional*, defaults to `()`):
             Names of the arguments in `columns` whose columns the dataset may lack.
         columns (`str`, *optional*):
@@ -61,7 +61,7 @@ class QuestionRows:
         return self.dataset[number]
 
     def settings(self) -> dict[str, Any]:
-        """What identifies these rows in the settings of a [`ResponseStore`]. Reads every row."""
+        """Values that identify these rows in the settings of a [`ResponseStore`]. Reads every row."""
         digest = dataset_digest(self.dataset)
         return {"question_column": self.question_column, **self.columns, "rows": len(self), "dataset": digest}
 
@@ -70,17 +70,17 @@ class QuestionRows:
         return list(self.texts[column])
 
     def value(self, number: int, argument: str) -> Any:
-        """A row's value in the column that an argument chose; `None` without such a column."""
+        """A row's value in the column that an argument chose; `None` if there is no such column."""
         column = self.columns[argument]
         return self.texts[number][column] if column in self.texts.column_names else None
 
     def with_text(self, column: str) -> list[int]:
-        """The numbers of the rows whose column is neither `None` nor blank."""
+        """The numbers of the rows whose value in the column is neither `None` nor blank."""
         return [number for number, value in enumerate(self.values(column)) if value is not None and str(value).strip()]
 
     def conversation(self, number: int) -> list[dict[str, Any]]:
         """
-        A row's prompt with its images, as the student gets it. A question that is a string becomes a user turn.
+        A row's prompt with its images, as the student reads it. If the question is a string, it becomes a user turn.
 
         Raises:
             `ValueError`: If the question is empty, if an image cannot be read, or if the row and its prompt have

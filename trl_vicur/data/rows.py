@@ -1,4 +1,4 @@
-"""The columns of a dataset row that hold images and videos, and rows without decoded images."""
+"""Reads the images and videos of a dataset row, and rows without decoding their images."""
 
 from typing import Any
 
@@ -63,11 +63,11 @@ class RowReader:
         if self.visuals is None:
             return row
         visuals = self.visuals[number]
-        assert isinstance(visuals, pa.Table)  # datasets annotates the rows of every format as dicts
+        assert isinstance(visuals, pa.Table)  # `datasets` annotates rows of any format as dicts
         return {**row, **visuals.to_pylist()[0]}
 
 
 def shorten(value: Any) -> str:
-    """The value as error messages quote it: its `repr`, cut after 200 characters."""
+    """A value's `repr` for error messages, cut after 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"

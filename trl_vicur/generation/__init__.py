@@ -1,4 +1,4 @@
-"""Ask a vision-language model for text: one in this process, or one behind an OpenAI-compatible endpoint."""
+"""Generate text with a vision-language model, in this process or at an OpenAI-compatible endpoint."""
 
 from .openai_generator import OpenAIGenerator
 from .requests import ChatRequest, ChatResponse, Generator, GeneratorUnavailableError

@@ -1,4 +1,4 @@
-"""Collect responses about the rows of a dataset. Each is on disk as soon as it arrives, so a run can be resumed."""
+"""Collect responses for the rows of a dataset. Each is saved as soon as it arrives, so a run can be resumed."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -20,23 +20,23 @@ def collect(
     retry_failed: bool = False,
 ) -> None:
     """
-    Add the responses that the store lacks.
+    Get the responses that are missing in the store, and save them.
 
     Args:
         store ([`ResponseStore`]):
-            Where responses go, one by one. Numbers that it already has are skipped.
+            Saves responses one by one. Numbers that already have a response are skipped.
         numbers (`Sequence[int]`):
-            The numbers that responses are filed under.
+            The numbers that responses are stored under.
         respond (`Callable[[Iterable[int]], Iterable[ChatResponse]]`):
-            Gets the numbers that are left and yields a response to each, in any order.
+            Gets the remaining numbers and yields a response for each, in any order.
         description (`str`):
             Label of the progress bar.
         unit (`str`, *optional*, defaults to `"row"`):
             What the progress bar counts.
         seed (`Callable[[int], int]`, *optional*):
-            The seed that a number was sampled with, stored with its response.
+            Returns the sampling seed of a number, which is stored with its response.
         retry_failed (`bool`, *optional*, defaults to `False`):
-            Whether to replace errors of earlier runs, too.
+            Whether to retry numbers that failed in earlier runs.
 
     Raises:
         [`GeneratorUnavailableError`]: If no request can succeed.
@@ -64,17 +64,17 @@ def ask(
     retry_failed: bool = False,
 ) -> None:
     """
-    Have a generator answer the requests that the store has no response to. See [`collect`].
+    Have a generator answer the requests whose responses are missing in the store. See [`collect`].
 
     Args:
         generator ([`Generator`]):
             The model.
         messages (`Callable[[int], list[dict]]`):
-            The conversation of a number. An error that it raises fails this number only.
+            Returns the conversation of a number. If it raises, only this number fails.
         seed (`Callable[[int], int]`, *optional*):
-            Seed of the sampling; by default the number itself.
+            Returns the sampling seed of a number; by default the number itself.
         check (`Callable[[ChatResponse], ChatResponse]`, *optional*):
-            Returns the response to store: the same, or an error.
+            Returns the response to store: the given one, or an error.
     """
 
     def respond(pending: Iterable[int]) -> Iterable[ChatResponse]:

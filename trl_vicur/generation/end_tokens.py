@@ -17,7 +17,7 @@ def end_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
     config = model.generation_config
     end_ids: int | list[int] | None = None if config is None else config.eos_token_id
     if end_ids is None:
-        # transformers annotates the ids of all special tokens as ids or texts
+        # transformers annotates this as ids or texts
         end_ids = tokenizer.eos_token_id  # pyright: ignore[reportAssignmentType]
     if end_ids is None:
         raise ValueError(

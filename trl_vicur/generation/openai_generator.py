@@ -1,4 +1,4 @@
-"""Generate with a vision-language model behind an OpenAI-compatible endpoint."""
+"""Generate with a vision-language model at an OpenAI-compatible endpoint."""
 
 import base64
 import os
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
 class OpenAIGenerator:
     """
-    Generates with a model behind an OpenAI-compatible chat endpoint (vLLM, SGLang, a hosted API), with many concurrent
-    requests. Requests that fail with 408, 409, 429, 5xx or a lost connection are repeated with exponential back-off.
+    Generates with a model at an OpenAI-compatible chat endpoint (vLLM, SGLang, a hosted API), with many concurrent
+    requests. Requests that fail with 408, 409, 429, 5xx or a lost connection are retried with exponential back-off.
 
-    The endpoint's defaults apply to all other sampling options: vLLM reads `top_k` and `repetition_penalty` from the
-    model's `generation_config.json`, unless it is started with `--generation-config vllm`.
+    The endpoint's defaults apply to all other sampling options. For example, vLLM reads `top_k` and
+    `repetition_penalty` from the model's `generation_config.json`, unless it is started with
+    `--generation-config vllm`.
 
     The key is read only from the environment variable `OPENAI_API_KEY`. Endpoints without keys do not need it.
 
@@ -42,15 +43,15 @@ class OpenAIGenerator:
         model (`str`):
             Name of the model at the endpoint.
         base_url (`str`, *optional*):
-            Address of the endpoint, e.g. `"http://localhost:8000/v1"`; OpenAI's own by default.
+            Address of the endpoint, e.g. `"http://localhost:8000/v1"`. Defaults to OpenAI's own.
         concurrency (`int`, *optional*, defaults to `16`):
             Number of concurrent requests.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds to wait for a response before a request counts as lost.
         max_retries (`int`, *optional*, defaults to `5`):
-            How often to repeat a request.
+            How often to retry a request.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Maximum length of a text, in tokens. A request whose text is cut at this length fails.
+            Maximum length of a text, in tokens. A request fails if its text is cut at this length.
         temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature.
         top_p (`float`, *optional*, defaults to `1.0`):
@@ -100,7 +101,7 @@ class OpenAIGenerator:
 
     def generate(self, requests: Iterable[ChatRequest]) -> Iterator[ChatResponse]:
         """See [`Generator.generate`]."""
-        # A dead or misconfigured endpoint would fail all remaining rows
+        # With a dead or misconfigured endpoint, all remaining rows would fail
         patience = max(32, 2 * self.concurrency)
         num_failed, num_running, unavailable = 0, 0, None
         requests = iter(requests)
@@ -113,7 +114,7 @@ class OpenAIGenerator:
                 outcomes.put((None, True, error))
 
         while True:
-            # After an error, wait for running requests, because they may have been paid for
+            # After an error, still wait for running requests, because they may cost money
             if unavailable is None:
                 for request in islice(requests, self.concurrency - num_running):
                     # Daemon threads, so that Ctrl-C does not wait for an endpoint that hangs
@@ -166,7 +167,7 @@ class OpenAIGenerator:
             if not isinstance(error, openai.APITimeoutError):
                 raise GeneratorUnavailableError(
                     f"The endpoint cannot be reached ({self._describe(error.__cause__ or error)}). Check `base_url` "
-                    "and whether its server runs."
+                    "and whether the server is running."
                 ) from None
             return ChatResponse(request.number, None, self._describe(error)), True
         except Exception as error:
@@ -215,7 +216,7 @@ def to_openai(messages: list[dict[str, Any]]) -> "list[ChatCompletionMessagePara
 
 
 def _data_url(image: Image.Image) -> str:
-    # A photograph as PNG would be several times as large as its JPEG file
+    # A photo is several times as large in PNG as in JPEG
     image_format = "JPEG" if image.format == "JPEG" else "PNG"
     buffer = BytesIO()
     image.convert("RGB").save(buffer, image_format, quality=95)

@@ -16,8 +16,8 @@ class ChatRequest:
             Number that the response is stored under, usually the number of the dataset row.
         messages (`Callable[[], list[dict]]`):
             Returns the conversation, in blocks of `{"type": "text", "text": str}` and
-            `{"type": "image", "image": PIL.Image.Image}`. The generator calls it when it sends the request, maybe in
-            another thread, so that images are decoded in parallel and only a few are in memory. If it raises, only
+            `{"type": "image", "image": PIL.Image.Image}`. The generator calls it when it sends the request, possibly
+            in another thread, so that images are decoded in parallel and only a few are in memory. If it raises, only
             this request fails.
         seed (`int`, *optional*, defaults to `0`):
             Seed for sampling.
@@ -42,14 +42,15 @@ class Generator(Protocol):
 
     Attributes:
         settings (`dict[str, Any]`):
-            Everything that its texts depend on, without secrets, hosts and paths; recorded with every text.
+            Everything that its texts depend on, without secrets, hosts and paths. Stored with every text.
     """
 
     settings: dict[str, Any]
 
     def generate(self, requests: Iterable[ChatRequest]) -> Iterator[ChatResponse]:
         """
-        Answer requests, in the order in which they finish. Requests are taken from the iterable on demand.
+        Answer requests, and yield responses in the order in which they finish. Requests are read from the iterable
+        only when needed.
 
         Raises:
             [`GeneratorUnavailableError`]: If no request can succeed.
@@ -76,8 +77,8 @@ def cut_response(number: int, settings: dict[str, Any]) -> ChatResponse:
 
 def public_name(name: str) -> str:
     """
-    A model's name without local paths: an id on the Hub is unchanged, of a folder only the last part is kept. The
-    folder may be on another machine, because vLLM by default serves a model under the path that it was loaded from.
+    A model's name without local paths: an id on the Hub is unchanged, a folder is shortened to its last part. The
+    folder may be on another machine, because vLLM by default names a model by the path that it was loaded from.
     """
     path = Path(name)
     return path.resolve().name if path.exists() or path.is_absolute() else name

@@ -46,8 +46,8 @@ class ResponseStore:
 
     def _open(self, settings: dict[str, Any]) -> None:
         execute = self._connection.execute
-        # Exclusive: a second process fails instead of repeating all work, and SQLite needs no shared memory, which
-        # network file systems lack. With the write-ahead log, a commit is one write at the end of a file.
+        # With exclusive locking, a second process fails instead of repeating all work, and SQLite needs no shared
+        # memory, which network file systems lack. With the write-ahead log, a commit is one write at the end of a file
         execute("PRAGMA locking_mode = EXCLUSIVE")
         (application_id,) = execute("PRAGMA application_id").fetchone()
         is_new = application_id == 0 and not execute("SELECT name FROM sqlite_master").fetchall()
@@ -63,7 +63,7 @@ class ResponseStore:
             rows = [(name, json.dumps(value)) for name, value in settings.items()]
             self._connection.executemany("INSERT INTO settings VALUES (?, ?)", rows)
         execute("COMMIT")
-        # Through JSON, which turns tuples into lists, for example
+        # Round-trip through JSON, which turns tuples into lists, for example
         expected = json.loads(json.dumps(settings))
         found = {name: json.loads(value) for name, value in execute("SELECT name, value FROM settings")}
         if found != expected:
@@ -73,8 +73,8 @@ class ResponseStore:
                 if found.get(name) != expected.get(name)
             ]
             raise ValueError(
-                f"{str(self.path.parent)!r} was begun with other settings: {'; '.join(differences)}. Texts of "
-                "both would be mixed. Use the same settings to resume, or choose another output."
+                f"{str(self.path.parent)!r} was begun with other settings: {'; '.join(differences)}. Texts of both "
+                "would be mixed. Use the same settings to resume, or choose another output."
             )
 
     def add(self, responses: list[ChatResponse], seed: int | None = None) -> None:
@@ -96,8 +96,8 @@ class ResponseStore:
                 raise
 
     def pending(self, numbers: Sequence[int], retry_failed: bool = False) -> Sequence[int]:
-        """The numbers without a response, in their order; with `retry_failed`, also those with an error."""
-        # One byte per number, and eight in the result; a set would need about sixty
+        """The numbers without a response, in the given order. `retry_failed` includes those with an error."""
+        # This needs one byte per number, and eight in the result; a set would need about sixty
         done = bytearray(max(numbers, default=-1) + 1)
         condition = "WHERE error IS NULL" if retry_failed else ""
         for (number,) in self._connection.execute(f"SELECT number FROM responses {condition}"):
@@ -135,8 +135,8 @@ class ResponseStore:
             if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
                 raise OSError(
                     errno.ENOSPC,
-                    f"The disk is full or cannot be written ({error}). All texts up to here are kept; free some space "
-                    "and run the same again",
+                    f"The disk is full or cannot be written to ({error}). All finished texts are kept; free some "
+                    "space and run the same command again",
                     str(self.path),
                 ) from error
             raise

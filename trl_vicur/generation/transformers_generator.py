@@ -33,9 +33,9 @@ class TransformersGenerator:
         model (`str` or [`~transformers.PreTrainedModel`]):
             An image-text-to-text model, or its id or folder.
         processing_class ([`~transformers.ProcessorMixin`], *optional*):
-            Its processor; required with a loaded model, and loaded with a model that is given by name.
+            Its processor. Required for a loaded model; for a model given by name, it is loaded by default.
         adapter (`str`, *optional*):
-            A PEFT adapter of the model, by id or folder.
+            Id or folder of a PEFT adapter for the model.
         revision (`str`, *optional*):
             Revision of the model on the Hub.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -43,7 +43,7 @@ class TransformersGenerator:
         batch_size (`int`, *optional*, defaults to `8`):
             Requests per batch.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Maximum length of a text, in tokens. A request whose text is cut at this length fails.
+            Maximum length of a text, in tokens. A request fails if its text is cut at this length.
         temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature; `0.0` is greedy. Each batch is sampled with the seed of its first request, so
             samples depend on the batch size.
@@ -114,7 +114,7 @@ class TransformersGenerator:
         }
 
     def generate(self, requests: Iterable[ChatRequest]) -> Iterator[ChatResponse]:
-        """See [`Generator.generate`]. If a batch fails, each of its requests is tried alone."""
+        """See [`Generator.generate`]. If a batch fails, each of its requests is retried alone."""
         import torch
 
         requests = iter(requests)
@@ -154,7 +154,7 @@ class TransformersGenerator:
                 raise ValueError(f"The text contains the control token {found.group()!r}: {shorten(text)}.")
 
     def encode(self, conversations: list[list[dict[str, Any]]]) -> "BatchFeature":
-        """Tokenize conversations: left-padded model inputs, on the model's device and in its data type."""
+        """Tokenize conversations to left-padded model inputs, on the model's device and in its data type."""
         inputs = self.processing_class.apply_chat_template(
             conversations,
             add_generation_prompt=True,
@@ -163,7 +163,7 @@ class TransformersGenerator:
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         )
-        # transformers annotates the result as text, which it is only without `tokenize`
+        # transformers annotates the result as text, which is right only without `tokenize`
         return inputs.to(self.model.device, self.model.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _read(self, request: ChatRequest) -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ class TransformersGenerator:
 
 
 def _weights_digest(model: "torch.nn.Module") -> str:
-    """A digest of some elements of every weight, because a model keeps its name when it is trained further."""
+    """A digest of some elements of every weight. A model's name is not enough, since training does not change it."""
     import torch
 
     hasher = hashlib.blake2b(digest_size=8)

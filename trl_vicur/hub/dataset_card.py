@@ -1,4 +1,4 @@
-"""The card of a dataset with cues: what they are, how they were made and how many are missing."""
+"""The card of a dataset with cues: columns, how the cues were generated, and how many are missing."""
 
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,13 @@ def write_dataset_card(
     folder: Path, settings: dict[str, Any], dataset: Dataset, audit: dict[str, int | float] | None = None
 ) -> None:
     """
-    Write the folder's `README.md`, as the Hub shows it.
+    Write the folder's `README.md`, which the Hub shows.
 
     Args:
         folder (`Path`):
             The folder of the dataset.
         settings (`dict[str, Any]`):
-            What the cues were made with.
+            Settings that the cues were generated with, including the prompt.
         dataset ([`~datasets.Dataset`]):
             The dataset.
         audit (`dict[str, int | float]`, *optional*):
@@ -100,7 +100,7 @@ def write_dataset_card(
         ),
         template_str=TEMPLATE,
         settings={
-            # Within a table's cell
+            # Escape for a table cell
             name: str(value).replace("|", r"\|").replace("\n", " ")
             for name, value in settings.items()
             if value is not None and name != "prompt"

@@ -1,4 +1,4 @@
-"""Remove from a model's folder what belongs to this machine before the folder is published."""
+"""Remove local paths and private files from a model's folder before it is published."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from .names import hub_model_name
 
 
 def remove_local_base_model(directory: str) -> None:
-    """Remove a local path of the base model from the saved adapters' configs; no other machine has it."""
+    """Remove the base model's local path from the configs of saved adapters, because no other machine has it."""
     # PEFT saves an adapter named other than "default" in a subfolder of that name
     for path in [*Path(directory).glob(ADAPTER_CONFIG_NAME), *Path(directory).glob(f"*/{ADAPTER_CONFIG_NAME}")]:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -21,10 +21,10 @@ def remove_local_base_model(directory: str) -> None:
 
 def ignore_training_files(directory: str) -> None:
     """
-    Exclude the training arguments from uploads, by a `.gitignore`, which the Hub's client reads.
+    Exclude the training arguments from uploads with a `.gitignore`, which the Hub's client reads.
 
-    They contain paths, the host name and maybe tokens, both in the pickle `training_args.bin` (which nobody should
-    load) and in TensorBoard's events.
+    The pickle `training_args.bin` (which nobody should load) and TensorBoard's events contain paths, the host name and
+    possibly tokens.
     """
     path = Path(directory, ".gitignore")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []

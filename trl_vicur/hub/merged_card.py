@@ -36,7 +36,7 @@ model = PeftModel.from_pretrained(model, "{model_id}", subfolder="{subfolder}")
 
 def complete_merged_card(path: Path, model_id: str, base_model: str | None, subfolder: str) -> None:
     """
-    Add to a card where the recovery module is and how to load it. An unfilled template is replaced.
+    Add a section to a card that says where the recovery module is and how to load it. An empty template is replaced.
 
     Args:
         path (`Path`):
@@ -44,9 +44,9 @@ def complete_merged_card(path: Path, model_id: str, base_model: str | None, subf
         model_id (`str`):
             Id of the model on the Hub.
         base_model (`str`, *optional*):
-            Name of the model that was trained; a path on this machine is left out.
+            Name of the model that was trained. A local path is left out.
         subfolder (`str`):
-            Folder of the module within the model's.
+            The module's folder inside the model's.
     """
     card = ModelCard.load(path)
     assert isinstance(card.data, ModelCardData)

@@ -1,8 +1,8 @@
 """
 The card of a trained model: TRL's card, rewritten.
 
-TRL's card shows how to complete a text. Ours shows how to load an adapter with its module and ask about an image, and
-lists the training settings; TRL's badges, versions and citations stay.
+TRL's card shows how to complete a text. Ours shows how to load an adapter with its module and how to ask about an
+image, and lists the training settings. TRL's badges, versions and citations stay.
 """
 
 import re
@@ -181,7 +181,7 @@ def measured_metrics(log_history: list[dict[str, float]]) -> list[tuple[str, tup
     logged = {}
     for log in log_history:
         for name, value in log.items():
-            # Only the loss of evaluations: TRL gives their other metrics the same names for every evaluation dataset
+            # Of evaluations, show only the loss: TRL's other metrics have the same name for every evaluation dataset
             if name in _METRICS or (name.startswith("eval_") and name.endswith("_loss")):
                 logged.setdefault(name, []).append((log["step"], value))
     return [(name, values[0], values[-1]) for name, values in logged.items()]

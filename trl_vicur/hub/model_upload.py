@@ -1,4 +1,4 @@
-"""Complete the folder that `push_to_hub` of a trained model uploads."""
+"""Add the card and the processor to the folder that a trained model's `push_to_hub` uploads."""
 
 import os
 import weakref
@@ -22,10 +22,10 @@ class Publisher(Protocol):
 
 class ModelUpload(PushToHubMixin):
     """
-    Replaces a model's `_upload_modified_files`, the last step of `push_to_hub`, after the weights and an empty model
-    card were saved. Adds the trainer's card and processor.
+    Replaces a model's `_upload_modified_files`, the last step of `push_to_hub`, which runs after the weights and an
+    empty model card were saved. Adds the trainer's card and processor before the upload.
 
-    It holds only a weak reference to the trainer. After copying or pickling a model, `push_to_hub` is transformers'.
+    It holds only a weak reference to the trainer. Copies of a model use transformers' own `push_to_hub`.
 
     Args:
         trainer ([`Publisher`], *optional*):

@@ -1,4 +1,4 @@
-"""Names of models and datasets: ids on the Hub, or paths on this machine, which nothing published may contain."""
+"""Names of models and datasets: ids on the Hub, or local paths, which must not be published."""
 
 import os
 import re
@@ -28,16 +28,16 @@ def naming_model(name: str) -> Iterator[None]:
 
 
 def hub_model_name(name: str | None) -> str | None:
-    """The model's id; `None` for a folder on this machine."""
+    """The model's id on the Hub; `None` for a local folder."""
     return None if not name or Path(name).is_dir() or Path(name).is_absolute() else name
 
 
 def hub_dataset_name(dataset: Dataset | IterableDataset | None, name: str | None = None) -> str | None:
     """
-    Id of a dataset on the Hub, from its given name or from the source of its files.
+    A dataset's id on the Hub, from the given name or from the source of its files.
 
     Returns:
-        `str` or `None`: The id; `None` for a dataset of this machine.
+        `str` or `None`: The id; `None` for a local dataset.
     """
     if name is not None:
         return None if os.path.exists(name) else name
