@@ -58,13 +58,13 @@ class SavedCueRecovery(LoraModel):
         is_own = re.compile(rf"{kinds}{re.escape(adapter_name)}(\.|$)").search
         missing = sorted(name for name in names - state_dict.keys() if config.train_base or is_own(name))
         unknown = sorted(name for name in state_dict.keys() - names if re.search(kinds, name))
-        for found, what in ((missing, "lacks"), (unknown, "has, against its config,")):
+        for found, what in ((missing, "lacks"), (unknown, "unexpectedly has")):
             if found:
                 raise ValueError(
                     f"The adapter '{adapter_name}' {what} {len(found)} weight(s), among them '{found[0]}'. Its "
                     f"adapter_config.json (`r={config.r}`, `layer_interval={config.layer_interval}`, "
-                    f"`train_base={config.train_base}`) and its weights do not belong together, or a part of them is "
-                    "lost: save or download it again."
+                    f"`train_base={config.train_base}`) and its weights do not match, or weights were lost. Save or "
+                    "download it again."
                 )
         return state_dict
 

@@ -188,7 +188,7 @@ class CueRecoveryMixin(_Base):
                 parameter = parameters[name]
                 # vLLM sets `weight_loader` while it replaces the weights of a running engine
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
-        return set(parameters)  # a new module keeps its initial weights until training sends others
+        return set(parameters)  # a new module keeps its initial weights until training sends new ones
 
     def _lora_updates(self) -> dict[str, Callable[[], torch.Tensor]]:
         """Map each weight with LoRA, by its name in vLLM, to a function that computes the update that PEFT adds."""
