@@ -109,7 +109,7 @@ def server(folder: Path, *arguments: str, program: tuple[str, ...] = OPENAI_SERV
     try:
         while process.poll() is None and not _is_up(address):
             time.sleep(1)
-        assert process.poll() is None, "the server has stopped, for the reason above"
+        assert process.poll() is None, "the server stopped; see its output above"
         yield address
     finally:
         if process.poll() is None:

@@ -22,7 +22,7 @@ class FileWeightTransferEngine(NCCLWeightTransferEngine):
     def receive_weights(self, update_info):
         file = Path(os.environ["WEIGHTS_FILE"])
         deadline = time.monotonic() + 60
-        while not file.exists() and time.monotonic() < deadline:  # weights are announced before they are sent
+        while not file.exists() and time.monotonic() < deadline:  # the update is announced before the file is written
             time.sleep(0.1)
         weights = load_file(file)
         file.unlink()
