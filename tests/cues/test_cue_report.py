@@ -306,7 +306,7 @@ def test_kinds_of_images(tmp_path, mode, image_format):
             {"bytes": image_bytes((64, 64), image_format="JPEG")[:300], "path": None},
             "300 bytes) cannot be read: Trunc",
         ),
-        ({"bytes": None, "path": "/nowhere/a<b>.png"}, "'/nowhere/a<b>.png') cannot be read: there is no such file"),
+        ({"bytes": None, "path": "/nowhere/a<b>.png"}, "'/nowhere/a<b>.png') cannot be read: the file does not exist"),
         ({"bytes": None, "path": "https://nowhere.invalid/a.png"}, "a report downloads nothing"),
         ({"bytes": b"", "path": None}, "it is not an image, or has an unknown format"),
     ],

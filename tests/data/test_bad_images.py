@@ -93,7 +93,7 @@ BITS_8 = Image.fromarray((BITS_16 // 256).astype(np.uint8)).convert("RGB")
 BOMB_IN_TEXT = PNG[:33] + png_chunk(b"zTXt", b"Comment\0\0" + compress(b"\0" * 2**27)) + PNG[33:]
 
 NO_IMAGE = "it is not an image, or has an unknown format. Replace it, or leave it out."
-NO_FILE = "there is no such file. Replace it, or leave it out."
+NO_FILE = "the file does not exist. Replace it, or leave it out."
 NO_TYPE = "expected a PIL image, a path, a URL, or a `datasets` image with 'bytes' or 'path', not"
 
 # The image and the expected picture

@@ -279,7 +279,7 @@ def test_command(folder, capsys):
 @pytest.mark.parametrize(
     "replaced, messages",
     [
-        ({"image": "missing.png"}, ["missing.png') cannot be read: there is no such file. Replace it"]),
+        ({"image": "missing.png"}, ["missing.png') cannot be read: the file does not exist. Replace it"]),
         ({"image": "text.png"}, ["text.png') cannot be read: it is not an image, or has an unknown format"]),
         ({"adapter": "missing"}, ["Can't find 'adapter_config.json'", "Name an adapter's folder"]),
         ({"adapter": "lora"}, ["is an adapter of type LORA", "CueRecoveryConfig()"]),

@@ -262,7 +262,7 @@ REFUSED = {
         {"videos": [[make_image(0), make_image(0, (32, 64))]]},
         "The frames of a video have the sizes [(32, 64), (64, 64)], expected one. Resize them.",
     ),
-    "no-such-frame": ({"videos": [["a.png", "b.png"]]}, "An image ('a.png') cannot be read: there is no such file"),
+    "no-such-frame": ({"videos": [["a.png", "b.png"]]}, "An image ('a.png') cannot be read: the file does not exist"),
     "one-frame": ({"videos": [FRAMES[:1]]}, "The processor does not accept a video of the shape (1, 64, 64, 3)"),
     "missing-place": (
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]},

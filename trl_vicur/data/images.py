@@ -85,7 +85,7 @@ def _image_source(image: Any) -> str | BytesIO:
             # fsspec annotates a single file as a list of files
             return BytesIO(file.read())  # pyright: ignore[reportAttributeAccessIssue]
     if not Path(path).is_file():  # opening a pipe could wait forever
-        raise ValueError("there is no such file")
+        raise ValueError("the file does not exist")
     return path
 
 

@@ -72,5 +72,5 @@ class Teacher(ABC):
         Read the state that `save` wrote.
 
         Raises:
-            `ValueError`: If the checkpoint has no such state, or that of another model.
+            `ValueError`: If the checkpoint does not have it, or has that of another model.
         """
