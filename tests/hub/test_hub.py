@@ -341,7 +341,7 @@ def hub(tmp_path):
         yield server
 
 
-def run_beside(hub: HubServer, code: str, home: Path) -> None:
+def run_in_new_process(hub: HubServer, code: str, home: Path) -> None:
     """Run Python in an empty folder, like a user who can access nothing but that Hub."""
     home.mkdir()
     environment = {
@@ -369,7 +369,7 @@ GUARD = "import pickle, torch\ndef refuse(*_, **__): raise AssertionError\npickl
 @pytest.mark.slow
 def test_pushed_adapter_works_for_others(tmp_path, hub):
     """Training on a base model of the Hub pushes an adapter; its card's example loads and runs it elsewhere."""
-    run_beside(hub, TRAIN.format(support=str(Path(hub_server.__file__).parent)), tmp_path / "author")
+    run_in_new_process(hub, TRAIN.format(support=str(Path(hub_server.__file__).parent)), tmp_path / "author")
     files = hub.repos["me/adapter"]
     assert files.keys() >= ADAPTER_FILES | PROCESSOR_FILES
     at_the_top = [name for name in files if "/" not in name]
@@ -391,7 +391,7 @@ assert type(model) is PeftModel
 model = AutoPeftModel.from_pretrained("me/adapter")
 assert model.generate(**inputs, max_new_tokens=4).equal(output)
 """
-    run_beside(hub, GUARD + example_of(ModelCard(card), hub) + in_one_line, tmp_path / "stranger")
+    run_in_new_process(hub, GUARD + example_of(ModelCard(card), hub) + in_one_line, tmp_path / "stranger")
 
 
 PUSH_MODELS = """
@@ -428,7 +428,7 @@ local.model.push_to_hub("me/local")
 def test_models_push_the_same_as_their_trainer(tmp_path, hub):
     """`model.push_to_hub` of an adapter, a full model and a merged one."""
     code = PUSH_MODELS.format(support=str(Path(hub_server.__file__).parent), local=str(tmp_path / "base"))
-    run_beside(hub, code, tmp_path / "author")
+    run_in_new_process(hub, code, tmp_path / "author")
     repos = {name.removeprefix("me/"): files for name, files in hub.repos.items()}
     model_files = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     assert repos["adapter"].keys() == repos["local"].keys() == ADAPTER_FILES | PROCESSOR_FILES
@@ -454,4 +454,4 @@ def test_models_push_the_same_as_their_trainer(tmp_path, hub):
 assert (model(**inputs.to(model.device)).logits - expected).abs().max() < 1e-4
 """
     )
-    run_beside(hub, adapter + "expected = model(**inputs).logits\n" + merged, tmp_path / "stranger")
+    run_in_new_process(hub, adapter + "expected = model(**inputs).logits\n" + merged, tmp_path / "stranger")
