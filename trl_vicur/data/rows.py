@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pyarrow as pa
 from datasets import Dataset
 
 
@@ -62,8 +61,7 @@ class RowReader:
         row = self.others[number]
         if self.visuals is None:
             return row
-        visuals = self.visuals[number]
-        assert isinstance(visuals, pa.Table)  # `datasets` annotates rows of any format as dicts
+        visuals: Any = self.visuals[number]  # a table; datasets annotates the rows of every format as dicts
         return {**row, **visuals.to_pylist()[0]}
 
 

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import BaseImageProcessor, BaseVideoProcessor, BatchFeature
-from transformers.image_utils import ImageInput
-from transformers.video_utils import VideoInput
 
 
 @contextmanager
@@ -20,11 +19,12 @@ def images_processed_once(image_processor: BaseImageProcessor | BaseVideoProcess
         image_processor ([`~transformers.BaseImageProcessor`] or [`~transformers.BaseVideoProcessor`]):
             The processor's `image_processor`, or its `video_processor`.
     """
-    preprocess = image_processor.preprocess
+    processor: Any = image_processor  # an instance attribute hides the method, which annotations do not allow
+    preprocess = processor.preprocess
     calls = []
 
     @wraps(preprocess)
-    def preprocess_once(images: ImageInput | VideoInput, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+    def preprocess_once(images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         for earlier_images, earlier_tensors, earlier_kwargs, output in calls:
             # If all outputs are tensors, `return_tensors="pt"` makes no difference
             is_same_type = return_tensors == earlier_tensors or (
@@ -38,16 +38,17 @@ def images_processed_once(image_processor: BaseImageProcessor | BaseVideoProcess
             calls.append((images, return_tensors, kwargs, output))
         return BatchFeature({**output})  # a copy, because processors remove entries
 
-    image_processor.preprocess = preprocess_once
+    processor.preprocess = preprocess_once
     try:
         yield
     finally:
-        del image_processor.preprocess
+        del processor.preprocess
 
 
-def _are_same(images: ImageInput | VideoInput, others: ImageInput | VideoInput) -> bool:
+def _are_same(images: Any, others: Any) -> bool:
+    """Whether two inputs are equal: images, arrays of frames, or nested lists of either."""
     if isinstance(images, np.ndarray) or isinstance(others, np.ndarray):
         return np.array_equal(images, others)
     if isinstance(images, list) and isinstance(others, list):
         return len(images) == len(others) and all(map(_are_same, images, others))
-    return images == others
+    return bool(images == others)
