@@ -29,7 +29,8 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 from .cli import report
 from .command_parser import CommandParser
 from .cue_recovery import CueRecoveryConfig
-from .data.loading import load_split
+from .data.layouts import parse_columns
+from .data.loading import load_rows
 from .trainer import ViCuRConfig, ViCuRTrainer
 from .trainer.checkpoints import CheckpointError
 
@@ -127,8 +128,10 @@ def load_datasets(script_args: ScriptArguments, training_args: ViCuRConfig) -> d
     splits = {"train_dataset": script_args.dataset_train_split}
     if training_args.eval_strategy != "no":
         splits["eval_dataset"] = script_args.dataset_test_split
+    columns = parse_columns(training_args.columns)
+    training_args.columns = None  # the trainer gets datasets with TRL's columns
     return {
-        key: load_split(name, script_args.dataset_config, split, script_args.dataset_streaming)
+        key: load_rows(name, script_args.dataset_config, split, script_args.dataset_streaming, columns)[0]
         for key, split in splits.items()
     }
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
 from ..command_parser import CommandParser
-from ..data.loading import load_split
+from ..data.layouts import COLUMNS_HELP, parse_columns
+from ..data.loading import load_rows, load_split
 from ..generation import Generator, TransformersGenerator
 from .compare import compare_models
 from .report import Verdict, verdicts_by_row, write_html_comparison
@@ -42,6 +44,7 @@ class CompareArguments:
             "help": "Column with questions (strings or conversational prompts). Default: `prompt`, or else `question`."
         },
     )
+    columns: str | None = field(default=None, metadata={"help": COLUMNS_HELP})
     cue_column: str = field(default="cue", metadata={"help": "Column with the cues, which the page shows."})
     answer_column: str = field(default="answer", metadata={"help": "Column with the reference answers."})
     max_rows: int = field(
@@ -97,7 +100,7 @@ def compare(arguments: list[str]) -> None:
         )
     args, others = parser.parse_args_and_config(arguments)
     models = loaders(args, others.students)
-    dataset = load_split(args.dataset, args.config_name, args.split)
+    dataset = load_questions(args)
     if args.num_rows is not None:
         dataset = dataset.select(range(min(args.num_rows, len(dataset))))
     columns = {"question_column": args.question_column, "answer_column": args.answer_column}
@@ -110,6 +113,13 @@ def compare(arguments: list[str]) -> None:
     write_html_comparison(dataset, page, cue_column=args.cue_column, max_rows=args.max_rows, **columns)
     num_disagreements = sum(len(set(verdict)) > 1 for verdict in verdicts.values())
     console.print(f"They disagree on {num_disagreements:,} questions, shown in {page}", markup=False, soft_wrap=True)
+
+
+def load_questions(args: CompareArguments) -> Dataset:
+    """The rows of a dataset of any layout; as they are if the columns of questions or answers are given."""
+    if args.question_column is not None or args.answer_column != "answer":
+        return load_split(args.dataset, args.config_name, args.split)
+    return load_rows(args.dataset, args.config_name, args.split, columns=parse_columns(args.columns))[0]
 
 
 def loaders(args: CompareArguments, students: list[tuple[str, str, str]]) -> dict[str, Callable[[], Generator]]:

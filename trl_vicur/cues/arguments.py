@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..data.layouts import COLUMNS_HELP
 from ..generation import Generator, OpenAIGenerator, TransformersGenerator
 from .prompts import CUE_PROMPT, CuePrompt
 
@@ -19,6 +20,7 @@ class DatasetArguments:
             "help": "Column with questions (strings or conversational prompts). Default: `prompt`, or else `question`."
         },
     )
+    columns: str | None = field(default=None, metadata={"help": COLUMNS_HELP})
 
 
 @dataclass

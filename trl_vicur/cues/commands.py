@@ -11,7 +11,8 @@ from rich.console import Console
 from ..command_parser import CommandParser
 from ..data.columns import check_columns
 from ..data.dataset_folder import CUE_STORE, prepare_folder, save_dataset
-from ..data.loading import load_split
+from ..data.layouts import parse_columns
+from ..data.loading import load_rows, load_split
 from ..generation import TransformersGenerator
 from ..generation.response_store import read_settings
 from ..hub.dataset_card import write_dataset_card
@@ -50,7 +51,7 @@ def generate(arguments: list[str]) -> None:
     )
     args, dataset_args, generator_args = parser.parse_args_and_config(arguments)
     dataset = generate_cues(
-        load_split(args.dataset, dataset_args.config_name, dataset_args.split),
+        load_questions(args.dataset, dataset_args),
         generator_args.make_generator(),
         args.output,
         prompt=generator_args.make_prompt(),
@@ -93,7 +94,7 @@ def audit(arguments: list[str]) -> None:
     args.check_model(generator_args)
     folder = Path(positional.dataset)
     output = find_output(folder, args)
-    dataset = load_split(positional.dataset, dataset_args.config_name, dataset_args.split)
+    dataset = load_questions(positional.dataset, dataset_args)
     check_columns(dataset, cue_column="cue")
     if output is not None:
         prepare_folder(output, CUE_STORE, AUDIT_NAME)
@@ -108,6 +109,13 @@ def audit(arguments: list[str]) -> None:
     if output is not None:
         dataset = save_audit(dataset, folder, output, args.drop)
         console.print(f"{len(dataset):,} rows are in {output}", markup=False, soft_wrap=True)
+
+
+def load_questions(name: str, args: DatasetArguments) -> Dataset:
+    """The rows of a dataset of any layout; as they are if the column of the questions is given."""
+    if args.question_column is not None:
+        return load_split(name, args.config_name, args.split)
+    return load_rows(name, args.config_name, args.split, columns=parse_columns(args.columns))[0]
 
 
 def find_output(folder: Path, args: AuditArguments) -> Path | None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from trl.trainer.distillation_config import DistillationConfig
 
+from ..data.layouts import COLUMNS_HELP, parse_columns
 from ..data.rows import VISUAL_COLUMNS
 from ..data.teacher_prompt import TEACHER_PROMPT_TEMPLATE
 
@@ -86,6 +87,10 @@ class ViCuRConfig(DistillationConfig):
             student's prompt.
 
         > Parameters that control the check of the datasets
+
+        columns (`str`, *optional*):
+            Columns of the prompt, the images, the answer and the system prompt where the layout of a dataset would be
+            guessed wrong, e.g. `"prompt=question,answer=solution"`.
 
         dataset_num_proc (`int`, *optional*):
             Number of worker processes that check the rows of each rank before training. By default, the rank checks
@@ -186,6 +191,7 @@ class ViCuRConfig(DistillationConfig):
             "the student's prompt."
         },
     )
+    columns: str | None = field(default=None, metadata={"help": COLUMNS_HELP})
     dataset_num_proc: int | None = field(
         default=None,
         metadata={"help": "Number of worker processes that check the rows of each rank before training."},
@@ -312,6 +318,7 @@ class ViCuRConfig(DistillationConfig):
                 raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
 
     def _check_columns(self) -> None:
+        parse_columns(self.columns)  # raises if it is malformed
         for name in ("cue_column", "answer_column"):
             value = getattr(self, name)
             if not isinstance(value, str) or value in ("", "prompt", *VISUAL_COLUMNS):

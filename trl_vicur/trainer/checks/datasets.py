@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
+from ...data.layouts import UnknownLayoutError, parse_columns, read_layout
 from ...data.rows import RowReader
 from ..vicur_config import ViCuRConfig
 from .receipts import receipt_of, write_receipt
@@ -39,13 +40,14 @@ def check_dataset(
             Smallest number of rows.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset; for a stream the result of
-        [`name_streamed_rows`].
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset with TRL's columns, see [`read_prompts`];
+        for a stream the result of [`name_streamed_rows`].
 
     Raises:
         `ValueError`: If it is not a dataset, has too few rows, lacks a column or has a bad row. The error gives the
             column or the row's number.
     """
+    dataset = read_prompts(dataset, name, args)
     check_shape(dataset, name, args, min_rows)
     if isinstance(dataset, IterableDataset):
         return name_streamed_rows(dataset, name)
@@ -59,6 +61,34 @@ def check_dataset(
     if receipt is not None:
         write_receipt(receipt)
     return dataset
+
+
+def read_prompts(dataset: Dataset | IterableDataset, name: str, args: ViCuRConfig) -> Dataset | IterableDataset:
+    """
+    Read a dataset of any known layout as `prompt`, `images` and `answer`, see [`read_layout`]. One with a `prompt` of
+    messages stays as it is.
+
+    Raises:
+        `ValueError`: If the layout is ambiguous, or if a row does not have it.
+    """
+    columns = parse_columns(args.columns)
+    if not isinstance(dataset, (Dataset, IterableDataset)):  # which `check_shape` refuses
+        return dataset
+    names = dataset.column_names
+    if names is None:  # of a generator's stream
+        names = list(next(iter(dataset.take(1)), {}))
+    is_text = dataset.features is not None and dataset.features.get("prompt") == Value("string")
+    if not columns and "prompt" in names and not is_text:
+        return dataset
+    try:
+        with args.main_process_first(desc=f"reading {name}"):
+            return read_layout(dataset, columns)[0]
+    except UnknownLayoutError:
+        if columns:
+            raise
+        return dataset
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 def find_bad_rows(
