@@ -470,6 +470,28 @@ def test_layouts(tmp_path, kind, row, prompt, num_images, answer):
             r"contains 1 image\(s\), but .* holds 1 as well",
         ),
         ({"question": QUESTION, "options": "A or B"}, None, "Row 0: `options` is 'A or B', expected a list"),
+        ({"question": QUESTION, "options": "'abc'"}, None, "Row 0: `options` is 'abc', expected a list"),
+        ({"question": QUESTION, "options": {"A": "4", "B": "5"}}, None, "Row 0: `options` is {.*, expected a list"),
+        ({"question": QUESTION, "options": ["4"] * 27}, None, "Row 0: `options` is .* at most 26 choices"),
+        ({"question": QUESTION, "options": ["4", "5"], "answer": -1}, None, "Row 0: The answer is -1, .* from 0 to 1"),
+        ({"question": QUESTION, "answers": {"text": ["5"]}}, None, "Row 0: The answer is {.*expected a text"),
+        ({"question": QUESTION}, {"prompt": "question", "answer": "question"}, "names 'question' more than once"),
+        (
+            {"question": "<image 2> or <image 1>?", "image_1": IMAGE, "image_2": IMAGE},
+            None,
+            r"Row 0: the text refers to its images in the order \[2, 1\]",
+        ),
+        ({"messages": turns(("system", "?"), ASKED), "system": "!"}, None, "Row 0: `messages` starts with a system"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]},
+            None,
+            "Row 0: `messages`: turn 0 has 'tool_calls', which cannot be read",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "?", "images": ["a.png"]}]},
+            None,
+            "Row 0: `messages`: turn 0 has 'images'",
+        ),
     ],
 )
 def test_what_is_not_recognized_is_refused_with_what_was_seen(row, columns, message):
@@ -538,3 +560,45 @@ def test_later_rows_may_have_relative_paths(tmp_path):
 def test_a_column_of_empty_lists_of_images():
     dataset, _ = read_layout(Dataset.from_list([{"question": QUESTION, "img": []}] * 2))
     assert [row_images(row) for row in dataset] == [[], []]
+
+
+def test_columns_that_are_empty_at_first():
+    row = {"question": QUESTION, "jpg": None, "solution": None, "system": None}
+    rows = [row] * 300 + [{"question": QUESTION, "jpg": IMAGE, "solution": "5", "system": "Be brief."}]
+    dataset, _ = read_layout(Dataset.from_list(rows))
+    assert without_none(dataset[300]["prompt"]) == [SYSTEM, user()]
+    assert dataset[300]["answer"] == "5"
+    assert len(row_images(dataset[300])) == 1
+    assert row_images(dataset[0]) == []
+
+
+@pytest.mark.parametrize("kind", ["dataset", "stream"])
+@pytest.mark.parametrize("name, other", [("img", "image"), ("img", "images"), ("image", "images")])
+def test_named_images_replace_others(kind, name, other):
+    rows = [{"question": QUESTION, name: IMAGE, other: [make_image(1)] if other == "images" else make_image(1)}]
+    dataset = Dataset.from_list(rows) if kind == "dataset" else IterableDataset.from_generator(lambda: iter(rows))
+    dataset, _ = read_layout(dataset, {"images": name})
+    images = row_images(next(iter(dataset)))
+    assert [read_image(image).tobytes() for image in images] == [IMAGE.tobytes()]
+
+
+@pytest.mark.parametrize("row", [{"image": [IMAGE, IMAGE]}, {"images": IMAGE}], ids=["list", "one"])
+def test_columns_of_images_are_named_by_their_kind(row):
+    dataset, _ = read_layout(Dataset.from_list([{"question": QUESTION, **row}]))
+    blocks = dataset[0]["prompt"][0]["content"]
+    assert len(row_images(dataset[0])) == sum(block["type"] == "image" for block in blocks)
+    assert all(read_image(image).tobytes() == IMAGE.tobytes() for image in row_images(dataset[0]))
+
+
+def test_columns_of_trl_rows_can_be_named():
+    rows = [{"prompt": turns(ASKED), "images": [make_image(1)], "img": IMAGE, "answer": "no", "gold": "5"}]
+    dataset, _ = read_layout(Dataset.from_list(rows), {"answer": "gold", "images": "img"})
+    assert without_none(dataset[0]["prompt"]) == [user()]
+    assert dataset[0]["answer"] == "5"
+    assert [read_image(image).tobytes() for image in row_images(dataset[0])] == [IMAGE.tobytes()]
+
+
+def test_an_answer_is_not_lost():
+    rows = [{"messages": turns(ASKED, ANSWERED), "solution": solution} for solution in ("6", None)]
+    assert read_layout(Dataset.from_list(rows))[0]["answer"] == ["6", "5"]
+    assert read_layout(Dataset.from_list([{"question": QUESTION, "answers": [None, "5"]}]))[0][0]["answer"] == "5"

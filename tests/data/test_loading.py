@@ -167,3 +167,15 @@ def test_a_saved_dataset_is_streamed_on_demand(tmp_path, has_splits):
     loaded, streamed = (load_split(str(tmp_path / "rows"), streaming=streaming) for streaming in (False, True))
     assert isinstance(loaded, Dataset) and isinstance(streamed, IterableDataset)
     assert list(streamed) == list(loaded) == list(dataset)
+
+
+def test_contents_of_mixed_types(tmp_path):
+    """`datasets` 5 reads them as JSON."""
+    (tmp_path / "a.png").write_bytes(png())
+    content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": QUESTION}]
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "5"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    dataset, _ = load_rows(str(tmp_path / "rows.jsonl"))
+    assert [block["type"] for block in dataset[0]["prompt"][0]["content"]] == ["image", "text"]
+    assert dataset[0]["answer"] == "5"
+    assert [read_image(image).tobytes() for image in row_images(dataset[0])] == [IMAGE.tobytes()]

@@ -20,6 +20,9 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+# Parts of turns that messages of roles and contents would lose
+LOST_KEYS = ("tool_calls", "function_call", "images", "image", "videos", "video")
+NUMBERED_IMAGE = re.compile(r"<image[ _-]?(\d{1,3})>", re.IGNORECASE)
 # An image's path within the text, as in Qwen-VL's files
 IMAGE_TAG = re.compile(r"<img>(.+?)</img>", re.IGNORECASE)
 
@@ -61,6 +64,8 @@ def _read_turn(turn: Any, number: int) -> list[tuple[str, Any]]:
     if not isinstance(turn, dict):
         raise ValueError(f"turn {number} must be a dict, got {shorten(turn)}.")
     turn = {key: item for key, item in turn.items() if item is not None}  # Arrow gives all turns the same keys
+    if lost := [key for key in LOST_KEYS if turn.get(key)]:
+        raise ValueError(f"turn {number} has {lost[0]!r}, which cannot be read. Write it into the turn's content.")
     for role in ("human", "user"):
         if role in turn and "assistant" in turn:
             return [("user", turn[role]), ("assistant", turn["assistant"])]
@@ -128,6 +133,12 @@ def _split_placeholders(text: str) -> tuple[str | list[dict[str, Any]], list[str
     parts = PLACEHOLDER.split(IMAGE_TAG.sub("<image>", text))  # text, kind, text, kind, …, text
     if len(parts) == 1:
         return text, images
+    numbers = [int(number) for number in NUMBERED_IMAGE.findall(text)]
+    if numbers != sorted(numbers):
+        raise ValueError(
+            f"the text refers to its images in the order {numbers}, expected ascending numbers: {shorten(text)}. "
+            "Renumber the images."
+        )
     blocks = []
     for part, kind in zip(parts[::2], [*parts[1::2], None], strict=True):
         if part := part.strip():

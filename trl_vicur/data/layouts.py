@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets, config
 
+from .columns import iterate_tables
 from .conversations import count_blocks, read_content, read_messages
 from .rows import shorten
 
@@ -139,8 +140,13 @@ class Layout:
         answer = None if self.answer is None else _as_text(row.get(self.answer), self._choices(row))
         if self.is_conversation and len(messages) > 1 and messages[-1]["role"] == "assistant":
             last = _plain_text(messages.pop()["content"])
-            answer = last if self.answer is None else answer
+            answer = last if answer is None else answer
         if system := self._context(row, "system"):
+            if messages[0]["role"] == "system":
+                raise ValueError(
+                    f"`{self.prompt}` starts with a system turn, but `{self.context['system']}` holds a system prompt "
+                    "as well. Leave out one of the two."
+                )
             messages = [{"role": "system", "content": system}, *messages]
         return {"prompt": _place_images(messages, len(images), self.prompt), "images": images, "answer": answer}
 
@@ -171,6 +177,11 @@ class Layout:
                 choices = ast.literal_eval(choices)
             except (SyntaxError, ValueError) as error:
                 raise ValueError(f"`{self.context['choices']}` is {shorten(choices)}, expected a list.") from error
+        if not isinstance(choices, (list, tuple)) or len(choices) > len(ascii_uppercase):
+            raise ValueError(
+                f"`{self.context['choices']}` is {shorten(choices)}, expected a list of at most "
+                f"{len(ascii_uppercase)} choices."
+            )
         return [str(choice) for choice in choices]
 
 
@@ -192,16 +203,20 @@ def find_layout(rows: Sequence[dict[str, Any]], columns: Mapping[str, str] | Non
         `ValueError`: If several columns could hold the same; says which.
     """
     columns = columns or {}
+    if twice := [column for column, count in Counter(columns.values()).items() if count > 1]:
+        raise ValueError(f"`columns` names {twice[0]!r} more than once. Name one column for each of {list(columns)}.")
     seen = {name: value for row in reversed(rows) for name, value in row.items() if value is not None}
     for target, column in columns.items():
         if target not in TARGETS:
             raise ValueError(f"`columns` has the key {target!r}, expected one of {list(TARGETS)}.")
         if column not in seen:
             raise ValueError(f"`columns` names {column!r} for {target!r}, but the dataset has {_describe(seen)}.")
-    if "prompt" not in columns and _is_conversation(seen.get("prompt")):
+    is_trl = _is_conversation(seen.get("prompt"))
+    if is_trl and not columns:
         return Layout("TRL's `prompt`", "prompt", is_conversation=True, images=_find_images(seen))
 
-    prompt = columns.get("prompt") or _choose("prompt", [*CONVERSATIONS, *QUESTIONS], seen)
+    prompt = columns.get("prompt") or ("prompt" if is_trl else None)
+    prompt = prompt or _choose("prompt", [*CONVERSATIONS, *QUESTIONS], seen)
     if prompt is None:
         raise UnknownLayoutError(
             f"No column of the dataset is known to hold prompts; it has {_describe(seen)}. Name the column with "
@@ -277,10 +292,15 @@ def _as_text(answer: Any, choices: list[str]) -> str | None:
     """An answer as text: of several annotators' answers the most frequent one, of a choice's number its letter."""
     if isinstance(answer, list):
         answers = [item.get("answer") if isinstance(item, dict) else item for item in answer]
-        answer = Counter(answers).most_common(1)[0][0] if answers else None
+        answers = [item for item in answers if item is not None]
+        answer = max(answers, key=answers.count, default=None)
     if answer is None or isinstance(answer, str):
         return answer
+    if isinstance(answer, (dict, list)):
+        raise ValueError(f"The answer is {shorten(answer)}, expected a text or a number.")
     if choices and isinstance(answer, int):
+        if not 0 <= answer < len(choices):
+            raise ValueError(f"The answer is {answer}, expected the number of a choice from 0 to {len(choices) - 1}.")
         return ascii_uppercase[answer]
     return str(answer)
 
@@ -383,15 +403,22 @@ def read_layout(
     kept_images = None if is_moved or len(layout.images) != 1 else layout.images[0]
     names = {name for row in rows for name in row}
     used = [name for name in dict.fromkeys((*layout.columns, "json")) if name in names]
-    dataset = _rewrite(dataset, layout, used, kept_images, folder)
-    if kept_images not in (None, "images", "image"):
+    unused = [name for name in ("images", "image") if name in names]  # the trainer would read these first
+    dataset = _rewrite(dataset, layout, used, unused, kept_images, folder)
+    if kept_images is not None:
         is_list = any(isinstance(row.get(kept_images), list) for row in rows)
-        dataset = dataset.rename_column(kept_images, "images" if is_list else "image")
+        name = "images" if is_list else "image"
+        dataset = dataset if kept_images == name else dataset.rename_column(kept_images, name)
     return dataset, layout
 
 
 def _rewrite(
-    dataset: Dataset | IterableDataset, layout: Layout, used: list[str], kept_images: str | None, folder: Path | None
+    dataset: Dataset | IterableDataset,
+    layout: Layout,
+    used: list[str],
+    unused: list[str],
+    kept_images: str | None,
+    folder: Path | None,
 ) -> Dataset | IterableDataset:
     """The dataset with the columns that the layout makes of those that are used, in place of these."""
     features = Features({} if layout.is_trl else PROMPT_FEATURES)
@@ -401,6 +428,7 @@ def _rewrite(
         features["images"] = List(Image(decode=False))  # `datasets` decodes URLs only with aiohttp; `read_image` does
     kept = {kept_images, layout.answer, "prompt" if layout.is_trl else None}
     replaced = [name for name in used if name not in kept]
+    replaced += [name for name in unused if name not in (*replaced, *kept)]
 
     def read(row: dict[str, Any], number: int) -> dict[str, Any]:
         try:
@@ -410,7 +438,7 @@ def _rewrite(
         return {name: new[name] for name in features}
 
     def read_batch(table: pa.Table, numbers: list[int]) -> dict[str, list[Any]]:
-        batch = [read(row, number) for row, number in zip(table.to_pylist(), numbers, strict=True)]
+        batch = [read(row, number) for row, number in zip(_table_rows(table), numbers, strict=True)]
         return {name: [row[name] for row in batch] for name in features}
 
     if isinstance(dataset, IterableDataset):
@@ -445,11 +473,45 @@ def _cache_file(dataset: Dataset, layout: Layout, folder: Path | None) -> str | 
 
 
 def _first_rows(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:
-    """Some rows of a dataset, with images as bytes and paths where they need not be decoded."""
-    if isinstance(dataset, Dataset) and dataset.format["type"] is None:
-        table: Any = dataset.with_format("arrow")[:SAMPLE_SIZE]  # `datasets` annotates rows of any format as dicts
-        return table.to_pylist()
-    return list(dataset.take(SAMPLE_SIZE))
+    """
+    Some rows of a dataset, with images as bytes and paths where they need not be decoded: its first rows, and the
+    first one with a value of each column that is empty in these.
+    """
+    if not isinstance(dataset, Dataset) or dataset.format["type"] is not None:
+        return list(dataset.take(SAMPLE_SIZE))
+    table: Any = dataset.with_format("arrow")[:SAMPLE_SIZE]  # `datasets` annotates rows of any format as dicts
+    rows = _table_rows(table)
+    for name in dataset.column_names:
+        if len(dataset) > SAMPLE_SIZE and all(row.get(name) is None for row in rows):
+            tables = iterate_tables(dataset, [name], ROWS_PER_BATCH)
+            table = next((table for table in tables if table[name].null_count < len(table)), None)
+            values = [] if table is None else _table_rows(table)
+            rows += [row for row in values if row[name] is not None][:1]
+    return rows
+
+
+def _table_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a table. Values of mixed types, which `datasets` stores as JSON, are decoded."""
+    rows = table.to_pylist()
+    for column in table.schema:
+        if "json" in str(column.type):
+            for row in rows:
+                row[column.name] = _decode_json(row[column.name], column.type)
+    return rows
+
+
+def _decode_json(value: Any, kind: pa.DataType) -> Any:
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        decoded = json.loads(value)
+        # `datasets` stores the text "5" as the number 5
+        return decoded if decoded is None or isinstance(decoded, (str, list, dict)) else value
+    if pa.types.is_struct(kind):
+        return {field.name: _decode_json(value[field.name], field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_decode_json(item, kind.value_type) for item in value]
+    return value
 
 
 def _unpack_json(row: dict[str, Any]) -> dict[str, Any]:
