@@ -278,8 +278,8 @@ def test_doctor_reads_the_options_of_training(tmp_path, capsys, model, dataset, 
         (["--accelerate_config", "zero3"], "ZeRO-3 is not supported"),
         (["--accelerate_config", "fsdp1"], "FSDP1 is not supported"),
         (["--use_fsdp", "--num_processes", "2"], "FSDP1 is not supported"),
-        (["--accelerate_config", "fsdp2", "--teacher_model_kind", "ema"], "`teacher_model_kind='ema'` exchanges"),
-        (["--accelerate_config", "zero2", "--teacher_model_kind", "ema"], "`teacher_model_kind='ema'` exchanges"),
+        (["--accelerate_config", "fsdp2", "--teacher_model_kind", "ema"], "`teacher_model_kind='ema'` swaps"),
+        (["--accelerate_config", "zero2", "--teacher_model_kind", "ema"], "`teacher_model_kind='ema'` swaps"),
         (["--teacher_model_name_or_path", "nobody/nothing"], "The model 'nobody/nothing' cannot be loaded: "),
         (["--use_vllm", "true"], "`use_vllm=True` needs vLLM, which is not installed"),
         (["--dynamo_backend", "inductor"], "`dynamo_backend=inductor` is not supported"),
@@ -369,7 +369,7 @@ def test_doctor_describes_this_machine(capsys):
 
 def test_doctor_names_packages_that_are_missing_or_too_old(capsys, monkeypatch):
     def version(name):
-        if name == "pint":
+        if name == "liger-kernel":
             raise packages.PackageNotFoundError
         return {"transformers": "4.57.0"}.get(name, real_version(name))
 
@@ -378,4 +378,4 @@ def test_doctor_names_packages_that_are_missing_or_too_old(capsys, monkeypatch):
     assert main(["doctor"]) == 1
     printed = capsys.readouterr()
     assert "4.57.0 NOT SUPPORTED" in printed.out and "MISSING" in printed.out
-    assert re.search(r"pip install 'pint>=\S+' 'transformers<6,>=\S+'\n", printed.err)
+    assert re.search(r"pip install 'liger-kernel>=\S+' 'transformers<6,>=\S+'\n", printed.err)

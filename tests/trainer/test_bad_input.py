@@ -324,7 +324,7 @@ REFUSED_DATASETS = {
         "train_dataset has 3 row(s), expected at least 4: an incomplete batch is left out. Use more rows",
     ),
     "no-prompts": (
-        lambda: dict(dataset=GOOD.rename_column("prompt", "messages")),
+        lambda: dict(dataset=GOOD.rename_column("prompt", "text")),
         "train_dataset has no column `prompt`; with `privilege='cue'` it must have ['prompt', 'cue'] and `images` or",
     ),
     "no-images": (
@@ -369,7 +369,7 @@ REFUSED_DATASETS = {
     ),
     "prompts-as-json": (
         lambda: dict(dataset=as_columns(prompt='[{"role": "user"}]')),
-        "Row 0 of train_dataset: `prompt`: expected",
+        "train_dataset cannot be read: Row 0: `prompt`: turn 0 has the keys ['role'], expected 'role' and 'content'",
     ),
     "images-of-one": (
         lambda: dict(dataset=as_columns(images=make_image(0))),

@@ -61,7 +61,7 @@ def test_diagnostics_are_in_every_tracker(tmp_path, processor, monkeypatch):
     logs = train_logs(trainer)
     warned = [str(warning.message) for warning in warned if "collapse at step" in str(warning.message)]
     assert [warning.partition(" at step ")[0] for warning in warned] == TITLES, "each once"
-    assert "have 2.0 tokens, 25 % of the 8.0" in warned[0] and "Try `privilege='cue'`" in warned[0]
+    assert "have 2.0 tokens, 25 % of the initial 8.0" in warned[0] and "Try `privilege='cue'`" in warned[0]
 
     (events,) = tmp_path.rglob("events.out.tfevents*")
     events = EventAccumulator(str(events), size_guidance={"histograms": 0}).Reload()
@@ -103,5 +103,5 @@ def test_resumed_run_remembers_where_it_started(tmp_path, processor, recwarn):
     trainer.state.log_history = [{"entropy": 1.0, "step": step} for step in range(5)]
     assert not any(log(entropy) for entropy in (0.9, None, 0.1, 0.1, 0.0, 0.0))
     (warning,) = log(0.0)
-    assert "0.04 nats per token, 4 % of the 1" in warning
+    assert "0.04 nats per token, 4 % of the initial 1" in warning
     assert len(log(0.0)) == 1

@@ -262,7 +262,7 @@ def test_decoder_without_layers_is_refused():
                 image_token_index=60,
             )
         )
-    with pytest.raises(ValueError, match="but Llama4ForCausalLM of Llama4ForConditionalGeneration has none"):
+    with pytest.raises(ValueError, match="but Llama4ForCausalLM of Llama4ForConditionalGeneration has no such layers"):
         attach(model)
 
 
@@ -279,7 +279,7 @@ class KeywordsAreDropped(Qwen3VLTextModel):
 def test_decoder_without_keyword_arguments_is_refused():
     model, _ = FAMILIES["qwen3_vl"]()
     model.get_decoder().__class__ = NoKeywords
-    with pytest.raises(ValueError, match="but NoKeywords of Qwen3VLForConditionalGeneration has none"):
+    with pytest.raises(ValueError, match="but NoKeywords of Qwen3VLForConditionalGeneration has no such layers"):
         attach(model)
 
 
