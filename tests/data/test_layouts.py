@@ -276,6 +276,13 @@ LAYOUTS = [
         1,
         "5",
     ),
+    (
+        "a prompt in JSON",
+        {"prompt": json.dumps(turns(ASKED)), "answer": "5", "images": [IMAGE]},
+        [user()],
+        1,
+        "5",
+    ),
     # Questions
     ("question, answer, image", {"question": QUESTION, "answer": "5", "image": IMAGE}, [user()], 1, "5"),
     (

@@ -222,7 +222,7 @@ def find_layout(rows: Sequence[dict[str, Any]], columns: Mapping[str, str] | Non
             f"No column of the dataset is known to hold prompts; it has {_describe(seen)}. Name the column with "
             "`columns` (`--columns prompt=NAME`)."
         )
-    is_conversation = prompt in CONVERSATIONS or _is_conversation(seen[prompt])
+    is_conversation = prompt in CONVERSATIONS or _is_conversation(seen[prompt]) or _is_json_list(seen[prompt])
     others = {name: value for name, value in seen.items() if name != prompt}
     if "images" in columns:
         images = (columns["images"],)
@@ -275,6 +275,11 @@ def _name_layout(prompt: str, value: Any) -> str:
 
 def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
+
+
+def _is_json_list(value: Any) -> bool:
+    """Whether a text is a conversation in JSON, which must not be read as a question."""
+    return isinstance(value, str) and re.match(r"\s*\[\s*\{\s*\"", value) is not None
 
 
 def _describe(seen: dict[str, Any]) -> str:
