@@ -71,6 +71,7 @@ def losses(tmp_path, processor, **options):
     return train_logs(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["completion", "sentence"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_is_unchanged_if_nothing_is_rejected(tmp_path, processor, objective, scope):

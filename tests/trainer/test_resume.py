@@ -66,6 +66,7 @@ def assert_same_run(resumed: ViCuRTrainer, whole: ViCuRTrainer) -> None:
         torch.testing.assert_close(resumed.teacher.average, whole.teacher.average, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, step",
     [
