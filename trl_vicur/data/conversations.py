@@ -56,7 +56,7 @@ def read_messages(value: Any) -> tuple[list[dict[str, Any]], list[Any]]:
             content, found = read_content(content, f"turn {number}")
             messages.append({"role": role, "content": content})
             images += found
-    return as_blocks(messages), images
+    return messages, images
 
 
 def _read_turn(turn: Any, number: int) -> list[tuple[str, Any]]:
@@ -146,21 +146,3 @@ def _split_placeholders(text: str) -> tuple[str | list[dict[str, Any]], list[str
         if kind is not None:
             blocks.append({"type": kind.lower()})
     return blocks, images
-
-
-def as_blocks(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages, with all contents as blocks if one is: TRL adds images only to conversations of strings."""
-    if all(isinstance(message["content"], str) for message in messages):
-        return messages
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message["content"], str)
-        else message
-        for message in messages
-    ]
-
-
-def count_blocks(messages: list[dict[str, Any]], kind: str) -> int:
-    """Number of blocks of a kind (`"image"`, `"video"`) in the messages."""
-    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    return sum(block["type"] == kind for content in contents for block in content)

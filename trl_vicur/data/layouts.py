@@ -22,7 +22,8 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets, config
 
 from .columns import iterate_tables
-from .conversations import count_blocks, read_content, read_messages
+from .conversations import read_content, read_messages
+from .messages import count_blocks
 from .rows import shorten
 
 

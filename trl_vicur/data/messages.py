@@ -106,3 +106,9 @@ def control_token_pattern(processing_class: ProcessorMixin) -> re.Pattern:
     }
     # Without control tokens, a pattern that never matches
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
+
+
+def count_blocks(messages: list[dict[str, Any]], block_type: str) -> int:
+    """Number of blocks of a type (`"image"`, `"video"`) in the messages."""
+    contents = [content for message in messages if isinstance(content := message.get("content"), list)]
+    return sum(block["type"] == block_type for content in contents for block in content)

@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 from trl.trainer.utils import pad
 
 from ..cue_recovery.positions import visual_token_ids
+from ..data.messages import count_blocks
 from .mixed_precision import autocast, compute_dtype
 from .trl_trainer import TRLTrainer
 from .vision.blank_image import BlankImageRow
@@ -235,12 +236,4 @@ class MultimodalMixin(TRLTrainer):
 
 def _count_blocks(prompts: list[list[dict[str, Any]]], block_type: str) -> list[int]:
     """Number of images or videos in each prompt."""
-    return [
-        sum(
-            block["type"] == block_type
-            for message in prompt
-            if isinstance(message.get("content"), list)
-            for block in message["content"]
-        )
-        for prompt in prompts
-    ]
+    return [count_blocks(prompt, block_type) for prompt in prompts]
