@@ -147,10 +147,10 @@ def test_a_failing_row_is_recorded_and_only_retried_on_request(tmp_path):
     assert result["cue"] == ["seen"] * 3 + [None] + ["seen"] * 2
     assert result["cue_error"] == [None] * 3 + ["broken lens"] + [None] * 2
 
-    mended = ScriptedCueGenerator()
-    assert generate_cues(make_dataset(), mended, tmp_path / "out")["cue"] == result["cue"] and mended.asked == []
-    result = generate_cues(make_dataset(), mended, tmp_path / "out", retry_failed=True)
-    assert mended.asked == [3]
+    fixed = ScriptedCueGenerator()
+    assert generate_cues(make_dataset(), fixed, tmp_path / "out")["cue"] == result["cue"] and fixed.asked == []
+    result = generate_cues(make_dataset(), fixed, tmp_path / "out", retry_failed=True)
+    assert fixed.asked == [3]
     assert result["cue"][3] == f"evidence for {question(3)}" and result["cue_error"] == [None] * 6
 
 

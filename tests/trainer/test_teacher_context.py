@@ -96,7 +96,7 @@ def test_braces_in_data_are_text(prompt, privilege):
         ("{prompt}\n\nLook at the picture first.\n**Hint**:\n\n{privilege}", "Hint"),
         ("{prompt} {{evidence}}: {privilege}", "evidence"),
         ("Say {{prompt}}. {prompt} Clue: {privilege}", "Clue"),
-        # Without a word before the privilege, a hint cannot be recognized
+        # A hint is recognized by the word before the privilege; here there is none
         ("{prompt}{privilege}", ""),
         ("{prompt}\n=> {privilege} (a hint)", ""),
     ],

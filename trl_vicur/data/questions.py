@@ -70,7 +70,7 @@ class QuestionRows:
         return list(self.texts[column])
 
     def value(self, number: int, argument: str) -> Any:
-        """A row's value in the column that an argument chose; `None` if there is no such column."""
+        """A row's value in the column that an argument chose; `None` if the dataset lacks it."""
         column = self.columns[argument]
         return self.texts[number][column] if column in self.texts.column_names else None
 
